@@ -1,0 +1,328 @@
+"""Configuration: defaults < YAML file < command line < wandb sweep, checked once for all of them.
+
+This module holds values and loads nothing. `Config` is the table of contents of the whole program:
+each field's text is also its line in `--help`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A value the user gave and can mend: one line that names the key, the value and the remedy."""
+
+
+def option(default: Any, help: str, at_least: float | None = None, above: float | None = None) -> Any:
+    """A field of `Config` with its `--help` text and, for numbers, its lower bound (inclusive or exclusive)."""
+    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "above": above})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that defines a run. Frozen; made by `load`, `parse` or the constructor, all of which check it.
+
+    Raises:
+        ConfigError: a value or a combination of values that can't work.
+    """
+
+    # MODEL
+    levels: int = option(3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1)
+    tmp_abs_factor: int = option(6, "temporal abstraction factor k: level l ticks every k**l frames", at_least=1)
+    dec_stddev: float = option(1.0, "standard deviation of the Normal observation model", above=0)
+    enc_dense_layers: int = option(3, "Dense layers of the encoder per level above 0", at_least=0)
+    enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1)
+    cell_type: str = option("RSSMCell", "recurrent cell (RSSMCell is the only one)")
+    cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1)
+    cell_deter_size: int = option(200, "size of a level's deterministic state", at_least=1)
+    cell_embed_size: int = option(200, "width of the cell's Dense layers", at_least=1)
+    cell_min_stddev: float = option(0.0001, "added to the standard deviation of prior and posterior", at_least=0)
+    cell_mean_only: bool = option(False, "use the mean in place of a sample")
+    cell_reset_state: bool = option(False, "reset the stochastic state below the top level, as VTA does")
+    channels_mult: int = option(1, "multiplies the number of convolution channels", at_least=1)
+    filters: int = option(32, "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many", at_least=1)
+
+    # DATASET
+    dataset: str = option("mmnist", "minerl, mazes, mmnist, or digits (embedded: no download)")
+    datadir: str = option("datasets", "directory of the datasets")
+    seq_len: int = option(100, "frames of a training sequence", at_least=1)
+    eval_seq_len: int = option(1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0)
+    channels: int = option(1, "colour channels of a frame", at_least=1)
+
+    # TRAINING
+    lr: float = option(3e-4, "learning rate of Adam", above=0)
+    batch_size: int = option(50, "sequences in a batch, over all devices", at_least=1)
+    num_epochs: int = option(300, "passes over the training sequences", at_least=1)
+    max_steps: int | None = option(None, "stop after this many steps, if the epochs don't end before", at_least=1)
+    clip_grad_norm_by: float | None = option(10000.0, "bound on the gradient's global norm; 0 or null: none", at_least=0)
+    kl_grad_post_perc: float | None = option(None, "KL balancing: the share p of the KL that trains the posterior", at_least=0)
+    free_nats: float | None = option(None, "nats per level and sequence that cost nothing", at_least=0)
+    beta: float | tuple[float, ...] | None = option(None, "factor of the KL: one number, or one per level", at_least=0)
+    seed: int | None = option(None, "the same seed repeats a run exactly; null: a random one, saved with the run", at_least=0)
+
+    # SUMMARIES
+    logdir: str = option("logs", "directory of the runs: a run lives in <logdir>/<dataset>/<run name>")
+    open_loop_ctx: int = option(36, "context frames of an open-loop prediction; a multiple of k**(levels-1)", at_least=1)
+    num_val_batches: int = option(1, "batches of a validation", at_least=1)
+    save_gifs: bool = option(True, "save videos of open-loop predictions")
+    save_scalars_every: int = option(1000, "steps between two logs of training and validation metrics", at_least=1)
+    save_gifs_every: int = option(1000, "steps between two videos", at_least=1)
+    save_model_every: int = option(1000, "steps between two rolling checkpoints", at_least=1)
+    save_named_model_every: int = option(5000, "steps between two checkpoints that are kept for ever", at_least=1)
+    wandb: str = option("auto", "auto (online where a key is configured, else offline), online, offline or disabled")
+
+    # EVALUATION
+    num_examples: int = option(100, "sequences to evaluate", at_least=1)
+    num_samples: int = option(1, "predictions sampled per sequence", at_least=1)
+    use_obs: str | None = option(None, "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three")
+    no_save_grid: bool = option(False, "don't write predictions as PNG grids")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = coerce(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self._check()
+
+    def _check(self) -> None:
+        """Checks each value's range, then the combinations."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            for bound, holds in ("at_least", float.__ge__), ("above", float.__gt__):
+                limit = field.metadata[bound]
+                if limit is not None and not all(n is None or holds(float(n), float(limit)) for n in numbers):
+                    raise ConfigError(f"{field.name}: must be {bound.replace('_', ' ')} {limit}, got {value!r}")
+        choose("cell_type", self.cell_type, ["RSSMCell"])
+        choose("wandb", self.wandb, ["auto", "online", "offline", "disabled"])
+        choose("dataset", self.dataset, list(CHANNELS))
+        if self.channels != CHANNELS[self.dataset]:
+            raise ConfigError(
+                f"channels: {self.dataset} has {CHANNELS[self.dataset]}, got {self.channels}; set --channels {CHANNELS[self.dataset]}"
+            )
+        if self.kl_grad_post_perc is not None and self.kl_grad_post_perc > 1:
+            raise ConfigError(f"kl_grad_post_perc: must be a share between 0 and 1, got {self.kl_grad_post_perc}")
+        if isinstance(self.beta, tuple) and len(self.beta) != self.levels:
+            raise ConfigError(f"beta: needs one number, or one for each of the {self.levels} levels, got {list(self.beta)}")
+        if self.use_obs is not None and not re.fullmatch(f"[TF]{{{self.levels}}}", self.use_obs):
+            raise ConfigError(f"use_obs: needs one T or F for each of the {self.levels} levels, got {self.use_obs!r}")
+        block = self.tmp_abs_factor ** (self.levels - 1)
+        if self.open_loop_ctx % block:
+            raise ConfigError(
+                f"open_loop_ctx: must be a multiple of tmp_abs_factor**(levels-1) = {block}, the frames of one tick of the top level, "
+                f"got {self.open_loop_ctx}; the nearest is {max(1, round(self.open_loop_ctx / block)) * block}"
+            )
+        if self.eval_seq_len and self.open_loop_ctx >= self.eval_seq_len:
+            raise ConfigError(
+                f"open_loop_ctx: must be less than eval_seq_len = {self.eval_seq_len}, so that frames are left to predict, "
+                f"got {self.open_loop_ctx}"
+            )
+
+    @property
+    def run_name(self) -> str:
+        """The run's directory name: the earlier codes' name, then what else sets this training apart from others."""
+        c = self
+        name = (
+            f"{c.dataset}_cwvae_{c.cell_type.lower()}_{c.levels}l_f{c.tmp_abs_factor}_decsd{c.dec_stddev}"
+            f"_enchl{c.enc_dense_layers}_ences{c.enc_dense_embed_size}_edchnlmult{c.channels_mult}"
+            f"_ss{c.cell_stoch_size}_ds{c.cell_deter_size}_es{c.cell_embed_size}_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
+        )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in NAMED_IF_SET and value != field.default:
+                text = "-".join(map(str, value)) if isinstance(value, tuple) else value
+                name += f"_{field.name.replace('_', '')}{text}"
+        return name
+
+    def updated(self, values: Mapping[str, Any], source: str) -> "Config":
+        """This configuration with `values` in place of its own.
+
+        Raises:
+            ConfigError: an unknown key or a value that can't work, after the name of the `source`.
+        """
+        return dataclasses.replace(self, **typed(values, source))
+
+    def save(self, path: Path) -> None:
+        """Writes all keys as YAML; `load` reads the same Config back."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+CHANNELS = {"minerl": 3, "mazes": 3, "mmnist": 1, "digits": 1}
+"""The datasets, and the colour channels of each."""
+
+NAMED_IF_SET = {"cell_min_stddev", "cell_mean_only", "cell_reset_state", "filters", "clip_grad_norm_by"} | {
+    "kl_grad_post_perc",
+    "free_nats",
+    "beta",
+    "seed",
+}
+"""Keys that set a training apart but aren't in the earlier codes' run names: part of ours unless at their defaults."""
+
+
+def choose(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{key}: must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """'; did you mean ...?' with the most similar known word, or nothing where none is similar."""
+    matches = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def coerce(field: dataclasses.Field, value: Any) -> Any:
+    """`value` as the field's type. Text is read as YAML first, and as a float where YAML reads text (1e-4).
+
+    Raises:
+        ConfigError: `value` is no such thing.
+    """
+    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    if isinstance(value, str) and value.strip().lower() in ("null", "none", "~", "") and type(None) in kinds:
+        value = None
+    if isinstance(value, str) and str not in kinds:
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            pass
+    for kind in kinds:
+        converted = convert(kind, value)
+        if converted is not FAILED:
+            return converted
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    wanted = " or ".join(names.get(kind, "a list of numbers") for kind in kinds)
+    raise ConfigError(f"{field.name}: needs {wanted}, got {value!r}")
+
+
+FAILED = object()
+
+
+def convert(kind: Any, value: Any) -> Any:
+    """`value` as `kind`, one of the types that fields have, or FAILED."""
+    if kind is types.NoneType:
+        return None if value is None else FAILED
+    if kind is bool:
+        return value if isinstance(value, bool) else FAILED
+    if kind is str:
+        return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else FAILED
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or not value:
+            return FAILED
+        numbers = tuple(convert(float, item) for item in value)
+        return FAILED if FAILED in numbers else numbers
+    try:  # int and float
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        return FAILED
+    if not math.isfinite(number):
+        return FAILED
+    if kind is float:
+        return number
+    return int(value if isinstance(value, int) else number) if number.is_integer() else FAILED
+
+
+def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`values` with each value as its field's type.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one) or a value of another type, after the name of the `source`.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{source}: unknown key {key!r}{nearest(str(key), list(fields))}")
+    try:
+        return {key: coerce(fields[key], value) for key, value in values.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The values in a YAML file.
+
+    Raises:
+        ConfigError: no such file, no YAML mapping, an unknown key or a value of another type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', None) or 'not text'}); name a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, Mapping | None):
+        raise ConfigError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
+    return typed(values or {}, str(path))
+
+
+def load(path: str | Path) -> Config:
+    """The configuration in a YAML file, over the defaults; raises ConfigError as `read_yaml` and `Config` do."""
+    return Config(**read_yaml(path))
+
+
+def parse_flags(argv: Sequence[str], program: str, description: str, **special: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Reads `--key value`, `--key=value` and, for booleans, `--key`; dashes in keys count as underscores.
+
+    Args:
+        argv: the arguments, without the program's name.
+        program, description: for `--help`.
+        **special: flags of this program that are no configuration keys, with their help; they go before the keys of the same name.
+
+    Returns:
+        The special flags that were given, and the configuration keys that were given, as text.
+
+    Raises:
+        ConfigError: an unknown or repeated flag, or one that lacks its value.
+    """
+    parser = ArgumentParser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for key, help in special.items():
+        parser.add_argument(f"--{key}", help=help, metavar="PATH")
+    group = parser.add_argument_group("configuration (defaults < YAML < these < wandb)")
+    for field in dataclasses.fields(Config):
+        if field.name not in special:
+            default = "null" if field.default is None else field.default
+            optional = {"nargs": "?", "const": "true"} if field.type is bool else {}
+            group.add_argument(
+                f"--{field.name}", help=f"{field.metadata['help']} (default: {default})", metavar="VALUE", **optional
+            )
+    argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        keys = ["--" + key for key in [*special, *(field.name for field in dataclasses.fields(Config))]]
+        flag = rest[0].split("=")[0]
+        raise ConfigError(f"command line: unknown argument {rest[0]!r}{nearest(flag, keys)}")
+    values = vars(given)
+    return {k: v for k, v in values.items() if k in special}, {k: v for k, v in values.items() if k not in special}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with its errors as ConfigErrors: one line, without the usage that fills a screen here."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(f"command line: {message}")
+
+
+def parse(argv: Sequence[str], program: str = "train.py") -> Config:
+    """The configuration of a training from its command line: defaults < `--config` file < flags.
+
+    Raises:
+        ConfigError: as `load` and `parse_flags` do.
+    """
+    special, flags = parse_flags(argv, program, "Train a Clockwork VAE.", config="YAML file, e.g. configs/minerl.yml")
+    values = read_yaml(special["config"]) if "config" in special else {}
+    return Config(**values | typed(flags, "command line"))
+
+
+def refuse(error: ConfigError) -> int:
+    """Prints the error in one line; returns the exit code for bad input."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,783 @@
+"""The Clockwork VAE (Saxena, Ba, Hafner 2021, https://arxiv.org/abs/2102.09532) in Flax.
+
+Read from top to bottom: encoder, decoder, the cell of one level with its prior and posterior, the hierarchy, the objective,
+open-loop prediction. Symbols of the paper and names here:
+
+    x_t    video     frames, uint8 or floats in [0, 1]    [B, T, H, W, C]
+    e_t^l  features  of the frames of one tick            [B, T_l, F]
+    z_t^l  stoch     stochastic state                     [B, T_l, S]
+    h_t^l  deter     deterministic state                  [B, T_l, D]
+    s_t^l  output    [stoch, deter]: conditions the level below, and at the lowest level is decoded
+    q, p   posterior and prior over stoch, diagonal Gaussians
+
+B sequences, T frames, L levels, k = tmp_abs_factor. Levels count from 0 here (the paper's level 1 is our level 0), so that
+level l ticks every k**l frames and has T_l = ceil(T / k**l) ticks (Equation 1).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from config import Config
+
+FRAME_SIZE = 64
+"""Height and width of a frame: what the encoder's and decoder's unpadded convolutions are made for."""
+
+lecun_normal = nn.initializers.lecun_normal()
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+class Affine(nn.Module):
+    """x @ kernel + bias, with kernel [inputs, outputs] (Flax's Dense, but usable in parts).
+
+    `split` gives the kernel's parts for a layer on concatenated inputs, so that the part that doesn't recur is multiplied once for
+    all ticks: concat([a, b]) @ kernel = a @ kernel[:n] + b @ kernel[n:].
+    """
+
+    inputs: int
+    outputs: int
+
+    def setup(self) -> None:
+        self.kernel = self.param("kernel", lecun_normal, (self.inputs, self.outputs))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+
+    def __call__(self, x: Array) -> Array:
+        return x @ self.kernel + self.bias
+
+    def split(self, n: int) -> tuple[Array, Array]:
+        return self.kernel[:n], self.kernel[n:]
+
+
+class Convolution(nn.Module):
+    """A convolution of stride 2 without padding, kernel [size, size, C_in, C_out]: [N, H, W, C_in] -> [N, H', W', C_out].
+
+    Plain: H' = (H - size) // 2 + 1. Transposed: H' = 2 (H - 1) + size, and out[2 i + a] sums x[i] kernel[a], as in Keras and PyTorch.
+    """
+
+    inputs: int
+    outputs: int
+    size: int
+    transposed: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", lecun_normal, (self.size, self.size, self.inputs, self.outputs))
+        bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        return (conv_transpose if self.transposed else conv)(x, kernel) + bias
+
+
+def conv(x: Array, kernel: Array) -> Array:
+    """The convolution of `Convolution`. On CPUs as patches and one matmul: XLA's own gradients are several times slower there."""
+    size = kernel.shape[0]
+    if jax.default_backend() != "cpu" or size % 2:
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    N, H, W, C = x.shape
+    taps, H, W = size // 2, H // 2, W // 2
+    # Pairs of pixels become channels; stride 2 is then stride 1, with half as many taps each way.
+    x = x[:, : 2 * H, : 2 * W].reshape(N, H, 2, W, 2, C).transpose(0, 1, 3, 2, 4, 5).reshape(N, H, W, 4 * C)
+    H, W = H - taps + 1, W - taps + 1
+    patches = jnp.concatenate([x[:, a : a + H, b : b + W] for a in range(taps) for b in range(taps)], axis=-1)
+    kernel = kernel.reshape(taps, 2, taps, 2, C, -1).transpose(0, 2, 1, 3, 4, 5).reshape(patches.shape[-1], -1)
+    return patches @ kernel
+
+
+def conv_transpose(x: Array, kernel: Array) -> Array:
+    """The transposed convolution of `Convolution`.
+
+    On one pixel it is a Dense layer. On CPUs, one matmul makes each pixel's patch of outputs, and the patches are then added where they
+    overlap, first along rows, then along columns: XLA's gradient of a dilated convolution is many times slower there.
+    """
+    N, H, W, C = x.shape
+    size, outputs = kernel.shape[0], kernel.shape[-1]
+    if H == W == 1:
+        return (x.reshape(N, C) @ kernel.transpose(2, 0, 1, 3).reshape(C, -1)).reshape(N, size, size, outputs)
+    if jax.default_backend() != "cpu":
+        # Input dilation 2 with the kernel flipped, padded by size - 1.
+        padding = [(size - 1, size - 1)] * 2
+        return jax.lax.conv_general_dilated(
+            x, kernel[::-1, ::-1], (1, 1), padding, lhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    taps = (size + 1) // 2
+    patches = (x.reshape(-1, C) @ kernel.transpose(2, 0, 1, 3).reshape(C, -1)).reshape(N, H, W, size, size, outputs)
+    patches = jnp.pad(patches, ((0, 0),) * 3 + ((0, size % 2),) * 2 + ((0, 0),))
+    patches = patches.reshape(N, H, W, taps, 2, taps, 2, outputs)
+    rows = sum(jnp.pad(patches[:, :, :, a], ((0, 0), (a, taps - 1 - a)) + ((0, 0),) * 5) for a in range(taps))
+    # [N, H', W, 2, taps, 2, C]
+    full = sum(jnp.pad(rows[:, :, :, :, a], ((0, 0), (0, 0), (a, taps - 1 - a)) + ((0, 0),) * 3) for a in range(taps))
+    N, H, W = full.shape[:3]  # [N, H', W', 2, 2, C]
+    full = full.transpose(0, 1, 3, 2, 4, 5).reshape(N, 2 * H, 2 * W, outputs)
+    return full[:, : 2 * H - size % 2, : 2 * W - size % 2]
+
+
+# ---------------------------------------------------------------------------------------------- encoder, decoder
+
+
+class Encoder(nn.Module):
+    """e_t^l = e(x_t ... x_{t + k**l - 1}) (Equation 4): four convolutions per frame, then Dense layers per level.
+
+    Each level above 0 continues from the per-frame output of the level below; its features are then summed over the frames of a tick.
+    """
+
+    config: Config
+
+    @property
+    def feature_size(self) -> int:
+        return 2 * 2 * 8 * self.config.filters * self.config.channels_mult
+
+    @nn.compact
+    def __call__(self, video: Array) -> tuple[Array, ...]:
+        """[B, T, H, W, C] floats -> features of each level, [B, T_l, F]. A last tick that isn't full sums the frames it has."""
+        c = self.config
+        B, T, *frame_shape = video.shape
+        x = video.reshape(B * T, *frame_shape)
+        channels = c.channels
+        for i, multiple in enumerate((1, 2, 4, 8)):  # 64 -> 31 -> 14 -> 6 -> 2
+            outputs = c.filters * c.channels_mult * multiple
+            x = nn.leaky_relu(Convolution(channels, outputs, 4, name=f"conv_{i}")(x), 0.2)
+            channels = outputs
+        x = x.reshape(B, T, self.feature_size)
+        features = [x]
+        for level in range(1, c.levels):
+            ticks = c.tmp_abs_factor**level
+            for i in range(c.enc_dense_layers - 1):
+                inputs = self.feature_size if i == 0 else c.enc_dense_embed_size
+                x = nn.relu(Affine(inputs, c.enc_dense_embed_size, name=f"level_{level}_dense_{i}")(x))
+            if c.enc_dense_layers == 0:
+                features.append(sum_blocks(x, ticks))
+                continue
+            last = Affine(x.shape[-1], self.feature_size, name=f"level_{level}_dense_{c.enc_dense_layers - 1}")
+            # The last layer is linear, so it comes after the sum; its bias counts once per frame.
+            frames = sum_blocks(jnp.ones((1, T, 1)), ticks)
+            features.append(sum_blocks(x, ticks) @ last.kernel + frames * last.bias)
+            if level < c.levels - 1:
+                x = last(x)
+        return tuple(features)
+
+
+def sum_blocks(x: Array, size: int) -> Array:
+    """Sums over blocks of `size` along time: [B, T, F] -> [B, ceil(T / size), F]."""
+    B, T, F = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -T % size), (0, 0)))
+    return x.reshape(B, -1, size, F).sum(2)
+
+
+class Decoder(nn.Module):
+    """The mean of p(x_t | s_t^0): a Dense layer and four transposed convolutions per frame."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, output: Array) -> Array:
+        """[B, T, S + D] -> [B, T, H, W, C]; not clipped: tanh, hence within [-1, 1]."""
+        c = self.config
+        B, T, F = output.shape
+        base = c.filters * c.channels_mult
+        channels = 1024 * c.channels_mult
+        x = Affine(F, channels, name="dense")(output.reshape(B * T, F)).reshape(B * T, 1, 1, channels)
+        layers = (5, 4 * base), (5, 2 * base), (6, base), (6, c.channels)  # 1 -> 5 -> 13 -> 30 -> 64
+        for i, (size, outputs) in enumerate(layers):
+            x = Convolution(channels, outputs, size, transposed=True, name=f"conv_{i}")(x)
+            x = nn.leaky_relu(x, 0.2) if i < 3 else jnp.tanh(x)
+            channels = outputs
+        return x.reshape(B, T, *x.shape[1:])
+
+
+# ---------------------------------------------------------------------------------------------- one level
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian."""
+
+    mean: Array
+    stddev: Array
+
+
+def kl_divergence(q: Gaussian, p: Gaussian) -> Array:
+    """KL[q || p] in nats, summed over the last axis: sum ln(s_p / s_q) + (s_q**2 + (m_q - m_p)**2) / (2 s_p**2) - 1/2."""
+    ratio = q.stddev / p.stddev
+    return (0.5 * (ratio**2 + ((q.mean - p.mean) / p.stddev) ** 2 - 1) - jnp.log(ratio)).sum(-1)
+
+
+def entropy(p: Gaussian) -> Array:
+    """Entropy in nats, summed over the last axis: sum ln(s) + ln(2 pi e) / 2."""
+    return (jnp.log(p.stddev) + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class LevelState(NamedTuple):
+    """What one level carries from tick to tick."""
+
+    stoch: Array  # [B, S]
+    deter: Array  # [B, D]
+
+
+class LevelRollout(NamedTuple):
+    """One level over T_l ticks. Where the level didn't see the frames, the posterior is the prior."""
+
+    prior: Gaussian  # [B, T_l, S]
+    posterior: Gaussian  # [B, T_l, S]
+    stoch: Array  # [B, T_l, S], sampled from the posterior
+    deter: Array  # [B, T_l, D]
+
+    @property
+    def output(self) -> Array:
+        return jnp.concatenate([self.stoch, self.deter], -1)
+
+
+class GRU(nn.Module):
+    """Parameters of a GRU whose reset gate acts after the recurrent matmul, its three gates (reset, update, candidate) in one matmul.
+
+    The same function, initial distribution and number of parameters as Flax's GRUCell.
+    """
+
+    inputs: int
+    size: int
+
+    def setup(self) -> None:
+        def orthogonal_gates(key: Array, shape: tuple[int, int]) -> Array:
+            orthogonal = nn.initializers.orthogonal()
+            return jnp.concatenate([orthogonal(k, (self.size, self.size)) for k in jax.random.split(key, 3)], 1)
+
+        self.input_kernel = self.param("input_kernel", lecun_normal, (self.inputs, 3 * self.size))
+        self.input_bias = self.param("input_bias", nn.initializers.zeros, (3 * self.size,))
+        self.state_kernel = self.param("state_kernel", orthogonal_gates, (self.size, 3 * self.size))
+        self.candidate_bias = self.param("candidate_bias", nn.initializers.zeros, (self.size,))
+
+    def weights(self) -> dict[str, tuple[Array, Array]]:
+        state_bias = jnp.concatenate([jnp.zeros(2 * self.size), self.candidate_bias])
+        return {"gru_input": (self.input_kernel, self.input_bias), "gru_state": (self.state_kernel, state_bias)}
+
+
+class Stats(nn.Module):
+    """The last layer of prior and posterior: mean = Dense(h), stddev = softplus(Dense(h + 0.54)) + min_stddev.
+
+    The 0.54 is inherited from both earlier codes. The stddev's bias starts at zero, and softplus(0.54) is about 1, which suggests
+    that the shift was meant to go behind the Dense layer, for an initial stddev of 1. Where it stands, it shifts the stddev's
+    bias by 0.54 times the kernel's column sums. Kept, for equal initial distributions.
+    """
+
+    inputs: int
+    outputs: int
+
+    def setup(self) -> None:
+        self.mean = Affine(self.inputs, self.outputs)
+        self.stddev = Affine(self.inputs, self.outputs)
+
+    def weights(self) -> tuple[Array, Array]:
+        stddev_bias = self.stddev.bias + 0.54 * self.stddev.kernel.sum(0)
+        kernel = jnp.concatenate([self.mean.kernel, self.stddev.kernel], 1)
+        return kernel, jnp.concatenate([self.mean.bias, stddev_bias])
+
+
+class RSSMCell(nn.Module):
+    """The states of one level: prior p(s_t | s_{t-1}, s_t^{l+1}) and posterior q(s_t | s_{t-1}, s_t^{l+1}, e_t) (Equation 4).
+
+        h_t   = GRU(relu(Dense([z_{t-1}, context_t])), h_{t-1})
+        p_t   = Stats(relu(Dense(h_t)))
+        q_t   = Stats(relu(Dense(relu(Dense([h_t, features_t])))))
+
+    Both share all weights up to h_t. Only z and h recur: what context and features contribute is computed before the scan over the ticks
+    and, where the posterior is followed, the prior after it; inside remain the recurrent halves of the Dense layers.
+    """
+
+    config: Config
+    context_size: int
+    feature_size: int
+
+    def setup(self) -> None:
+        c = self.config
+        S, D, E = c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size
+        self.transition = Affine(S + self.context_size, E)
+        self.gru = GRU(E, D)
+        self.prior_hidden = Affine(D, E)
+        self.prior_stats = Stats(E, S)
+        self.posterior_in = Affine(D + self.feature_size, E)
+        self.posterior_hidden = Affine(E, E)
+        self.posterior_stats = Stats(E, S)
+
+    def __call__(
+        self, state: LevelState, context: Array | None, features: Array | None, noise: Array, reset: Array
+    ) -> tuple[LevelRollout, LevelState]:
+        """Unrolls the level.
+
+        Args:
+            state: before the first tick.
+            context: [B, T_l, context_size], or None for zeros (the top level).
+            features: [B, T_l, F]: follow the posterior; None: follow the prior.
+            noise: [B, T_l, S], standard normal.
+            reset: [T_l], multiplies the previous stoch.
+
+        Returns:
+            The rollout, and the state after the last tick.
+        """
+        c = self.config
+        S, D, E = c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size
+        B, T, _ = noise.shape
+        no_bias = jnp.zeros(E)
+
+        from_stoch, from_context = self.transition.split(S)
+        context = jnp.zeros((B, T, E)) if context is None else context @ from_context
+        inputs = {"context": context + self.transition.bias, "noise": noise}
+        weights = {"transition": (from_stoch, no_bias), **self.gru.weights()}
+        prior_weights = {
+            "prior_hidden": (self.prior_hidden.kernel, self.prior_hidden.bias),
+            "prior_stats": self.prior_stats.weights(),
+        }
+        if features is None:
+            weights |= prior_weights
+        else:
+            from_deter, from_features = self.posterior_in.split(D)
+            inputs["features"] = features @ from_features + self.posterior_in.bias
+            weights |= {
+                "posterior_in": (from_deter, no_bias),
+                "posterior_hidden": (self.posterior_hidden.kernel, self.posterior_hidden.bias),
+                "posterior_stats": self.posterior_stats.weights(),
+            }
+        inputs = {name: jnp.swapaxes(x, 0, 1) for name, x in inputs.items()}  # time first
+        inputs["reset"] = reset
+        tick = partial(self._tick, c, features is None)
+        state, (posterior, stoch, deter) = scan(tick, weights, state, inputs)
+        posterior, stoch, deter = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (posterior, stoch, deter))
+        prior = posterior
+        if features is not None:
+            prior = self._prior(c, lambda name, x: x @ prior_weights[name][0] + prior_weights[name][1], deter)
+        return LevelRollout(prior, posterior, stoch, deter), state
+
+    @staticmethod
+    def _tick(
+        config: Config, blind: bool, dense: Callable[[str, Array], Array], state: LevelState, inputs: dict[str, Array]
+    ) -> tuple[LevelState, tuple[Gaussian, Array, Array]]:
+        hidden = nn.relu(dense("transition", state.stoch * inputs["reset"]) + inputs["context"])
+        deter = gru(dense("gru_input", hidden), dense("gru_state", state.deter), state.deter)
+        if blind:
+            belief = RSSMCell._prior(config, dense, deter)
+        else:
+            hidden = nn.relu(dense("posterior_in", deter) + inputs["features"])
+            hidden = nn.relu(dense("posterior_hidden", hidden))
+            belief = gaussian(dense("posterior_stats", hidden), config.cell_min_stddev)
+        stoch = belief.mean if config.cell_mean_only else belief.mean + belief.stddev * inputs["noise"]
+        return LevelState(stoch, deter), (belief, stoch, deter)
+
+    @staticmethod
+    def _prior(config: Config, dense: Callable[[str, Array], Array], deter: Array) -> Gaussian:
+        hidden = nn.relu(dense("prior_hidden", deter))
+        return gaussian(dense("prior_stats", hidden), config.cell_min_stddev)
+
+
+def gru(from_input: Array, from_state: Array, state: Array) -> Array:
+    """The new state, from the gates' (reset, update, candidate) input and state halves, [B, 3 D] each."""
+    input_gates, input_candidate = jnp.split(from_input, [2 * state.shape[-1]], -1)
+    state_gates, state_candidate = jnp.split(from_state, [2 * state.shape[-1]], -1)
+    reset, update = jnp.split(nn.sigmoid(input_gates + state_gates), 2, -1)
+    return (1 - update) * jnp.tanh(input_candidate + reset * state_candidate) + update * state
+
+
+def gaussian(stats: Array, min_stddev: float) -> Gaussian:
+    """[..., 2 S] outputs of a `Stats` layer as a Gaussian."""
+    mean, stddev = jnp.split(stats, 2, -1)
+    return Gaussian(mean, nn.softplus(stddev) + min_stddev)
+
+
+def scan(tick: Callable, weights: dict[str, tuple[Array, Array]], state: Any, inputs: Any) -> tuple[Any, Any]:
+    """`lax.scan` of `tick(dense, state, inputs)` over time, where dense(name, x) = x @ kernel + bias for `weights[name]`.
+
+    Differentiating a scan adds up the gradient of each weight tick by tick. Here the backward scan keeps the gradient at each dense layer's
+    output instead, and afterwards one matmul per weight, over all ticks, gives the same sum: fewer, larger operations.
+    """
+
+    def forward(state: Any, inputs: Any, probes: dict[str, Array], weights: dict) -> tuple:
+        def body(state: Any, slices: tuple) -> tuple:
+            inputs, probes = slices
+            seen = {}
+
+            def dense(name: str, x: Array) -> Array:
+                seen[name] = x
+                return probed_dense(x, *weights[name], probes[name])
+
+            state, outputs = tick(dense, state, inputs)
+            return state, (outputs, seen)
+
+        state, (outputs, seen) = jax.lax.scan(body, state, (inputs, probes))
+        return (state, outputs), seen
+
+    T, B = jax.tree.leaves(inputs)[0].shape[0], jax.tree.leaves(state)[0].shape[0]
+
+    def probes(weights: dict) -> dict[str, Array]:
+        return {name: jnp.zeros((T, B, bias.shape[0])) for name, (_, bias) in weights.items()}
+
+    @jax.custom_vjp
+    def run(weights: dict, state: Any, inputs: Any) -> Any:
+        return forward(state, inputs, probes(weights), weights)[0]
+
+    def run_forward(weights: dict, state: Any, inputs: Any) -> tuple:
+        outputs, pullback, seen = jax.vjp(partial(forward, weights=weights), state, inputs, probes(weights), has_aux=True)
+        return outputs, (pullback, seen)
+
+    def run_backward(residuals: tuple, gradient: Any) -> tuple:
+        pullback, seen = residuals
+        state_gradient, inputs_gradient, at_dense = pullback(gradient)
+        weights_gradient = {
+            name: (jnp.einsum("tbi,tbo->io", seen[name], g), g.sum((0, 1))) for name, g in at_dense.items()
+        }
+        return weights_gradient, state_gradient, inputs_gradient
+
+    run.defvjp(run_forward, run_backward)
+    return run(weights, state, inputs)
+
+
+@jax.custom_vjp
+def probed_dense(x: Array, kernel: Array, bias: Array, probe: Array) -> Array:
+    """x @ kernel + bias, with the gradient at its output going to `probe` and none to the weights; see `scan`."""
+    return x @ kernel + bias
+
+
+probed_dense.defvjp(
+    lambda x, kernel, bias, probe: (x @ kernel + bias, kernel),
+    lambda kernel, gradient: (gradient @ kernel.T, None, None, gradient),
+)
+
+
+# ---------------------------------------------------------------------------------------------- hierarchy
+
+
+@flax.struct.dataclass
+class State:
+    """Where a hierarchy stands between two calls of `observe` and `imagine`."""
+
+    levels: tuple[LevelState, ...]
+    between_ticks: bool = flax.struct.field(pytree_node=False, default=True)
+    """Whether all levels have finished their ticks: else, no further frames can follow."""
+
+
+def ticks(config: Config, frames: int) -> list[int]:
+    """T_l = ceil(frames / k**l) of each level."""
+    return [-(-frames // config.tmp_abs_factor**level) for level in range(config.levels)]
+
+
+def draw_noise(config: Config, keys: Array, frames: int) -> tuple[Array, ...]:
+    """Standard normal noise for all ticks of each level, [B, T_l, S], from one PRNG key per sequence [B]."""
+    sizes = ticks(config, frames)
+    draw = jax.vmap(lambda key: jax.random.normal(key, (sum(sizes), config.cell_stoch_size)))
+    starts = [sum(sizes[: level + 1]) for level in range(config.levels - 1)]
+    return tuple(jnp.split(draw(keys), starts, axis=1))
+
+
+def reset_masks(config: Config, frames: int) -> tuple[Array, ...]:
+    """[T_l] factors of the previous stoch at each level: ones, except below the top with `cell_reset_state`.
+
+    As in the official code: 0, 1, 0, 1, ... over the ticks of level L-2; each level further down repeats the whole sequence of the level
+    above k times, cut to its length.
+    """
+    masks = [jnp.ones(T) for T in ticks(config, frames)]
+    if config.cell_reset_state and config.levels > 1:
+        mask = jnp.arange(len(masks[-2])) % 2.0
+        for level in range(config.levels - 2, -1, -1):
+            masks[level] = mask[: len(masks[level])]
+            mask = jnp.tile(masks[level], config.tmp_abs_factor)
+    return tuple(masks)
+
+
+class CWVAE(nn.Module):
+    """The Clockwork VAE: an encoder, a chain of states per level, a decoder (Figure 3, Equations 3 and 4).
+
+    With `action_size` > 0, `actions` [B, T, action_size] are concatenated to the context of level 0.
+    """
+
+    config: Config
+    action_size: int = 0
+
+    def setup(self) -> None:
+        c = self.config
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        output_size = c.cell_stoch_size + c.cell_deter_size
+        self.cells = [
+            RSSMCell(c, output_size + (self.action_size if level == 0 else 0), self.encoder.feature_size, name=f"cell_{level}")
+            for level in range(c.levels)
+        ]
+
+    def __call__(self, video: Array, noise: Sequence[Array], actions: Array | None = None) -> dict[str, Array]:
+        """The terms of the objective, see `elbo`: what initialisation runs through."""
+        return self.elbo(video, noise, actions)
+
+    def observe(
+        self,
+        video: Array,
+        noise: Sequence[Array],
+        state: State | None = None,
+        actions: Array | None = None,
+        use_obs: str | None = None,
+        reset: Sequence[Array] | None = None,
+    ) -> tuple[tuple[LevelRollout, ...], State]:
+        """Filters frames: infers the states from frames up to the end of each tick.
+
+        Args:
+            video: [B, T, H, W, C], uint8 or floats in [0, 1]. T needn't be a multiple of k**(L-1), but only then can more frames follow.
+            noise: of `draw_noise` for T frames.
+            state: where an earlier call ended; None: the beginning of a sequence.
+            actions: [B, T, action_size].
+            use_obs: per level, T: follow the posterior, F: the level is blind and follows its prior. None: all follow the posterior.
+            reset: of `reset_masks`, where the frames are a part of a longer sequence; None: they are a whole sequence.
+
+        Returns:
+            Each level's rollout and the state at the end.
+
+        Raises:
+            ValueError: `state` was left in the middle of a tick.
+        """
+        features = self.encoder(floats(video))
+        seen = [x if letter == "T" else None for x, letter in zip(features, use_obs or "T" * self.config.levels, strict=True)]
+        return self._unroll(video.shape[1], seen, noise, state, actions, reset)
+
+    def imagine(
+        self,
+        frames: int,
+        noise: Sequence[Array],
+        state: State | None = None,
+        actions: Array | None = None,
+        reset: Sequence[Array] | None = None,
+    ) -> tuple[tuple[LevelRollout, ...], State]:
+        """Predicts `frames` frames ahead with the prior alone; otherwise as `observe`."""
+        return self._unroll(frames, [None] * self.config.levels, noise, state, actions, reset)
+
+    def decode(self, rollouts: Sequence[LevelRollout]) -> Array:
+        """The frames' means [B, T, H, W, C] (not clipped to [0, 1])."""
+        return self.decoder(rollouts[0].output)
+
+    def decode_prior(self, rollouts: Sequence[LevelRollout], noise: Sequence[Array]) -> Array:
+        """Frames predicted by level 0's prior one step ahead of the frames that `observe` saw, [B, T, H, W, C]."""
+        prior, deter = rollouts[0].prior, rollouts[0].deter
+        stoch = prior.mean if self.config.cell_mean_only else prior.mean + prior.stddev * noise[0]
+        return self.decoder(jnp.concatenate([stoch, deter], -1))
+
+    def _unroll(
+        self,
+        frames: int,
+        features: Sequence[Array | None],
+        noise: Sequence[Array],
+        state: State | None,
+        actions: Array | None,
+        reset: Sequence[Array] | None,
+    ) -> tuple[tuple[LevelRollout, ...], State]:
+        """Unrolls the levels from the top down; each level's output is the context of the k ticks below."""
+        c = self.config
+        if state is None:
+            state = self.initial_state(noise[0].shape[0])
+        if not state.between_ticks:
+            block = c.tmp_abs_factor ** (c.levels - 1)
+            raise ValueError(f"state: was left within a tick; only after a multiple of {block} frames can more frames follow")
+        reset = reset_masks(c, frames) if reset is None else reset
+        rollouts: list[LevelRollout] = []
+        states: list[LevelState] = []
+        context = None
+        for level in range(c.levels - 1, -1, -1):
+            T = ticks(c, frames)[level]
+            assert noise[level].shape[1] == T, (level, noise[level].shape, T)
+            if level == 0 and self.action_size:
+                if context is None:
+                    context = jnp.zeros((noise[0].shape[0], T, c.cell_stoch_size + c.cell_deter_size))
+                context = jnp.concatenate([context[:, :T], actions], -1)
+            context = None if context is None else context[:, :T]
+            rollout, last = self.cells[level](state.levels[level], context, features[level], noise[level], reset[level])
+            context = jnp.repeat(rollout.output, c.tmp_abs_factor, axis=1)
+            rollouts.insert(0, rollout)
+            states.insert(0, last)
+        return tuple(rollouts), State(tuple(states), frames % c.tmp_abs_factor ** (c.levels - 1) == 0)
+
+    def initial_state(self, batch: int) -> State:
+        """Zeros at every level."""
+        c = self.config
+        zeros = LevelState(jnp.zeros((batch, c.cell_stoch_size)), jnp.zeros((batch, c.cell_deter_size)))
+        return State((zeros,) * c.levels)
+
+    def elbo(
+        self,
+        video: Array,
+        noise: Sequence[Array],
+        actions: Array | None = None,
+        state: State | None = None,
+        reset: Sequence[Array] | None = None,
+    ) -> dict[str, Any]:
+        """The terms of the evidence lower bound (Equation 5), in nats, summed over time, not yet over levels and sequences.
+
+        Arguments are as in `observe`.
+
+        Returns:
+            nll [B]: -sum_t ln Normal(x_t; decode(s_t^0), dec_stddev), summed over pixels.
+            kl [L, B]: sum_t KL[q_t^l || p_t^l].
+            kl_prior, kl_posterior [L, B]: the same values, whose gradients reach only the prior, only the posterior (KL balancing).
+            entropy_prior, entropy_posterior [L, B].
+            state: at the end.
+        """
+        c = self.config
+        video = floats(video)
+        rollouts, state = self.observe(video, noise, state, actions, reset=reset)
+        error = (video - self.decode(rollouts)) / c.dec_stddev
+        pixels = math.prod(video.shape[1:])
+        nll = 0.5 * (error**2).sum((1, 2, 3, 4)) + pixels * (math.log(c.dec_stddev) + 0.5 * math.log(2 * math.pi))
+
+        def per_level(term: Callable[[Gaussian, Gaussian], Array]) -> Array:
+            return jnp.stack([term(rollout.posterior, rollout.prior).sum(1) for rollout in rollouts])
+
+        stop = jax.lax.stop_gradient
+        return {
+            "nll": nll,
+            "kl": per_level(kl_divergence),
+            "kl_prior": per_level(lambda q, p: kl_divergence(stop(q), p)),
+            "kl_posterior": per_level(lambda q, p: kl_divergence(q, stop(p))),
+            "entropy_prior": per_level(lambda q, p: entropy(p)),
+            "entropy_posterior": per_level(lambda q, p: entropy(q)),
+            "state": state,
+        }
+
+
+def floats(video: Array) -> Array:
+    """Frames as floats in [0, 1]: uint8 is divided by 255, floats are left alone."""
+    return video / jnp.float32(255) if video.dtype == jnp.uint8 else video
+
+
+# ---------------------------------------------------------------------------------------------- objective
+
+
+def objective(config: Config, terms: dict[str, Array], weight: Array, frames: int, axis: str | None = None) -> tuple[Array, dict]:
+    """The training loss: nll + sum_l kl_l, each per frame and averaged over the batch, with the official code's options for the KL.
+
+        kl_grad_post_perc p:  kl_l <- (1 - p) KL[stop(q) || p] + max(1, p KL[q || stop(p)])
+        free_nats f:          kl_l <- max(0, kl_l - f)
+        beta:                 kl_l <- beta_l kl_l
+
+    Args:
+        config: for these options.
+        terms: of `CWVAE.elbo`.
+        weight: [B], 1 for a sequence that counts and 0 for padding.
+        frames: T, which everything is divided by.
+        axis: name of the mapped axis over whose devices the batch is spread, if any.
+
+    Returns:
+        This device's share of the loss (the loss is the sum over the devices, and so for gradients), and likewise of the metrics.
+    """
+    c = config
+    total = partial(jax.lax.psum, axis_name=axis) if axis else lambda x: x
+    weight = weight / total(weight.sum())
+    devices = total(jnp.ones(()))
+
+    def clamped(share: Array, floor: float) -> Array:
+        """This device's share of max(floor, the sum of all shares)."""
+        return jnp.where(total(jax.lax.stop_gradient(share)) > floor, share, floor / devices)
+
+    mean = {name: (x * weight).sum(-1) for name, x in terms.items() if name != "state"}  # [] or [L]
+    kl = mean["kl"]
+    if c.kl_grad_post_perc is not None:
+        p = c.kl_grad_post_perc
+        kl = (1 - p) * mean["kl_prior"] + clamped(p * mean["kl_posterior"], 1.0)
+    if c.free_nats is not None:
+        kl = clamped(kl, c.free_nats) - c.free_nats / devices
+    if c.beta is not None:
+        kl = jnp.asarray(c.beta) * kl
+
+    loss = (mean["nll"] + kl.sum()) / frames
+    metrics = {"loss": loss, "nll_term": mean["nll"] / frames, "kl_term": kl.sum() / frames}
+    for level in range(c.levels):
+        metrics |= {
+            f"avg_kl_prior_posterior__level_{level}": mean["kl"][level] / frames,
+            f"avg_entropy_prior__level_{level}": mean["entropy_prior"][level] / frames,
+            f"avg_entropy_posterior__level_{level}": mean["entropy_posterior"][level] / frames,
+        }
+    return loss, metrics
+
+
+# ---------------------------------------------------------------------------------------------- long sequences
+# In chunks of time, so that memory doesn't grow with the length. Noise is drawn for the whole sequence: the chunks don't show in the results.
+
+
+def chunk_size(config: Config) -> int:
+    """Frames of a chunk: a training sequence's, up to whole ticks of the top level."""
+    block = config.tmp_abs_factor ** (config.levels - 1)
+    return -(-config.seq_len // block) * block
+
+
+def part(config: Config, levels: Sequence[Array], start: int, stop: int, axis: int) -> tuple[Array, ...]:
+    """The ticks from frame `start` (a multiple of k**(L-1)) to frame `stop` of one array per level; zeros behind an array's end."""
+    parts = []
+    for level, x in enumerate(levels):
+        first, last = start // config.tmp_abs_factor**level, -(-stop // config.tmp_abs_factor**level)
+        x = jax.lax.slice_in_dim(x, first, min(last, x.shape[axis]), axis=axis)
+        padding = [(0, last - first - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+        parts.append(jnp.pad(x, padding))
+    return tuple(parts)
+
+
+def long_elbo(model: CWVAE, params: Any, video: Array, keys: Array, chunk: int | None = None) -> dict[str, Array]:
+    """`CWVAE.elbo`'s terms of video [B, T, H, W, C] (host or device, uint8), with noise from one key per sequence [B]."""
+    c = model.config
+    T, chunk = video.shape[1], chunk or chunk_size(c)
+    noise, reset = draw_noise(c, keys, T), reset_masks(c, T)
+    state, total = None, None
+    for start in range(0, T, chunk):
+        stop = min(start + chunk, T)
+        terms = _elbo(model, params, video[:, start:stop], part(c, noise, start, stop, 1), state, part(c, reset, start, stop, 0))
+        state = terms.pop("state")
+        total = terms if total is None else jax.tree.map(jnp.add, total, terms)
+    assert total is not None
+    return total
+
+
+def open_loop(
+    model: CWVAE, params: Any, video: Array, keys: Array, frames: int, use_obs: str | None = None, chunk: int | None = None
+) -> Iterator[tuple[str, Array]]:
+    """Predicts from context frames: filters them, then follows the prior at all levels (the paper's section 3).
+
+    Args:
+        model: the model.
+        params: its parameters.
+        video: the context, [B, T, H, W, C]; T a multiple of k**(L-1). Nothing else of a video enters here.
+        keys: one PRNG key per sequence [B].
+        frames: to predict after the context.
+        use_obs: the levels that see the context, see `CWVAE.observe`.
+        chunk: frames predicted at a time, a multiple of k**(L-1).
+
+    Yields:
+        ("posterior_recon", [B, T, H, W, C]): the context's reconstruction,
+        ("prior_onestep", [B, T, H, W, C]): the context, each frame predicted from the ones before it by level 0's prior,
+        ("prior_multistep", [B, <= chunk, H, W, C]) until all `frames` are predicted. Means, not clipped to [0, 1].
+
+    Raises:
+        ValueError: the context isn't a multiple of k**(L-1) frames.
+    """
+    c = model.config
+    context, chunk = video.shape[1], chunk or chunk_size(c)
+    noise, reset = draw_noise(c, keys, context + frames), reset_masks(c, frames)
+    recon, onestep, state = _observe(model, params, video, part(c, noise, 0, context, 1), use_obs)
+    yield "posterior_recon", recon
+    yield "prior_onestep", onestep
+    for start in range(0, frames, chunk):
+        stop = start + chunk
+        future = part(c, noise, context + start, context + stop, 1)
+        prediction, state = _imagine(model, params, chunk, future, state, part(c, reset, start, stop, 0))
+        yield "prior_multistep", prediction[:, : frames - start]
+
+
+@partial(jax.jit, static_argnums=0)
+def _elbo(model: CWVAE, params: Any, video: Array, noise: Any, state: State | None, reset: Any) -> dict[str, Any]:
+    return model.apply(params, video, noise, state=state, reset=reset, method="elbo")
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _observe(model: CWVAE, params: Any, video: Array, noise: Any, use_obs: str | None) -> tuple[Array, Array, State]:
+    rollouts, state = model.apply(params, video, noise, use_obs=use_obs, method="observe")
+    onestep = model.apply(params, rollouts, noise, method="decode_prior")
+    return model.apply(params, rollouts, method="decode"), onestep, state
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _imagine(model: CWVAE, params: Any, frames: int, noise: Any, state: State, reset: Any) -> tuple[Array, State]:
+    rollouts, state = model.apply(params, frames, noise, state=state, reset=reset, method="imagine")
+    return model.apply(params, rollouts, method="decode"), state

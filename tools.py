@@ -1,0 +1,290 @@
+"""What training and evaluation share: image metrics, pictures of videos, logs and checkpoints."""
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from PIL import Image
+
+from config import Config, ConfigError
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+PROTOCOLS = ("paper", "standard")
+"""How predictions are compared with the truth. Figures of different protocols can't be compared.
+
+paper: what both earlier codes computed with scikit-image 0.18: predictions as they are, SSIM with data range 2, PSNR with data
+    range 1 per channel, then averaged.
+standard: predictions clipped to [0, 1], data range 1, PSNR over all channels together.
+Both: SSIM per channel with a uniform 7x7 window and sample covariance.
+"""
+
+PSNR_OF_EQUAL_FRAMES = 100.0
+"""Stands for the infinite PSNR of a frame that equals the truth, and bounds that of frames nearly so, to keep averages finite."""
+
+
+def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, Array]:
+    """SSIM and PSNR (in dB) of each frame.
+
+    Args:
+        truth: [..., H, W, C] floats in [0, 1].
+        prediction: likewise, but may leave [0, 1].
+        protocol: one of PROTOCOLS.
+
+    Returns:
+        "ssim" and "psnr", [...] each.
+    """
+    assert protocol in PROTOCOLS, protocol
+    if protocol == "standard":
+        prediction = prediction.clip(0, 1)
+    ssim = structural_similarity(truth, prediction, data_range=2.0 if protocol == "paper" else 1.0).mean(-1)
+    error = ((truth - prediction) ** 2).mean((-3, -2))
+    error = error if protocol == "paper" else error.mean(-1, keepdims=True)
+    psnr = -10 * jnp.log10(jnp.maximum(error, 10 ** (-PSNR_OF_EQUAL_FRAMES / 10)))
+    return {"ssim": ssim, "psnr": psnr.mean(-1)}
+
+
+def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7) -> Array:
+    """SSIM per channel, [..., H, W, C] -> [..., C], as scikit-image's `structural_similarity` with its defaults."""
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    pixels = window**2
+
+    def window_mean(x: Array) -> Array:
+        """Over each window that lies within the frame."""
+        for axis in (-3, -2):
+            places = x.shape[axis] - window + 1
+            x = sum(jax.lax.slice_in_dim(x, i, i + places, axis=x.ndim + axis) for i in range(window))  # type: ignore[assignment]
+        return x / pixels
+
+    # Variances don't change when a constant is subtracted, but their rounding errors shrink.
+    mean_a, mean_b = window_mean(a - 0.5), window_mean(b - 0.5)
+    sample = pixels / (pixels - 1)
+    var_a = sample * (window_mean((a - 0.5) ** 2) - mean_a**2)
+    var_b = sample * (window_mean((b - 0.5) ** 2) - mean_b**2)
+    covariance = sample * (window_mean((a - 0.5) * (b - 0.5)) - mean_a * mean_b)
+    mean_a, mean_b = mean_a + 0.5, mean_b + 0.5
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return similarity.mean((-3, -2))
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def to_uint8(video: Array) -> Array:
+    """Floats, clipped to [0, 1], as uint8; truncated like in the earlier codes."""
+    return (jnp.clip(video, 0, 1) * 255).astype(jnp.uint8)
+
+
+def save_grid(video: np.ndarray, path: Path, strip: int = 50) -> None:
+    """Writes uint8 [T, H, W, C] as a PNG: rows of `strip` frames, 1 pixel apart; the last row may be shorter."""
+    T, H, W, C = video.shape
+    columns, rows = min(T, strip), -(-T // strip)
+    grid = np.zeros((rows * columns, H + 1, W + 1, C), np.uint8)
+    grid[:T, :H, :W] = video
+    grid = grid.reshape(rows, columns, H + 1, W + 1, C).transpose(0, 2, 1, 3, 4).reshape(rows * (H + 1), columns * (W + 1), C)
+    Image.fromarray(rgb(grid)[:-1, :-1]).save(path)
+
+
+def rgb(image: np.ndarray) -> np.ndarray:
+    """[..., C] with one, three or any other number of channels as [..., 3]: grey, colour, or the first channel as grey."""
+    return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+
+
+def comparison(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.ndarray:
+    """Truth | prediction | absolute error side by side, one row per example, uint8 [B, T, H, W, C] -> [T, H', W', 3].
+
+    The frame around the prediction is green while the model sees the context and reconstructs it, then red.
+    """
+    B, T, H, W, _ = truth.shape
+    error = np.abs(truth.astype(np.int16) - prediction).astype(np.uint8)
+    border = 2
+    picture = np.zeros((T, B, H + 2 * border, 3, W + 2 * border, 3), np.uint8)
+    picture[:context, :, :, 1] = (0, 160, 80)
+    picture[context:, :, :, 1] = (200, 40, 40)
+    for column, video in enumerate((truth, prediction, error)):
+        picture[:, :, border:-border, column, border:-border] = rgb(video).swapaxes(0, 1)
+    return picture.reshape(T, B * (H + 2 * border), 3 * (W + 2 * border), 3)
+
+
+def save_gif(video: np.ndarray, path: Path, frames_per_second: int = 15, scale: int = 2) -> None:
+    """Writes uint8 [T, H, W, 3] as a GIF that repeats for ever, `scale` times enlarged."""
+    frames = [Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.NEAREST) for frame in video]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // frames_per_second, loop=0)
+
+
+def plot_range(mean: np.ndarray, stddev: np.ndarray, path: Path, ylabel: str) -> None:
+    """Writes a plot of mean +- stddev over predicted frames, [T] each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # slow to import, and only evaluation plots
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    frames = np.arange(1, len(mean) + 1)
+    axes.plot(frames, mean)
+    axes.fill_between(frames, mean - stddev, mean + stddev, alpha=0.3)
+    axes.set(xlabel="predicted frame", ylabel=ylabel)
+    axes.grid(axis="y")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- logs
+
+
+class Log:
+    """Metrics to `metrics.jsonl`, one line per log, and to wandb where it runs."""
+
+    def __init__(self, directory: Path, step: int, wandb_run: Any | None):
+        """Opens the log of a run that stands at `step`: lines of later steps, of a run that was interrupted, are dropped."""
+        self.path = directory / "metrics.jsonl"
+        self.wandb_run = wandb_run
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if before(line, step)]
+            replace_file(self.path, "".join(lines).encode())
+        self.file = self.path.open("a")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log(dict(values), step=step)
+
+    def gif(self, step: int, name: str, path: Path) -> None:
+        if self.wandb_run is not None:
+            import wandb
+
+            self.wandb_run.log({name: wandb.Video(str(path), format="gif")}, step=step)
+
+    def close(self, exit_code: int = 0) -> None:
+        self.file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=exit_code)
+
+
+def before(line: str, step: int) -> bool:
+    """Whether a line of `metrics.jsonl` is whole and of no later step."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file such that at any time the old or the new one is there, whole."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def start_wandb(config: Config, directory: Callable[[Config], Path]) -> tuple[Config, Any | None]:
+    """Starts a wandb run, or continues the one of the run directory; a sweep's values replace the configuration's.
+
+    Without a login, `auto` runs offline and says so: nobody is asked for a key. WANDB_MODE, where set, decides in place of `auto`.
+
+    Args:
+        config: the configuration so far.
+        directory: the run directory of a configuration.
+
+    Returns:
+        The configuration with the sweep's values, and the run, or None where wandb is disabled.
+
+    Raises:
+        ConfigError: a sweep's key or value can't work.
+    """
+    mode = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE", "auto")
+    if mode == "disabled":
+        return config, None
+    import wandb  # slow to import
+
+    if mode == "auto":
+        try:
+            mode = "online" if wandb.login(prompt=False) else "offline"
+            reason = "no API key is configured"
+        except wandb.Error as error:
+            mode, reason = "offline", " ".join(str(error).split())
+        if mode == "offline":
+            print(f"wandb: offline, since {reason}; `wandb login` before the next run, or `wandb sync` after this one, uploads it")
+    saved_id = directory(config) / "wandb_id"
+    Path(config.logdir).mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project="cwvae",
+        mode=mode,
+        dir=config.logdir,
+        config=dataclasses.asdict(config),
+        id=saved_id.read_text() if saved_id.exists() and "WANDB_RUN_ID" not in os.environ else None,
+        resume="allow",
+        settings=wandb.Settings(silent=True),
+    )
+    config = config.updated(dict(run.config), "wandb")
+    run.name = config.run_name
+    directory(config).mkdir(parents=True, exist_ok=True)
+    (directory(config) / "wandb_id").write_text(run.id)
+    return config, run
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+class DamagedCheckpoint(ConfigError):
+    """A checkpoint that isn't what was saved."""
+
+
+def open_checkpoints(directory: Path, keep_every: int | None = None) -> Any:
+    """The checkpoints in a directory, an Orbax `Checkpointer`: the newest two (rolling), and one every `keep_every` steps for ever."""
+    from orbax.checkpoint import v1 as ocp  # slow to import
+
+    policies = ocp.training.preservation_policies
+    keep = [policies.LatestN(2), policies.EveryNSteps(keep_every)] if keep_every else [policies.PreserveAll()]
+    return ocp.training.Checkpointer(
+        directory.absolute(), preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=bool(keep_every)
+    )
+
+
+def save_checkpoint(checkpoints: Any, step: int, state: Any) -> None:
+    """Saves a pytree of arrays with its checksum. Returns once it is copied; a thread writes it."""
+    host = jax.tree.map(lambda x: np.array(x), state)  # a copy: the device's memory is donated to the next step
+    checkpoints.save_async(step, host, force=True, overwrite=True, custom_metadata={"checksum": checksum(host)})
+
+
+def load_checkpoint(checkpoints: Any, step: int, like: Any) -> Any:
+    """The pytree of numpy arrays that was saved at `step`, of the shapes and dtypes of `like`.
+
+    Raises:
+        DamagedCheckpoint: it isn't there whole, is of other shapes, or fails its checksum.
+    """
+    path = Path(checkpoints.directory) / str(step)
+    try:
+        state = checkpoints.load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like))
+        saved = checkpoints.metadata(step).custom_metadata["checksum"]
+    except Exception as error:  # whatever Orbax meets in a damaged file; its texts mislead
+        raise DamagedCheckpoint(f"checkpoint: {path} is damaged or of another model ({type(error).__name__}); choose another") from error
+    if checksum(state) != saved:
+        raise DamagedCheckpoint(f"checkpoint: {path} is damaged (its checksum differs from the saved one); choose another")
+    return state
+
+
+def load_newest_checkpoint(checkpoints: Any, like: Any) -> tuple[int, Any] | None:
+    """The newest intact checkpoint, as its step and its state; None where there is none. Says which newer ones are damaged."""
+    for info in reversed(checkpoints.checkpoints):
+        try:
+            return info.step, load_checkpoint(checkpoints, info.step, like)
+        except DamagedCheckpoint as error:
+            print(f"{error.args[0].rsplit(';', 1)[0]}; falling back to the one before")
+    return None
+
+
+def checksum(tree: Any) -> int:
+    """Of the bytes of all leaves and their places in the tree."""
+    crc = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        crc = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(jax.tree_util.keystr(path).encode(), crc))
+    return crc

@@ -5,6 +5,7 @@ each field's text is also its line in `--help`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -50,7 +51,9 @@ class Config:
     cell_mean_only: bool = option(False, "use the mean in place of a sample")
     cell_reset_state: bool = option(False, "reset the stochastic state below the top level, as VTA does")
     channels_mult: int = option(1, "multiplies the number of convolution channels", at_least=1)
-    filters: int = option(32, "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many", at_least=1)
+    filters: int = option(
+        32, "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many", at_least=1
+    )
 
     # DATASET
     dataset: str = option("mmnist", "minerl, mazes, mmnist, or digits (embedded: no download)")
@@ -64,15 +67,23 @@ class Config:
     batch_size: int = option(50, "sequences in a batch, over all devices", at_least=1)
     num_epochs: int = option(300, "passes over the training sequences", at_least=1)
     max_steps: int | None = option(None, "stop after this many steps, if the epochs don't end before", at_least=1)
-    clip_grad_norm_by: float | None = option(10000.0, "bound on the gradient's global norm; 0 or null: none", at_least=0)
-    kl_grad_post_perc: float | None = option(None, "KL balancing: the share p of the KL that trains the posterior", at_least=0)
+    clip_grad_norm_by: float | None = option(
+        10000.0, "bound on the gradient's global norm; 0 or null: none", at_least=0
+    )
+    kl_grad_post_perc: float | None = option(
+        None, "KL balancing: the share p of the KL that trains the posterior", at_least=0
+    )
     free_nats: float | None = option(None, "nats per level and sequence that cost nothing", at_least=0)
     beta: float | tuple[float, ...] | None = option(None, "factor of the KL: one number, or one per level", at_least=0)
-    seed: int | None = option(None, "the same seed repeats a run exactly; null: a random one, saved with the run", at_least=0)
+    seed: int | None = option(
+        None, "the same seed repeats a run exactly; null: a random one, saved with the run", at_least=0
+    )
 
     # SUMMARIES
     logdir: str = option("logs", "directory of the runs: a run lives in <logdir>/<dataset>/<run name>")
-    open_loop_ctx: int = option(36, "context frames of an open-loop prediction; a multiple of k**(levels-1)", at_least=1)
+    open_loop_ctx: int = option(
+        36, "context frames of an open-loop prediction; a multiple of k**(levels-1)", at_least=1
+    )
     num_val_batches: int = option(1, "batches of a validation", at_least=1)
     save_gifs: bool = option(True, "save videos of open-loop predictions")
     save_scalars_every: int = option(1000, "steps between two logs of training and validation metrics", at_least=1)
@@ -84,7 +95,9 @@ class Config:
     # EVALUATION
     num_examples: int = option(100, "sequences to evaluate", at_least=1)
     num_samples: int = option(1, "predictions sampled per sequence", at_least=1)
-    use_obs: str | None = option(None, "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three")
+    use_obs: str | None = option(
+        None, "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three"
+    )
     no_save_grid: bool = option(False, "don't write predictions as PNG grids")
 
     def __post_init__(self) -> None:
@@ -107,24 +120,28 @@ class Config:
         choose("dataset", self.dataset, list(CHANNELS))
         if self.channels != CHANNELS[self.dataset]:
             raise ConfigError(
-                f"channels: {self.dataset} has {CHANNELS[self.dataset]}, got {self.channels}; set --channels {CHANNELS[self.dataset]}"
+                f"channels: {self.dataset} has {CHANNELS[self.dataset]}, got {self.channels}; "
+                f"set --channels {CHANNELS[self.dataset]}"
             )
         if self.kl_grad_post_perc is not None and self.kl_grad_post_perc > 1:
             raise ConfigError(f"kl_grad_post_perc: must be a share between 0 and 1, got {self.kl_grad_post_perc}")
         if isinstance(self.beta, tuple) and len(self.beta) != self.levels:
-            raise ConfigError(f"beta: needs one number, or one for each of the {self.levels} levels, got {list(self.beta)}")
+            raise ConfigError(
+                f"beta: needs one number, or one for each of the {self.levels} levels, got {list(self.beta)}"
+            )
         if self.use_obs is not None and not re.fullmatch(f"[TF]{{{self.levels}}}", self.use_obs):
             raise ConfigError(f"use_obs: needs one T or F for each of the {self.levels} levels, got {self.use_obs!r}")
         block = self.tmp_abs_factor ** (self.levels - 1)
+        nearest_context = max(1, round(self.open_loop_ctx / block)) * block
         if self.open_loop_ctx % block:
             raise ConfigError(
-                f"open_loop_ctx: must be a multiple of tmp_abs_factor**(levels-1) = {block}, the frames of one tick of the top level, "
-                f"got {self.open_loop_ctx}; the nearest is {max(1, round(self.open_loop_ctx / block)) * block}"
+                f"open_loop_ctx: must be a multiple of tmp_abs_factor**(levels-1) = {block}, "
+                f"the frames of one tick of the top level, got {self.open_loop_ctx}; the nearest is {nearest_context}"
             )
         if self.eval_seq_len and self.open_loop_ctx >= self.eval_seq_len:
             raise ConfigError(
-                f"open_loop_ctx: must be less than eval_seq_len = {self.eval_seq_len}, so that frames are left to predict, "
-                f"got {self.open_loop_ctx}"
+                f"open_loop_ctx: must be less than eval_seq_len = {self.eval_seq_len}, "
+                f"so that frames are left to predict, got {self.open_loop_ctx}"
             )
 
     @property
@@ -134,7 +151,8 @@ class Config:
         name = (
             f"{c.dataset}_cwvae_{c.cell_type.lower()}_{c.levels}l_f{c.tmp_abs_factor}_decsd{c.dec_stddev}"
             f"_enchl{c.enc_dense_layers}_ences{c.enc_dense_embed_size}_edchnlmult{c.channels_mult}"
-            f"_ss{c.cell_stoch_size}_ds{c.cell_deter_size}_es{c.cell_embed_size}_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
+            f"_ss{c.cell_stoch_size}_ds{c.cell_deter_size}_es{c.cell_embed_size}"
+            f"_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
         )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -191,17 +209,15 @@ def coerce(field: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, str) and value.strip().lower() in ("null", "none", "~", "") and type(None) in kinds:
         value = None
     if isinstance(value, str) and str not in kinds:
-        try:
+        with contextlib.suppress(yaml.YAMLError):
             value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            pass
     for kind in kinds:
         converted = convert(kind, value)
         if converted is not FAILED:
             return converted
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     wanted = " or ".join(names.get(kind, "a list of numbers") for kind in kinds)
-    raise ConfigError(f"{field.name}: needs {wanted}, got {value!r}")
+    raise ConfigError(f"{field.name}: needs {wanted}, got {'null' if value is None else repr(value)}")
 
 
 FAILED = object()
@@ -235,7 +251,7 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """`values` with each value as its field's type.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one) or a value of another type, after the name of the `source`.
+        ConfigError: an unknown key (with the nearest known one) or a value of another type, after the `source`.
     """
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for key in values:
@@ -256,7 +272,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read ({getattr(error, 'strerror', None) or 'not text'}); name a YAML file") from None
+        raise ConfigError(
+            f"{path}: can't be read ({getattr(error, 'strerror', None) or 'not text'}); name a YAML file"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, Mapping | None):
@@ -269,13 +287,16 @@ def load(path: str | Path) -> Config:
     return Config(**read_yaml(path))
 
 
-def parse_flags(argv: Sequence[str], program: str, description: str, **special: str) -> tuple[dict[str, str], dict[str, str]]:
+def parse_flags(
+    argv: Sequence[str], program: str, description: str, **special: str
+) -> tuple[dict[str, str], dict[str, str]]:
     """Reads `--key value`, `--key=value` and, for booleans, `--key`; dashes in keys count as underscores.
 
     Args:
         argv: the arguments, without the program's name.
         program, description: for `--help`.
-        **special: flags of this program that are no configuration keys, with their help; they go before the keys of the same name.
+        **special: flags of this program that aren't configuration keys, with their help; they hide keys of the same
+        name.
 
     Returns:
         The special flags that were given, and the configuration keys that were given, as text.
@@ -283,14 +304,16 @@ def parse_flags(argv: Sequence[str], program: str, description: str, **special: 
     Raises:
         ConfigError: an unknown or repeated flag, or one that lacks its value.
     """
-    parser = ArgumentParser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = ArgumentParser(
+        prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     for key, help in special.items():
         parser.add_argument(f"--{key}", help=help, metavar="PATH")
     group = parser.add_argument_group("configuration (defaults < YAML < these < wandb)")
     for field in dataclasses.fields(Config):
         if field.name not in special:
             default = "null" if field.default is None else field.default
-            optional = {"nargs": "?", "const": "true"} if field.type is bool else {}
+            optional: Any = {"nargs": "?", "const": "true"} if field.type is bool else {}
             group.add_argument(
                 f"--{field.name}", help=f"{field.metadata['help']} (default: {default})", metavar="VALUE", **optional
             )

@@ -1,7 +1,7 @@
 """The Clockwork VAE (Saxena, Ba, Hafner 2021, https://arxiv.org/abs/2102.09532) in Flax.
 
-Read from top to bottom: encoder, decoder, the cell of one level with its prior and posterior, the hierarchy, the objective,
-open-loop prediction. Symbols of the paper and names here:
+Read from top to bottom: encoder, decoder, the cell of one level with its prior and posterior, the hierarchy, the
+objective, open-loop prediction. Symbols of the paper and names here:
 
     x_t    video     frames, uint8 or floats in [0, 1]    [B, T, H, W, C]
     e_t^l  features  of the frames of one tick            [B, T_l, F]
@@ -10,13 +10,13 @@ open-loop prediction. Symbols of the paper and names here:
     s_t^l  output    [stoch, deter]: conditions the level below, and at the lowest level is decoded
     q, p   posterior and prior over stoch, diagonal Gaussians
 
-B sequences, T frames, L levels, k = tmp_abs_factor. Levels count from 0 here (the paper's level 1 is our level 0), so that
-level l ticks every k**l frames and has T_l = ceil(T / k**l) ticks (Equation 1).
+B sequences, T frames, L levels, k = tmp_abs_factor. Levels count from 0 here (the paper's level 1 is our level 0), so
+that level l ticks every k**l frames and has T_l = ceil(T / k**l) ticks (Equation 1).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import flax
@@ -39,8 +39,8 @@ lecun_normal = nn.initializers.lecun_normal()
 class Affine(nn.Module):
     """x @ kernel + bias, with kernel [inputs, outputs] (Flax's Dense, but usable in parts).
 
-    `split` gives the kernel's parts for a layer on concatenated inputs, so that the part that doesn't recur is multiplied once for
-    all ticks: concat([a, b]) @ kernel = a @ kernel[:n] + b @ kernel[n:].
+    `split` gives the kernel's parts for a layer on concatenated inputs, so that the part that doesn't recur is
+    multiplied once for all ticks: concat([a, b]) @ kernel = a @ kernel[:n] + b @ kernel[n:].
     """
 
     inputs: int
@@ -58,9 +58,11 @@ class Affine(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A convolution of stride 2 without padding, kernel [size, size, C_in, C_out]: [N, H, W, C_in] -> [N, H', W', C_out].
+    """A convolution of stride 2 without padding, kernel [size, size, C_in, C_out]: [N, H, W, C_in] -> [N, H', W',
+    C_out].
 
-    Plain: H' = (H - size) // 2 + 1. Transposed: H' = 2 (H - 1) + size, and out[2 i + a] sums x[i] kernel[a], as in Keras and PyTorch.
+    Plain: H' = (H - size) // 2 + 1. Transposed: H' = 2 (H - 1) + size, and out[2 i + a] sums x[i] kernel[a], as in
+    Keras and PyTorch.
     """
 
     inputs: int
@@ -76,7 +78,7 @@ class Convolution(nn.Module):
 
 
 def conv(x: Array, kernel: Array) -> Array:
-    """The convolution of `Convolution`. On CPUs as patches and one matmul: XLA's own gradients are several times slower there."""
+    """The convolution of `Convolution`. On CPUs as patches and one matmul: XLA's gradients are several times slower."""
     size = kernel.shape[0]
     if jax.default_backend() != "cpu" or size % 2:
         return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -93,8 +95,9 @@ def conv(x: Array, kernel: Array) -> Array:
 def conv_transpose(x: Array, kernel: Array) -> Array:
     """The transposed convolution of `Convolution`.
 
-    On one pixel it is a Dense layer. On CPUs, one matmul makes each pixel's patch of outputs, and the patches are then added where they
-    overlap, first along rows, then along columns: XLA's gradient of a dilated convolution is many times slower there.
+    On one pixel it is a Dense layer. On CPUs, one matmul makes each pixel's patch of outputs, and the patches are
+    then added where they overlap, first along rows, then along columns: XLA's gradient of a dilated convolution is
+    many times slower there.
     """
     N, H, W, C = x.shape
     size, outputs = kernel.shape[0], kernel.shape[-1]
@@ -110,12 +113,21 @@ def conv_transpose(x: Array, kernel: Array) -> Array:
     patches = (x.reshape(-1, C) @ kernel.transpose(2, 0, 1, 3).reshape(C, -1)).reshape(N, H, W, size, size, outputs)
     patches = jnp.pad(patches, ((0, 0),) * 3 + ((0, size % 2),) * 2 + ((0, 0),))
     patches = patches.reshape(N, H, W, taps, 2, taps, 2, outputs)
-    rows = sum(jnp.pad(patches[:, :, :, a], ((0, 0), (a, taps - 1 - a)) + ((0, 0),) * 5) for a in range(taps))
-    # [N, H', W, 2, taps, 2, C]
-    full = sum(jnp.pad(rows[:, :, :, :, a], ((0, 0), (0, 0), (a, taps - 1 - a)) + ((0, 0),) * 3) for a in range(taps))
-    N, H, W = full.shape[:3]  # [N, H', W', 2, 2, C]
+    rows = overlap_add(patches, 1, 3)  # [N, H', W, 2, taps, 2, C]
+    full = overlap_add(rows, 2, 4)  # [N, H', W', 2, 2, C]
+    N, H, W = full.shape[:3]
     full = full.transpose(0, 1, 3, 2, 4, 5).reshape(N, 2 * H, 2 * W, outputs)
     return full[:, : 2 * H - size % 2, : 2 * W - size % 2]
+
+
+def overlap_add(x: Array, place: int, tap: int) -> Array:
+    """out[i + a] sums x[i, a], where axis `place` < `tap` counts i and axis `tap`, which goes away, a."""
+    taps = x.shape[tap]
+    shifted = []
+    for a in range(taps):
+        part = jax.lax.index_in_dim(x, a, tap, keepdims=False)
+        shifted.append(jnp.pad(part, [(a, taps - 1 - a) if axis == place else (0, 0) for axis in range(part.ndim)]))
+    return reduce(jnp.add, shifted)
 
 
 # ---------------------------------------------------------------------------------------------- encoder, decoder
@@ -124,7 +136,8 @@ def conv_transpose(x: Array, kernel: Array) -> Array:
 class Encoder(nn.Module):
     """e_t^l = e(x_t ... x_{t + k**l - 1}) (Equation 4): four convolutions per frame, then Dense layers per level.
 
-    Each level above 0 continues from the per-frame output of the level below; its features are then summed over the frames of a tick.
+    Each level above 0 continues from the per-frame output of the level below; its features are then summed over the
+    frames of a tick.
     """
 
     config: Config
@@ -135,7 +148,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, video: Array) -> tuple[Array, ...]:
-        """[B, T, H, W, C] floats -> features of each level, [B, T_l, F]. A last tick that isn't full sums the frames it has."""
+        """[B, T, H, W, C] floats -> features of each level, [B, T_l, F]. A last tick may have fewer frames to sum."""
         c = self.config
         B, T, *frame_shape = video.shape
         x = video.reshape(B * T, *frame_shape)
@@ -202,7 +215,7 @@ class Gaussian(NamedTuple):
 
 
 def kl_divergence(q: Gaussian, p: Gaussian) -> Array:
-    """KL[q || p] in nats, summed over the last axis: sum ln(s_p / s_q) + (s_q**2 + (m_q - m_p)**2) / (2 s_p**2) - 1/2."""
+    """KL[q || p] in nats: ln(s_p / s_q) + (s_q**2 + (m_q - m_p)**2) / (2 s_p**2) - 1/2, summed over the last axis."""
     ratio = q.stddev / p.stddev
     return (0.5 * (ratio**2 + ((q.mean - p.mean) / p.stddev) ** 2 - 1) - jnp.log(ratio)).sum(-1)
 
@@ -233,9 +246,10 @@ class LevelRollout(NamedTuple):
 
 
 class GRU(nn.Module):
-    """Parameters of a GRU whose reset gate acts after the recurrent matmul, its three gates (reset, update, candidate) in one matmul.
+    """Parameters of a GRU whose reset gate acts after the recurrent matmul; its three gates share one matmul.
 
-    The same function, initial distribution and number of parameters as Flax's GRUCell.
+    The gates come in the order reset, update, candidate. The same function, initial distribution and number of
+    parameters as Flax's GRUCell.
     """
 
     inputs: int
@@ -259,9 +273,9 @@ class GRU(nn.Module):
 class Stats(nn.Module):
     """The last layer of prior and posterior: mean = Dense(h), stddev = softplus(Dense(h + 0.54)) + min_stddev.
 
-    The 0.54 is inherited from both earlier codes. The stddev's bias starts at zero, and softplus(0.54) is about 1, which suggests
-    that the shift was meant to go behind the Dense layer, for an initial stddev of 1. Where it stands, it shifts the stddev's
-    bias by 0.54 times the kernel's column sums. Kept, for equal initial distributions.
+    The 0.54 is inherited from both earlier codes. The stddev's bias starts at zero, and softplus(0.54) is about 1,
+    which suggests that the shift was meant to go behind the Dense layer, for an initial stddev of 1. Where it stands,
+    it shifts the stddev's bias by 0.54 times the kernel's column sums. Kept, for equal initial distributions.
     """
 
     inputs: int
@@ -278,14 +292,15 @@ class Stats(nn.Module):
 
 
 class RSSMCell(nn.Module):
-    """The states of one level: prior p(s_t | s_{t-1}, s_t^{l+1}) and posterior q(s_t | s_{t-1}, s_t^{l+1}, e_t) (Equation 4).
+    """One level's prior p(s_t | s_{t-1}, s_t^{l+1}) and posterior q(s_t | s_{t-1}, s_t^{l+1}, e_t) (Equation 4).
 
         h_t   = GRU(relu(Dense([z_{t-1}, context_t])), h_{t-1})
         p_t   = Stats(relu(Dense(h_t)))
         q_t   = Stats(relu(Dense(relu(Dense([h_t, features_t])))))
 
-    Both share all weights up to h_t. Only z and h recur: what context and features contribute is computed before the scan over the ticks
-    and, where the posterior is followed, the prior after it; inside remain the recurrent halves of the Dense layers.
+    Both share all weights up to h_t. Only z and h recur: what context and features contribute is computed before the
+    scan over the ticks and, where the posterior is followed, the prior after it; inside remain the recurrent halves
+    of the Dense layers.
     """
 
     config: Config
@@ -386,15 +401,16 @@ def gaussian(stats: Array, min_stddev: float) -> Gaussian:
     return Gaussian(mean, nn.softplus(stddev) + min_stddev)
 
 
-def scan(tick: Callable, weights: dict[str, tuple[Array, Array]], state: Any, inputs: Any) -> tuple[Any, Any]:
-    """`lax.scan` of `tick(dense, state, inputs)` over time, where dense(name, x) = x @ kernel + bias for `weights[name]`.
+def scan(tick: Callable[..., Any], weights: dict[str, tuple[Array, Array]], state: Any, inputs: Any) -> tuple[Any, Any]:
+    """`lax.scan` of `tick(dense, state, inputs)` over time; dense(name, x) is x @ kernel + bias of `weights[name]`.
 
-    Differentiating a scan adds up the gradient of each weight tick by tick. Here the backward scan keeps the gradient at each dense layer's
-    output instead, and afterwards one matmul per weight, over all ticks, gives the same sum: fewer, larger operations.
+    Differentiating a scan adds up the gradient of each weight tick by tick. Here the backward scan keeps the gradient
+    at each dense layer's output instead, and afterwards one matmul per weight, over all ticks, gives the same sum:
+    fewer, larger operations.
     """
 
-    def forward(state: Any, inputs: Any, probes: dict[str, Array], weights: dict) -> tuple:
-        def body(state: Any, slices: tuple) -> tuple:
+    def forward(state: Any, inputs: Any, probes: dict[str, Array], weights: dict) -> tuple[Any, Any]:
+        def body(state: Any, slices: tuple[Any, Any]) -> tuple[Any, Any]:
             inputs, probes = slices
             seen = {}
 
@@ -418,7 +434,9 @@ def scan(tick: Callable, weights: dict[str, tuple[Array, Array]], state: Any, in
         return forward(state, inputs, probes(weights), weights)[0]
 
     def run_forward(weights: dict, state: Any, inputs: Any) -> tuple:
-        outputs, pullback, seen = jax.vjp(partial(forward, weights=weights), state, inputs, probes(weights), has_aux=True)
+        outputs, pullback, seen = jax.vjp(
+            partial(forward, weights=weights), state, inputs, probes(weights), has_aux=True
+        )
         return outputs, (pullback, seen)
 
     def run_backward(residuals: tuple, gradient: Any) -> tuple:
@@ -473,8 +491,8 @@ def draw_noise(config: Config, keys: Array, frames: int) -> tuple[Array, ...]:
 def reset_masks(config: Config, frames: int) -> tuple[Array, ...]:
     """[T_l] factors of the previous stoch at each level: ones, except below the top with `cell_reset_state`.
 
-    As in the official code: 0, 1, 0, 1, ... over the ticks of level L-2; each level further down repeats the whole sequence of the level
-    above k times, cut to its length.
+    As in the official code: 0, 1, 0, 1, ... over the ticks of level L-2; each level further down repeats the whole
+    sequence of the level above k times, cut to its length.
     """
     masks = [jnp.ones(T) for T in ticks(config, frames)]
     if config.cell_reset_state and config.levels > 1:
@@ -500,7 +518,12 @@ class CWVAE(nn.Module):
         self.decoder = Decoder(c)
         output_size = c.cell_stoch_size + c.cell_deter_size
         self.cells = [
-            RSSMCell(c, output_size + (self.action_size if level == 0 else 0), self.encoder.feature_size, name=f"cell_{level}")
+            RSSMCell(
+                c,
+                output_size + (self.action_size if level == 0 else 0),
+                self.encoder.feature_size,
+                name=f"cell_{level}",
+            )
             for level in range(c.levels)
         ]
 
@@ -520,11 +543,11 @@ class CWVAE(nn.Module):
         """Filters frames: infers the states from frames up to the end of each tick.
 
         Args:
-            video: [B, T, H, W, C], uint8 or floats in [0, 1]. T needn't be a multiple of k**(L-1), but only then can more frames follow.
+            video: [B, T, H, W, C], uint8 or floats in [0, 1]. More frames can follow if T is a multiple of k**(L-1).
             noise: of `draw_noise` for T frames.
             state: where an earlier call ended; None: the beginning of a sequence.
             actions: [B, T, action_size].
-            use_obs: per level, T: follow the posterior, F: the level is blind and follows its prior. None: all follow the posterior.
+            use_obs: per level, T: follow the posterior, or F: the level is blind and follows its prior. None: all T.
             reset: of `reset_masks`, where the frames are a part of a longer sequence; None: they are a whole sequence.
 
         Returns:
@@ -534,7 +557,10 @@ class CWVAE(nn.Module):
             ValueError: `state` was left in the middle of a tick.
         """
         features = self.encoder(floats(video))
-        seen = [x if letter == "T" else None for x, letter in zip(features, use_obs or "T" * self.config.levels, strict=True)]
+        seen = [
+            x if letter == "T" else None
+            for x, letter in zip(features, use_obs or "T" * self.config.levels, strict=True)
+        ]
         return self._unroll(video.shape[1], seen, noise, state, actions, reset)
 
     def imagine(
@@ -573,7 +599,9 @@ class CWVAE(nn.Module):
             state = self.initial_state(noise[0].shape[0])
         if not state.between_ticks:
             block = c.tmp_abs_factor ** (c.levels - 1)
-            raise ValueError(f"state: was left within a tick; only after a multiple of {block} frames can more frames follow")
+            raise ValueError(
+                f"state: was left within a tick; only after a multiple of {block} frames can more frames follow"
+            )
         reset = reset_masks(c, frames) if reset is None else reset
         rollouts: list[LevelRollout] = []
         states: list[LevelState] = []
@@ -582,6 +610,8 @@ class CWVAE(nn.Module):
             T = ticks(c, frames)[level]
             assert noise[level].shape[1] == T, (level, noise[level].shape, T)
             if level == 0 and self.action_size:
+                if actions is None:
+                    raise ValueError(f"actions: this model needs [B, T, {self.action_size}], got None")
                 if context is None:
                     context = jnp.zeros((noise[0].shape[0], T, c.cell_stoch_size + c.cell_deter_size))
                 context = jnp.concatenate([context[:, :T], actions], -1)
@@ -606,14 +636,14 @@ class CWVAE(nn.Module):
         state: State | None = None,
         reset: Sequence[Array] | None = None,
     ) -> dict[str, Any]:
-        """The terms of the evidence lower bound (Equation 5), in nats, summed over time, not yet over levels and sequences.
+        """The terms of the evidence lower bound (Equation 5) in nats, summed over time, not over levels and sequences.
 
         Arguments are as in `observe`.
 
         Returns:
             nll [B]: -sum_t ln Normal(x_t; decode(s_t^0), dec_stddev), summed over pixels.
             kl [L, B]: sum_t KL[q_t^l || p_t^l].
-            kl_prior, kl_posterior [L, B]: the same values, whose gradients reach only the prior, only the posterior (KL balancing).
+            kl_prior, kl_posterior [L, B]: the same values; gradients reach only the prior, only the posterior.
             entropy_prior, entropy_posterior [L, B].
             state: at the end.
         """
@@ -647,8 +677,10 @@ def floats(video: Array) -> Array:
 # ---------------------------------------------------------------------------------------------- objective
 
 
-def objective(config: Config, terms: dict[str, Array], weight: Array, frames: int, axis: str | None = None) -> tuple[Array, dict]:
-    """The training loss: nll + sum_l kl_l, each per frame and averaged over the batch, with the official code's options for the KL.
+def objective(
+    config: Config, terms: dict[str, Array], weight: Array, frames: int, axis: str | None = None
+) -> tuple[Array, dict]:
+    """The training loss, nll + sum_l kl_l, per frame and averaged over the batch; with the official code's options:
 
         kl_grad_post_perc p:  kl_l <- (1 - p) KL[stop(q) || p] + max(1, p KL[q || stop(p)])
         free_nats f:          kl_l <- max(0, kl_l - f)
@@ -662,7 +694,8 @@ def objective(config: Config, terms: dict[str, Array], weight: Array, frames: in
         axis: name of the mapped axis over whose devices the batch is spread, if any.
 
     Returns:
-        This device's share of the loss (the loss is the sum over the devices, and so for gradients), and likewise of the metrics.
+        This device's share of the loss (the loss is the sum over the devices, and so for gradients), and likewise of
+        the metrics.
     """
     c = config
     total = partial(jax.lax.psum, axis_name=axis) if axis else lambda x: x
@@ -695,7 +728,8 @@ def objective(config: Config, terms: dict[str, Array], weight: Array, frames: in
 
 
 # ---------------------------------------------------------------------------------------------- long sequences
-# In chunks of time, so that memory doesn't grow with the length. Noise is drawn for the whole sequence: the chunks don't show in the results.
+# In chunks of time, so that memory doesn't grow with the length. Noise is drawn for the whole sequence at once, so that
+# results don't depend on the chunks.
 
 
 def chunk_size(config: Config) -> int:
@@ -705,7 +739,7 @@ def chunk_size(config: Config) -> int:
 
 
 def part(config: Config, levels: Sequence[Array], start: int, stop: int, axis: int) -> tuple[Array, ...]:
-    """The ticks from frame `start` (a multiple of k**(L-1)) to frame `stop` of one array per level; zeros behind an array's end."""
+    """Each level's ticks from frame `start` (a multiple of k**(L-1)) to frame `stop`; zeros behind an array's end."""
     parts = []
     for level, x in enumerate(levels):
         first, last = start // config.tmp_abs_factor**level, -(-stop // config.tmp_abs_factor**level)
@@ -716,14 +750,16 @@ def part(config: Config, levels: Sequence[Array], start: int, stop: int, axis: i
 
 
 def long_elbo(model: CWVAE, params: Any, video: Array, keys: Array, chunk: int | None = None) -> dict[str, Array]:
-    """`CWVAE.elbo`'s terms of video [B, T, H, W, C] (host or device, uint8), with noise from one key per sequence [B]."""
+    """`CWVAE.elbo`'s terms of video [B, T, H, W, C], with noise from one PRNG key per sequence [B]."""
     c = model.config
     T, chunk = video.shape[1], chunk or chunk_size(c)
     noise, reset = draw_noise(c, keys, T), reset_masks(c, T)
     state, total = None, None
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
-        terms = _elbo(model, params, video[:, start:stop], part(c, noise, start, stop, 1), state, part(c, reset, start, stop, 0))
+        terms = _elbo(
+            model, params, video[:, start:stop], part(c, noise, start, stop, 1), state, part(c, reset, start, stop, 0)
+        )
         state = terms.pop("state")
         total = terms if total is None else jax.tree.map(jnp.add, total, terms)
     assert total is not None
@@ -731,7 +767,13 @@ def long_elbo(model: CWVAE, params: Any, video: Array, keys: Array, chunk: int |
 
 
 def open_loop(
-    model: CWVAE, params: Any, video: Array, keys: Array, frames: int, use_obs: str | None = None, chunk: int | None = None
+    model: CWVAE,
+    params: Any,
+    video: Any,
+    keys: Array,
+    frames: int,
+    use_obs: str | None = None,
+    chunk: int | None = None,
 ) -> Iterator[tuple[str, Array]]:
     """Predicts from context frames: filters them, then follows the prior at all levels (the paper's section 3).
 
@@ -746,8 +788,9 @@ def open_loop(
 
     Yields:
         ("posterior_recon", [B, T, H, W, C]): the context's reconstruction,
-        ("prior_onestep", [B, T, H, W, C]): the context, each frame predicted from the ones before it by level 0's prior,
-        ("prior_multistep", [B, <= chunk, H, W, C]) until all `frames` are predicted. Means, not clipped to [0, 1].
+        ("prior_onestep", [B, T, H, W, C]): the context's frames, each predicted from those before it by level 0's
+        prior, ("prior_multistep", [B, <= chunk, H, W, C]) until all `frames` are predicted. Means, not clipped to [0,
+        1].
 
     Raises:
         ValueError: the context isn't a multiple of k**(L-1) frames.
@@ -766,18 +809,18 @@ def open_loop(
 
 
 @partial(jax.jit, static_argnums=0)
-def _elbo(model: CWVAE, params: Any, video: Array, noise: Any, state: State | None, reset: Any) -> dict[str, Any]:
+def _elbo(model: Any, params: Any, video: Array, noise: Any, state: State | None, reset: Any) -> dict[str, Any]:
     return model.apply(params, video, noise, state=state, reset=reset, method="elbo")
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def _observe(model: CWVAE, params: Any, video: Array, noise: Any, use_obs: str | None) -> tuple[Array, Array, State]:
+def _observe(model: Any, params: Any, video: Array, noise: Any, use_obs: str | None) -> tuple[Array, Array, State]:
     rollouts, state = model.apply(params, video, noise, use_obs=use_obs, method="observe")
     onestep = model.apply(params, rollouts, noise, method="decode_prior")
     return model.apply(params, rollouts, method="decode"), onestep, state
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def _imagine(model: CWVAE, params: Any, frames: int, noise: Any, state: State, reset: Any) -> tuple[Array, State]:
+def _imagine(model: Any, params: Any, frames: int, noise: Any, state: State, reset: Any) -> tuple[Array, State]:
     rollouts, state = model.apply(params, frames, noise, state=state, reset=reset, method="imagine")
     return model.apply(params, rollouts, method="decode"), state

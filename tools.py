@@ -1,6 +1,7 @@
 """What training and evaluation share: image metrics, pictures of videos, logs and checkpoints."""
 
 import dataclasses
+import functools
 import json
 import os
 import zlib
@@ -21,14 +22,15 @@ from config import Config, ConfigError
 PROTOCOLS = ("paper", "standard")
 """How predictions are compared with the truth. Figures of different protocols can't be compared.
 
-paper: what both earlier codes computed with scikit-image 0.18: predictions as they are, SSIM with data range 2, PSNR with data
+paper: what both earlier codes computed with scikit-image 0.18: predictions as they are, SSIM with data range 2, PSNR
+with data
     range 1 per channel, then averaged.
 standard: predictions clipped to [0, 1], data range 1, PSNR over all channels together.
 Both: SSIM per channel with a uniform 7x7 window and sample covariance.
 """
 
 PSNR_OF_EQUAL_FRAMES = 100.0
-"""Stands for the infinite PSNR of a frame that equals the truth, and bounds that of frames nearly so, to keep averages finite."""
+"""Bounds the PSNR, which is infinite for a frame that equals the truth, to keep averages finite."""
 
 
 def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, Array]:
@@ -61,7 +63,8 @@ def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7
         """Over each window that lies within the frame."""
         for axis in (-3, -2):
             places = x.shape[axis] - window + 1
-            x = sum(jax.lax.slice_in_dim(x, i, i + places, axis=x.ndim + axis) for i in range(window))  # type: ignore[assignment]
+            shifted = [jax.lax.slice_in_dim(x, i, i + places, axis=x.ndim + axis) for i in range(window)]
+            x = functools.reduce(jnp.add, shifted)
         return x / pixels
 
     # Variances don't change when a constant is subtracted, but their rounding errors shrink.
@@ -71,7 +74,9 @@ def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7
     var_b = sample * (window_mean((b - 0.5) ** 2) - mean_b**2)
     covariance = sample * (window_mean((a - 0.5) * (b - 0.5)) - mean_a * mean_b)
     mean_a, mean_b = mean_a + 0.5, mean_b + 0.5
-    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    similarity = (
+        (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    )
     return similarity.mean((-3, -2))
 
 
@@ -89,12 +94,16 @@ def save_grid(video: np.ndarray, path: Path, strip: int = 50) -> None:
     columns, rows = min(T, strip), -(-T // strip)
     grid = np.zeros((rows * columns, H + 1, W + 1, C), np.uint8)
     grid[:T, :H, :W] = video
-    grid = grid.reshape(rows, columns, H + 1, W + 1, C).transpose(0, 2, 1, 3, 4).reshape(rows * (H + 1), columns * (W + 1), C)
+    grid = (
+        grid.reshape(rows, columns, H + 1, W + 1, C)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * (H + 1), columns * (W + 1), C)
+    )
     Image.fromarray(rgb(grid)[:-1, :-1]).save(path)
 
 
 def rgb(image: np.ndarray) -> np.ndarray:
-    """[..., C] with one, three or any other number of channels as [..., 3]: grey, colour, or the first channel as grey."""
+    """[..., C] as [..., 3]: colour as it is, else the first channel as grey."""
     return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
 
 
@@ -116,7 +125,10 @@ def comparison(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.nd
 
 def save_gif(video: np.ndarray, path: Path, frames_per_second: int = 15, scale: int = 2) -> None:
     """Writes uint8 [T, H, W, 3] as a GIF that repeats for ever, `scale` times enlarged."""
-    frames = [Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.NEAREST) for frame in video]
+    frames = [
+        Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.NEAREST)
+        for frame in video
+    ]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // frames_per_second, loop=0)
 
 
@@ -144,7 +156,7 @@ class Log:
     """Metrics to `metrics.jsonl`, one line per log, and to wandb where it runs."""
 
     def __init__(self, directory: Path, step: int, wandb_run: Any | None):
-        """Opens the log of a run that stands at `step`: lines of later steps, of a run that was interrupted, are dropped."""
+        """Opens the log of a run that stands at `step`; drops lines of later steps, which will come again."""
         self.path = directory / "metrics.jsonl"
         self.wandb_run = wandb_run
         if self.path.exists():
@@ -164,10 +176,13 @@ class Log:
 
             self.wandb_run.log({name: wandb.Video(str(path), format="gif")}, step=step)
 
-    def close(self, exit_code: int = 0) -> None:
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, error: Any, *_: Any) -> None:
         self.file.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish(exit_code=exit_code)
+            self.wandb_run.finish(exit_code=0 if error is None else 1)
 
 
 def before(line: str, step: int) -> bool:
@@ -188,7 +203,7 @@ def replace_file(path: Path, content: bytes) -> None:
 def start_wandb(config: Config, directory: Callable[[Config], Path]) -> tuple[Config, Any | None]:
     """Starts a wandb run, or continues the one of the run directory; a sweep's values replace the configuration's.
 
-    Without a login, `auto` runs offline and says so: nobody is asked for a key. WANDB_MODE, where set, decides in place of `auto`.
+    Without a login, `auto` runs offline and says so: nobody is asked for a key. WANDB_MODE, if set, decides for `auto`.
 
     Args:
         config: the configuration so far.
@@ -200,7 +215,7 @@ def start_wandb(config: Config, directory: Callable[[Config], Path]) -> tuple[Co
     Raises:
         ConfigError: a sweep's key or value can't work.
     """
-    mode = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE", "auto")
+    mode: Any = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE", "auto")
     if mode == "disabled":
         return config, None
     import wandb  # slow to import
@@ -212,7 +227,7 @@ def start_wandb(config: Config, directory: Callable[[Config], Path]) -> tuple[Co
         except wandb.Error as error:
             mode, reason = "offline", " ".join(str(error).split())
         if mode == "offline":
-            print(f"wandb: offline, since {reason}; `wandb login` before the next run, or `wandb sync` after this one, uploads it")
+            print(f"wandb: offline, since {reason}; `wandb login` before a run, or `wandb sync` after it, uploads it")
     saved_id = directory(config) / "wandb_id"
     Path(config.logdir).mkdir(parents=True, exist_ok=True)
     run = wandb.init(
@@ -239,13 +254,15 @@ class DamagedCheckpoint(ConfigError):
 
 
 def open_checkpoints(directory: Path, keep_every: int | None = None) -> Any:
-    """The checkpoints in a directory, an Orbax `Checkpointer`: the newest two (rolling), and one every `keep_every` steps for ever."""
+    """An Orbax `Checkpointer` that keeps the newest two checkpoints, and for ever one of each `keep_every` steps."""
     from orbax.checkpoint import v1 as ocp  # slow to import
 
     policies = ocp.training.preservation_policies
     keep = [policies.LatestN(2), policies.EveryNSteps(keep_every)] if keep_every else [policies.PreserveAll()]
     return ocp.training.Checkpointer(
-        directory.absolute(), preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=bool(keep_every)
+        directory.absolute(),
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=bool(keep_every),
     )
 
 
@@ -265,15 +282,22 @@ def load_checkpoint(checkpoints: Any, step: int, like: Any) -> Any:
     try:
         state = checkpoints.load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like))
         saved = checkpoints.metadata(step).custom_metadata["checksum"]
+        assert [x.shape for x in jax.tree.leaves(state)] == [
+            x.shape for x in jax.tree.leaves(like)
+        ]  # Orbax doesn't compare them
     except Exception as error:  # whatever Orbax meets in a damaged file; its texts mislead
-        raise DamagedCheckpoint(f"checkpoint: {path} is damaged or of another model ({type(error).__name__}); choose another") from error
+        raise DamagedCheckpoint(
+            f"checkpoint: {path} is damaged or of another model ({type(error).__name__}); choose another"
+        ) from error
     if checksum(state) != saved:
-        raise DamagedCheckpoint(f"checkpoint: {path} is damaged (its checksum differs from the saved one); choose another")
+        raise DamagedCheckpoint(
+            f"checkpoint: {path} is damaged (its checksum differs from the saved one); choose another"
+        )
     return state
 
 
 def load_newest_checkpoint(checkpoints: Any, like: Any) -> tuple[int, Any] | None:
-    """The newest intact checkpoint, as its step and its state; None where there is none. Says which newer ones are damaged."""
+    """The newest intact checkpoint's step and state, or None where there is none. Says which newer ones are damaged."""
     for info in reversed(checkpoints.checkpoints):
         try:
             return info.step, load_checkpoint(checkpoints, info.step, like)
@@ -286,5 +310,7 @@ def checksum(tree: Any) -> int:
     """Of the bytes of all leaves and their places in the tree."""
     crc = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        crc = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(jax.tree_util.keystr(path).encode(), crc))
+        crc = zlib.crc32(
+            np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(jax.tree_util.keystr(path).encode(), crc)
+        )
     return crc

@@ -26,9 +26,17 @@ import tools
 from config import Config, ConfigError
 from cwvae import CWVAE
 
-FREE_ON_RESUME = {"datadir", "logdir", "num_epochs", "max_steps", "num_val_batches", "eval_seq_len", "open_loop_ctx", "use_obs", "wandb"} | {
-    field.name for field in dataclasses.fields(Config) if field.name.startswith(("save_", "num_", "no_save"))
-}
+FREE_ON_RESUME = {
+    "datadir",
+    "logdir",
+    "num_epochs",
+    "max_steps",
+    "num_val_batches",
+    "eval_seq_len",
+    "open_loop_ctx",
+    "use_obs",
+    "wandb",
+} | {field.name for field in dataclasses.fields(Config) if field.name.startswith(("save_", "num_", "no_save"))}
 """Keys that may change when a run is resumed: neither the model nor the order of its data depends on them."""
 
 
@@ -62,16 +70,17 @@ def make_state(model: CWVAE) -> TrainState:
 def seeds(config: Config) -> dict[str, Array]:
     """PRNG keys for the purposes of a training."""
     purposes = "params", "train", "validation", "videos"
-    return dict(zip(purposes, jax.random.split(jax.random.key(config.seed or 0), len(purposes))))
+    keys = jax.random.split(jax.random.key(config.seed or 0), len(purposes))
+    return dict(zip(purposes, keys, strict=True))
 
 
 def sequence_keys(key: Array, first: Array | int, count: int) -> Array:
-    """A key for each sequence from number `first` on, so that its noise is the same however a batch is spread over devices."""
+    """Keys of the sequences from number `first` on: their noise is the same however a batch is spread over devices."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(count))
 
 
 def make_train_step(model: CWVAE) -> Callable[[TrainState, data.Batch], tuple[TrainState, dict[str, Array]]]:
-    """The step of Adam on Equation 5, over all devices: batches are [devices, B / devices, ...], the state is whole on each.
+    """Adam's step on Equation 5 over all devices: batches are [devices, B / devices, ...], the state is whole on each.
 
     The state's memory is donated: the state that was passed in can't be used again.
     """
@@ -92,7 +101,7 @@ def make_train_step(model: CWVAE) -> Callable[[TrainState, data.Batch], tuple[Tr
         gradients, metrics = jax.lax.psum((gradients, metrics), "data")
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"grad_norm": optax.global_norm(gradients), "learning_rate": jnp.float32(c.lr)}
+        metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": jnp.float32(c.lr)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=None, donate_argnums=0)
@@ -112,11 +121,11 @@ class Devices:
         return -(-batch_size // self.count) * self.count
 
     def replicate(self, tree: Any) -> Any:
-        """A copy on each device, made from host memory: arrays on a device would be shared with it, and lost when donated."""
+        """A copy on each device, made from host memory: with arrays on a device it would share, and donate, theirs."""
         return jax.device_put(jax.tree.map(np.array, tree), self.everywhere)
 
     def spread(self, batches: Iterator[data.Batch], stacked: bool) -> Iterator[data.Batch]:
-        """Batches on the devices, each sent while the one before is at work: [B, ...], or where `stacked`, [devices, B / devices, ...]."""
+        """Batches on the devices, sent one ahead: [B, ...], or where `stacked`, [devices, B / devices, ...]."""
         sent: deque[data.Batch] = deque()
         for batch in batches:
             if stacked:
@@ -133,14 +142,13 @@ class Devices:
 def validate(model: CWVAE, params: Any, test: data.Windows, devices: Devices) -> dict[str, float]:
     """The training metrics on the first `num_val_batches` test batches, with the same noise each time."""
     c = model.config
-    key, totals, batches = seeds(c)["validation"], [], 0
-    count = c.num_val_batches * c.batch_size
-    for batch in devices.spread(data.test_batches(test, c.batch_size, count, devices.rows(c.batch_size)), stacked=False):
+    key, totals = seeds(c)["validation"], []
+    batches = data.test_batches(test, c.batch_size, c.num_val_batches * c.batch_size, devices.rows(c.batch_size))
+    for number, batch in enumerate(devices.spread(batches, stacked=False)):
         rows, frames = batch.video.shape[:2]
-        terms = cwvae.long_elbo(model, params, batch.video, sequence_keys(key, batches * c.batch_size, rows))
+        terms = cwvae.long_elbo(model, params, batch.video, sequence_keys(key, number * c.batch_size, rows))
         _, metrics = cwvae.objective(c, terms, batch.weight, frames)
         totals.append((float(batch.weight.sum()), jax.device_get(metrics)))
-        batches += 1
     weights = [weight for weight, _ in totals]
     return {name: float(np.average([m[name] for _, m in totals], weights=weights)) for name in totals[0][1]}
 
@@ -180,7 +188,10 @@ def open_run(config: Config) -> tuple[Config, Path]:
             if field.name not in FREE_ON_RESUME and getattr(earlier, field.name) != getattr(config, field.name)
         ]
         if differing:
-            raise ConfigError(f"{directory} holds a run with another {', '.join(differing)}; set it as there, or choose another --logdir")
+            raise ConfigError(
+                f"{directory} holds a run with another {', '.join(differing)}; "
+                "set it as there, or choose another --logdir"
+            )
     elif config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
     directory.mkdir(parents=True, exist_ok=True)
@@ -200,46 +211,54 @@ def train(config: Config) -> TrainState:
     c, wandb_run = tools.start_wandb(config, run_directory)
     if c.save_gifs and c.open_loop_ctx >= c.seq_len:
         raise ConfigError(
-            f"open_loop_ctx: must be less than seq_len = {c.seq_len} for videos of training sequences, got {c.open_loop_ctx}; "
-            "lower it, or set --save_gifs false"
+            f"open_loop_ctx: must be less than seq_len = {c.seq_len} for videos of training sequences, "
+            f"got {c.open_loop_ctx}; lower it, or set --save_gifs false"
         )
     train_windows, test_windows = data.windows(c, "train"), data.windows(c, "test")
     c, directory = open_run(c)
     devices = Devices()
     model = CWVAE(c)
     train_step = make_train_step(model)
-    checkpoints = tools.open_checkpoints(directory / "checkpoints", c.save_named_model_every)
     initial = partial(make_state, model)
-    step, state = tools.load_newest_checkpoint(checkpoints, jax.eval_shape(initial)) or (0, jax.jit(initial)())
-    state = devices.replicate(state)
-    log = tools.Log(directory, step, wandb_run)
-    print(f"Run directory: {directory}" + (f", resumed at step {step}" if step else ""))
-
     steps = data.training_steps(c, train_windows)
-    batches = devices.spread(data.training_batches(c, train_windows, step, devices.rows(c.batch_size)), stacked=True)
-    bar = Progress(step, steps, frames_per_step=c.batch_size * c.seq_len)
-    for batch in batches:
-        state, metrics = train_step(state, batch)
-        step += 1
-        bar.update(metrics["loss"])
-        last = step == steps
-        if step % c.save_scalars_every == 0 or last:
-            values = {f"train/{name}": float(value) for name, value in metrics.items()}
-            values |= {f"validation/{name}": value for name, value in validate(model, state.params, test_windows, devices).items()}
-            log.metrics(step, values)
-        if c.save_gifs and (step % c.save_gifs_every == 0 or last):
-            save_videos(model, state.params, train_windows, test_windows, directory, step, log)
-        if step % c.save_model_every == 0 or step % c.save_named_model_every == 0 or last:
-            tools.save_checkpoint(checkpoints, step, state)
-    bar.close()
-    checkpoints.close()
-    log.close()
-    print(f"Trained for {step} steps. Run directory: {directory}\nEvaluate it with: python eval.py --logdir {directory}")
+    with tools.open_checkpoints(directory / "checkpoints", c.save_named_model_every) as checkpoints:
+        newest = tools.load_newest_checkpoint(checkpoints, jax.eval_shape(initial))
+        step, state = newest or (0, jax.jit(initial)())
+        state = devices.replicate(state)
+        print(f"Run directory: {directory}" + (f", resumed at step {step}" if step else ""))
+        batches = data.training_batches(c, train_windows, step, devices.rows(c.batch_size))
+        with tools.Log(directory, step, wandb_run) as log, Progress(step, steps, c.batch_size * c.seq_len) as progress:
+            for batch in devices.spread(batches, stacked=True):
+                state, metrics = train_step(state, batch)
+                step += 1
+                progress.update(metrics["loss"])
+                last = step == steps
+                if step % c.save_scalars_every == 0 or last:
+                    values = {
+                        "train": jax.device_get(metrics),
+                        "validation": validate(model, state.params, test_windows, devices),
+                    }
+                    log.metrics(
+                        step, {f"{split}/{name}": float(x) for split in values for name, x in values[split].items()}
+                    )
+                if c.save_gifs and (step % c.save_gifs_every == 0 or last):
+                    save_videos(model, state.params, train_windows, test_windows, directory, step, log)
+                if step % c.save_model_every == 0 or step % c.save_named_model_every == 0 or last:
+                    tools.save_checkpoint(checkpoints, step, state)
+    print(
+        f"Trained for {step} steps. Run directory: {directory}\nEvaluate it with: python eval.py --logdir {directory}"
+    )
     return state
 
 
 def save_videos(
-    model: CWVAE, params: Any, train_windows: data.Windows, test_windows: data.Windows, directory: Path, step: int, log: tools.Log
+    model: CWVAE,
+    params: Any,
+    train_windows: data.Windows,
+    test_windows: data.Windows,
+    directory: Path,
+    step: int,
+    log: tools.Log,
 ) -> None:
     """Open-loop predictions of a few training and test videos, as `<run>/videos/{train,validation}_<step>.gif`."""
     (directory / "videos").mkdir(exist_ok=True)
@@ -256,9 +275,14 @@ class Progress:
     def __init__(self, step: int, steps: int, frames_per_step: int):
         self.frames_per_step = frames_per_step
         self.bar = tqdm(
-            total=steps, initial=step, unit="step", smoothing=0.1, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True
+            total=steps,
+            initial=step,
+            unit="step",
+            smoothing=0.1,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
         )
-        self.losses: deque[Array] = deque()
+        self.losses: deque[Any] = deque()
 
     def update(self, loss: Array) -> None:
         self.losses.append(loss)
@@ -268,17 +292,23 @@ class Progress:
     def _show(self, loss: Array) -> None:
         if self.bar.update():
             rate = self.bar.format_dict["rate"] or 0
-            self.bar.set_postfix_str(f"loss {float(loss):.4g}, {rate * self.frames_per_step:.0f} frames/s", refresh=False)
+            self.bar.set_postfix_str(
+                f"loss {float(loss):.4g}, {rate * self.frames_per_step:.0f} frames/s", refresh=False
+            )
 
-    def close(self) -> None:
-        for loss in self.losses:
-            self._show(loss)
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        if error is None:
+            for loss in self.losses:
+                self._show(loss)
         self.bar.close()
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs for the next start, unless JAX is told otherwise (JAX_COMPILATION_CACHE_DIR)."""
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "cwvae" / "jax"))
 
 

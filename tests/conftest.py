@@ -1,0 +1,43 @@
+"""What the tests share: the import path, a compilation cache, a tiny configuration."""
+
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from config import Config  # noqa: E402
+
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+TINY = dict(
+    dataset="digits",
+    levels=3,
+    tmp_abs_factor=2,
+    enc_dense_layers=2,
+    enc_dense_embed_size=6,
+    cell_stoch_size=3,
+    cell_deter_size=5,
+    cell_embed_size=4,
+    filters=1,
+    seq_len=8,
+    eval_seq_len=12,
+    open_loop_ctx=4,
+    batch_size=2,
+    num_examples=3,
+    lr=1e-3,
+    max_steps=4,
+    seed=0,
+    save_gifs=False,
+    wandb="disabled",
+)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Config:
+    """A configuration that compiles and trains in seconds."""
+    return Config(**TINY, logdir=str(tmp_path / "logs"), datadir=str(tmp_path / "datasets"))

@@ -1,0 +1,219 @@
+"""Every way a value gets into the configuration, and every message about one that can't."""
+
+import dataclasses
+import subprocess
+import sys
+
+import hypothesis
+import pytest
+import yaml
+from conftest import ROOT, TINY
+from hypothesis import strategies as st
+
+import config as configuration
+from config import Config, ConfigError
+
+
+def test_precedence(tmp_path):
+    """Defaults < YAML < flags."""
+    file = tmp_path / "a.yml"
+    file.write_text("lr: 1e-4\nbatch_size: 7\n")
+    c = configuration.parse(["--config", str(file), "--batch_size", "9"])
+    assert (c.lr, c.batch_size, c.levels) == (1e-4, 9, 3)
+
+
+def test_flags_mend_what_yaml_alone_could_not(tmp_path):
+    """Combinations are checked once, when all sources are merged."""
+    file = tmp_path / "a.yml"
+    file.write_text("levels: 4")
+    assert configuration.parse(["--config", str(file), "--open_loop_ctx", "216"]).open_loop_ctx == 216
+
+
+@pytest.mark.parametrize(
+    "arguments, key, value",
+    [
+        (["--lr", "1e-4"], "lr", 1e-4),
+        (["--lr=5"], "lr", 5.0),
+        (["--save_gifs=False"], "save_gifs", False),
+        (["--save_gifs", "false"], "save_gifs", False),
+        (["--cell_mean_only"], "cell_mean_only", True),
+        (["--no-save-grid"], "no_save_grid", True),
+        (["--use_obs", "TTF"], "use_obs", "TTF"),
+        (["--use-obs=TFF"], "use_obs", "TFF"),
+        (["--use_obs", "null"], "use_obs", None),
+        (["--beta", "0.5"], "beta", 0.5),
+        (["--beta", "[1,0.5,1e-1]"], "beta", (1.0, 0.5, 0.1)),
+        (["--beta", "null"], "beta", None),
+        (["--max_steps", "1e3"], "max_steps", 1000),
+        (["--clip_grad_norm_by", "0"], "clip_grad_norm_by", 0.0),
+        (["--seed", "12345678901234567"], "seed", 12345678901234567),
+        (["--logdir", "1e5"], "logdir", "1e5"),
+        (["--datadir", "a-b/c_d"], "datadir", "a-b/c_d"),
+    ],
+)
+def test_flags(arguments, key, value):
+    got = getattr(configuration.parse(arguments), key)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--leyels", "3"], "command line: unknown argument '--leyels'; did you mean '--levels'?"),
+        (["--lr", "fast"], "command line: lr: needs a number, got 'fast'"),
+        (["--lr", ".nan"], "command line: lr: needs a number, got nan"),
+        (["--lr"], "command line: argument --lr: expected one argument"),
+        (["--levels", "2.5"], "command line: levels: needs a whole number, got 2.5"),
+        (["--levels", "null"], "command line: levels: needs a whole number, got null"),
+        (["--save_gifs", "maybe"], "command line: save_gifs: needs true or false, got 'maybe'"),
+        (["--beta", "[1,x]"], "command line: beta: needs a number or a list of numbers or null, got [1, 'x']"),
+        (["--levels", "0"], "levels: must be at least 1, got 0"),
+        (["--lr", "0"], "lr: must be above 0, got 0.0"),
+        (["--batch_size", "-1"], "batch_size: must be at least 1, got -1"),
+        (["--seq_len", "0"], "seq_len: must be at least 1, got 0"),
+        (["--beta", "[1,-1,1]"], "beta: must be at least 0, got (1.0, -1.0, 1.0)"),
+        (["--beta", "[1,2]"], "beta: needs one number, or one for each of the 3 levels, got [1.0, 2.0]"),
+        (["--use_obs", "TT"], "use_obs: needs one T or F for each of the 3 levels, got 'TT'"),
+        (["--use_obs", "TTX"], "use_obs: needs one T or F for each of the 3 levels, got 'TTX'"),
+        (["--kl_grad_post_perc", "1.1"], "kl_grad_post_perc: must be a share between 0 and 1, got 1.1"),
+        (["--cell_type", "LSTM"], "cell_type: must be one of RSSMCell, got 'LSTM'"),
+        (
+            ["--dataset", "mazed"],
+            "dataset: must be one of minerl, mazes, mmnist, digits, got 'mazed'; did you mean 'mazes'?",
+        ),
+        (["--dataset", "minerl"], "channels: minerl has 3, got 1; set --channels 3"),
+        (
+            ["--wandb", "ofline"],
+            "wandb: must be one of auto, online, offline, disabled, got 'ofline'; did you mean 'offline'?",
+        ),
+        (
+            ["--open_loop_ctx", "50"],
+            "open_loop_ctx: must be a multiple of tmp_abs_factor**(levels-1) = 36, the frames of one tick of the top level, "
+            "got 50; the nearest is 36",
+        ),
+        (
+            ["--eval_seq_len", "36"],
+            "open_loop_ctx: must be less than eval_seq_len = 36, so that frames are left to predict, got 36",
+        ),
+        (["--config", "nowhere.yml"], "nowhere.yml: can't be read (No such file or directory); name a YAML file"),
+    ],
+)
+def test_messages(arguments, message):
+    with pytest.raises(ConfigError) as error:
+        configuration.parse(arguments)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("levles: 3", "unknown key 'levles'; did you mean 'levels'?"),
+        ("qqqq: 3", "unknown key 'qqqq'"),
+        ("lr: fast", "lr: needs a number, got 'fast'"),
+        ("lr: [", "not valid YAML"),
+        ("- lr", "must hold `key: value` lines, got list"),
+        ("1: 2", "unknown key 1"),
+    ],
+)
+def test_messages_about_files(tmp_path, text, message):
+    file = tmp_path / "a.yml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        configuration.parse(["--config", str(file)])
+    assert str(error.value).startswith(f"{file}: {message}") and "\n" not in str(error.value)
+
+
+def test_whole_video_needs_no_context_shorter_than_it():
+    assert Config(eval_seq_len=0).eval_seq_len == 0
+
+
+def test_bad_input_exits_with_one_line_and_code_2():
+    """The programs themselves; for minerl, mazes and mmnist the data are what is missing."""
+    for program in "train.py", "eval.py":
+        done = subprocess.run([sys.executable, ROOT / program, "--levels", "none"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+        done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        for field in dataclasses.fields(Config):
+            assert f"--{field.name}" in done.stdout
+        help = " ".join(done.stdout.split())
+        assert "temporal abstraction factor k: level l ticks every k**l frames (default: 6)" in help
+
+
+@pytest.mark.parametrize("name", ["minerl", "mazes", "mmnist", "digits", "debug"])
+def test_shipped_configurations(name):
+    """Each loads, and says what it is and how long it takes."""
+    path = ROOT / "configs" / f"{name}.yml"
+    c = configuration.load(path)
+    if name != "debug":
+        assert (c.levels, c.tmp_abs_factor, c.seq_len, c.batch_size, c.enc_dense_layers) == (3, 6, 100, 50, 3)
+    header = path.read_text().split("\n\n")[0]
+    assert f"train.py --config configs/{name}.yml" in header and "Runtime" in header and "Score" in header
+
+
+# Any value that a field may have, combinations aside.
+VALUES = {
+    int: st.integers(1, 10**18),
+    float: st.floats(1e-30, 1e30),
+    bool: st.booleans(),
+    str: st.text(min_size=1).filter(lambda s: s.strip().lower() not in ("null", "none", "~", "")),
+    type(None): st.none(),
+}
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(deadline=None, max_examples=200)
+def test_yaml_round_trip(tmp_path_factory, data):
+    """Config -> YAML -> Config, for values of every type."""
+    keys = [
+        f
+        for f in dataclasses.fields(Config)
+        if f.name
+        not in (
+            "levels",
+            "tmp_abs_factor",
+            "dataset",
+            "cell_type",
+            "wandb",
+            "channels",
+            "open_loop_ctx",
+            "eval_seq_len",
+        )
+    ]
+    values = {}
+    for field in data.draw(st.lists(st.sampled_from(keys), unique_by=lambda f: f.name)):
+        kinds = [k for k in VALUES if k == field.type or k in getattr(field.type, "__args__", ())]
+        values[field.name] = data.draw(st.one_of(*(VALUES[k] for k in kinds)))
+    if "use_obs" in values:
+        values["use_obs"] = data.draw(st.none() | st.text("TF", min_size=3, max_size=3))
+    if values.get("kl_grad_post_perc"):
+        values["kl_grad_post_perc"] = data.draw(st.floats(0, 1))
+    if "beta" in values:
+        values["beta"] = data.draw(st.none() | st.floats(0, 1e9) | st.tuples(*[st.floats(0, 1e9)] * 3))
+    c = Config(**values)
+    path = tmp_path_factory.mktemp("config") / "config.yml"
+    c.save(path)
+    again = configuration.load(path)
+    assert again == c
+    assert yaml.safe_load(path.read_text()).keys() == dataclasses.asdict(c).keys()
+    again.save(path.with_name("again.yml"))
+    assert path.read_text() == path.with_name("again.yml").read_text()
+
+
+def test_run_name():
+    c = configuration.load(ROOT / "configs" / "minerl.yml")
+    base = "minerl_cwvae_rssmcell_3l_f6_decsd0.4_enchl3_ences1000_edchnlmult1_ss100_ds800_es800_seq100_lr0.0001_bs50"
+    assert c.run_name == base
+    assert dataclasses.replace(c, beta=[1, 2, 3], seed=4).run_name == base + "_beta1.0-2.0-3.0_seed4"
+    assert dataclasses.replace(c, num_epochs=1, wandb="offline").run_name == base
+
+
+def test_a_config_is_checked_however_it_is_made():
+    with pytest.raises(ConfigError):
+        dataclasses.replace(Config(), levels=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().levels = 2  # type: ignore[misc]
+    assert Config(**TINY).updated({"lr": "1e-2"}, "wandb").lr == 0.01
+    with pytest.raises(ConfigError, match="wandb: unknown key 'learning_rate'"):
+        Config().updated({"learning_rate": 1}, "wandb")

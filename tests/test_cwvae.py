@@ -1,0 +1,459 @@
+"""The fast model against the textbook form in oracle.py, and the model's properties."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import scipy.stats
+from conftest import ROOT, TINY
+
+import config as configuration
+import cwvae
+from config import Config
+from cwvae import CWVAE, Gaussian
+
+TINY_MODEL = {key: TINY[key] for key in TINY if key.startswith(("cell", "enc", "filters", "dataset"))}
+
+
+def make(T, B=2, action_size=0, dtype=np.float32, **keys):
+    """A model, random parameters (biases too), a video, noise and actions."""
+    c = Config(**{**TINY_MODEL, "open_loop_ctx": keys.get("tmp_abs_factor", 6) ** (keys.get("levels", 3) - 1), **keys})
+    model = CWVAE(c, action_size)
+    random = np.random.default_rng(0)
+    video = random.uniform(size=(B, T, 64, 64, c.channels)).astype(dtype)
+    noise = [random.normal(size=(B, t, c.cell_stoch_size)).astype(dtype) for t in cwvae.ticks(c, T)]
+    actions = random.normal(size=(B, T, action_size)).astype(dtype) if action_size else None
+    shapes = jax.eval_shape(model.init, jax.random.key(0), video, noise, actions)
+    params = jax.tree.map(
+        lambda x: (random.normal(size=x.shape) / math.sqrt(max(1, math.prod(x.shape[:-1])))).astype(dtype), shapes
+    )
+    return c, Compiled(model), params, video, noise, actions
+
+
+class Compiled:
+    """A model whose methods are compiled whole: op by op takes longer than the computation."""
+
+    def __init__(self, model):
+        self.module, self.config = model, model.config
+        self.init = model.init
+        self.compiled = {}
+
+    def apply(self, params, *arguments, method="__call__", **keys):
+        static = tuple((k, v) for k, v in keys.items() if isinstance(v, str))
+        keys = {k: v for k, v in keys.items() if not isinstance(v, str)}
+        frames = arguments[0] if method == "imagine" else None
+        name = (method, static, frames)
+        if name not in self.compiled:
+            ahead = () if frames is None else (frames,)
+            self.compiled[name] = jax.jit(
+                lambda p, a, k: self.module.apply(p, *ahead, *a, **k, **dict(static), method=method)
+            )
+        return self.compiled[name](params, arguments[frames is not None :], keys)
+
+
+GRID = [
+    dict(T=7, levels=3, tmp_abs_factor=2),
+    dict(T=3, levels=1, tmp_abs_factor=6),
+    dict(T=5, levels=1, tmp_abs_factor=1, enc_dense_layers=0),
+    dict(T=13, levels=2, tmp_abs_factor=6, enc_dense_layers=3),
+    dict(T=10, levels=2, tmp_abs_factor=8, enc_dense_layers=0),
+    dict(T=4, levels=3, tmp_abs_factor=1, enc_dense_layers=1),
+    dict(T=19, levels=3, tmp_abs_factor=3, enc_dense_layers=1, dec_stddev=0.4),
+    dict(T=17, levels=4, tmp_abs_factor=2, enc_dense_layers=4),
+    dict(T=6, levels=3, tmp_abs_factor=2, dataset="minerl", channels=3, channels_mult=2),
+    dict(T=9, levels=3, tmp_abs_factor=2, cell_mean_only=True, cell_min_stddev=0.1),
+    dict(T=11, levels=3, tmp_abs_factor=2, cell_reset_state=True),
+    dict(T=15, levels=4, tmp_abs_factor=2, cell_reset_state=True, use_obs="TTFF"),
+    dict(T=7, levels=3, tmp_abs_factor=2, action_size=2),
+    dict(T=4, levels=1, tmp_abs_factor=2, action_size=2),
+    dict(T=8, levels=3, tmp_abs_factor=2, use_obs="TTF"),
+    dict(T=6, levels=2, tmp_abs_factor=3, use_obs="FT"),
+    dict(T=5, levels=2, tmp_abs_factor=5, use_obs="FF", filters=2),
+]
+
+
+@pytest.mark.parametrize("case", GRID, ids=lambda case: "-".join(f"{k}{v}" for k, v in case.items()))
+def test_equals_the_textbook_form(case):
+    """Every output, term and gradient, in double precision."""
+    with jax.enable_x64(True):
+        c, model, params, video, noise, actions = make(dtype=np.float64, **case)
+
+        def fast(params, video, actions):
+            rollouts, _ = model.apply(params, video, noise, actions=actions, use_obs=c.use_obs, method="observe")
+            frames = model.apply(params, rollouts, method="decode")
+            terms = model.apply(params, video, noise, actions)
+            levels = [[*r.prior, *r.posterior, r.stoch, r.deter] for r in rollouts]
+            names = ("nll", "kl", "kl_prior", "kl_posterior", "entropy_prior", "entropy_posterior")
+            return {name: terms[name] for name in names} | {"levels": levels, "frames": frames}
+
+        def slow(params, video, actions):
+            seen = oracle.elbo(c, params["params"], video, noise, actions, c.use_obs)
+            terms = seen if c.use_obs is None else oracle.elbo(c, params["params"], video, noise, actions)
+            same = {name: terms[name] for name in ("nll", "kl", "entropy_prior", "entropy_posterior")}
+            return same | {
+                "kl_prior": terms["kl"],
+                "kl_posterior": terms["kl"],
+                "levels": seen["levels"],
+                "frames": seen["frames"],
+            }
+
+        def probe(form, params, video, actions):
+            """All outputs, and a random projection of those that autodiff treats alike in both forms."""
+            outputs = form(params, video, actions)
+            leaves = [
+                x
+                for name in ("nll", "kl", "entropy_prior", "entropy_posterior", "levels", "frames")
+                for x in jax.tree.leaves(outputs[name])
+            ]
+            random = np.random.default_rng(1)
+            return sum((x * random.normal(size=x.shape)).sum() for x in leaves), outputs
+
+        arguments = (0, 1, 2) if actions is not None else (0, 1)
+        (_, got), got_gradients = jax.jit(jax.value_and_grad(partial(probe, fast), arguments, has_aux=True))(
+            params, video, actions
+        )
+        (_, want), want_gradients = jax.value_and_grad(partial(probe, slow), arguments, has_aux=True)(
+            params, video, actions
+        )
+    for kind, a, b in ("output", got, want), ("gradient", got_gradients, want_gradients):
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        for path, difference in jax.tree_util.tree_leaves_with_path(
+            jax.tree.map(lambda x, y: float(np.abs(x - y).max() / (1 + np.abs(y).max())), a, b)
+        ):
+            assert difference < 1e-9, (kind, jax.tree_util.keystr(path), difference)
+
+
+def test_single_precision_equals_the_textbook_form():
+    c, model, params, video, noise, _ = make(T=13, levels=3, tmp_abs_factor=2)
+    terms = model.apply(params, video, noise)
+    want = oracle.elbo(c, params["params"], video, noise)
+    for name in ("nll", "kl", "entropy_prior", "entropy_posterior"):
+        np.testing.assert_allclose(terms[name], want[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [4, 5, 6])
+def test_forms_of_convolutions_are_equal(monkeypatch, size, channels):
+    """The CPU's form against XLA's own and the definition, values and gradients, plain and transposed."""
+    random = np.random.default_rng(0)
+    kernel = jnp.asarray(random.normal(size=(size, size, channels, 2)), jnp.float32)
+    for function, extent in (cwvae.conv, 31), (cwvae.conv, 14), (cwvae.conv_transpose, 1), (cwvae.conv_transpose, 5):
+        x = jnp.asarray(random.normal(size=(2, extent, extent + 1, channels)), jnp.float32)
+        results = []
+        for backend in "cpu", "gpu":
+            monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            value, pullback = jax.vjp(function, x, kernel)
+            results.append((value, *pullback(jnp.cos(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape))))
+        for a, b in zip(*results, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        if function is cwvae.conv_transpose:
+            by_hand = oracle.conv_transpose_by_hand({"kernel": kernel, "bias": 0}, x)
+            np.testing.assert_allclose(results[0][0], by_hand, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, channels, sizes, total",
+    [("mmnist", 1, (20, 200), 12_465_617), ("mazes", 3, (20, 200), None), ("minerl", 3, (100, 800), 34_391_827)],
+)
+def test_parameter_counts_of_the_published_configurations(name, channels, sizes, total):
+    c = configuration.load(ROOT / "configs" / f"{name}.yml")
+    S, D = sizes
+    E = D
+    assert (c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size, c.channels) == (S, D, E, channels)
+    video = jnp.zeros((1, 36, 64, 64, channels))
+    noise = [jnp.zeros((1, t, S)) for t in cwvae.ticks(c, 36)]
+    params = jax.eval_shape(CWVAE(c).init, jax.random.key(0), video, noise)["params"]
+    F = 1024
+    transition, gru = (S + S + D) * E + E, 6 * E * D + 4 * D
+    prior = D * E + E + 2 * (E * S + S)
+    posterior = (D + F) * E + E + E * E + E + 2 * (E * S + S)
+    want = {f"cell_{level}": transition + gru + prior + posterior for level in range(3)}
+    convolutions = [(4, channels, 32), (4, 32, 64), (4, 64, 128), (4, 128, 256)]
+    want["encoder"] = sum(n * n * i * o + o for n, i, o in convolutions)
+    want["encoder"] += 2 * ((F * 1000 + 1000) + (1000 * 1000 + 1000) + (1000 * F + F))
+    want["decoder"] = (S + D) * 1024 + 1024
+    want["decoder"] += sum(
+        n * n * i * o + o for n, i, o in [(5, 1024, 128), (5, 128, 64), (6, 64, 32), (6, 32, channels)]
+    )
+    got = {module: sum(x.size for x in jax.tree.leaves(tree)) for module, tree in params.items()}
+    assert got == want
+    assert total in (None, sum(got.values()))
+    shapes = {f"{'/'.join(k.key for k in path)}": x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    assert shapes["encoder/conv_0/kernel"] == (4, 4, channels, 32)
+    assert shapes["encoder/level_2_dense_2/kernel"] == (1000, 1024)
+    assert shapes["decoder/conv_3/kernel"] == (6, 6, 32, channels)
+    assert shapes["cell_1/transition/kernel"] == (2 * S + D, E)
+    assert shapes["cell_1/posterior_in/kernel"] == (D + 1024, E)
+    assert shapes["cell_1/gru/state_kernel"] == (D, 3 * D)
+    assert shapes["cell_1/posterior_stats/stddev/kernel"] == (E, S)
+
+
+def test_shapes_of_all_layers():
+    c, model, params, video, noise, _ = make(T=7, levels=3, tmp_abs_factor=2, filters=2)
+    _, seen = model.module.apply(params, video, noise, capture_intermediates=True)
+    shapes = {
+        "/".join(k.key for k in path if hasattr(k, "key")): x.shape
+        for path, x in jax.tree_util.tree_leaves_with_path(seen["intermediates"])
+    }
+    by_layer = {name.removesuffix("/__call__"): shape for name, shape in shapes.items()}
+    N = 2 * 7
+    for i, (size, channels) in enumerate([(31, 2), (14, 4), (6, 8), (2, 16)]):
+        assert by_layer[f"encoder/conv_{i}"] == (N, size, size, channels)
+    for i, (size, channels) in enumerate([(5, 8), (13, 4), (30, 2), (64, 1)]):
+        assert by_layer[f"decoder/conv_{i}"] == (N, size, size, channels)
+    assert by_layer["decoder/dense"] == (N, 1024)
+    assert by_layer["encoder/level_1_dense_0"] == (2, 7, 6)
+    features = model.module.apply(params, video, method=lambda m, v: m.encoder(v))
+    assert [x.shape for x in features] == [(2, 7, 64), (2, 4, 64), (2, 2, 64)]
+
+
+def test_initial_parameters_have_flax_distributions():
+    c = configuration.load(ROOT / "configs" / "mmnist.yml")
+    cell = cwvae.RSSMCell(c, 220, 1024)
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    state = cwvae.LevelState(zeros((1, 20)), zeros((1, 200)))
+    params = cell.init(jax.random.key(0), state, None, zeros((1, 1, 1024)), zeros((1, 1, 20)), jnp.ones(1))["params"]
+    for gate in np.split(np.asarray(params["gru"]["state_kernel"]), 3, 1):
+        np.testing.assert_allclose(gate.T @ gate, np.eye(200), atol=1e-4)
+    for kernel, inputs in (
+        (params["gru"]["input_kernel"], 200),
+        (params["posterior_in"]["kernel"], 1224),
+        (params["transition"]["kernel"], 240),
+    ):
+        assert np.std(kernel) == pytest.approx(1 / math.sqrt(inputs), rel=0.02)
+    assert not np.any(params["gru"]["input_bias"]) and not np.any(params["gru"]["candidate_bias"])
+
+
+# ---------------------------------------------------------------------------------------------- properties
+
+
+def all_predictions(model, params, video, context, frames, **options):
+    parts = cwvae.open_loop(
+        model, params, video[:, :context], jax.random.split(jax.random.key(0), len(video)), frames, **options
+    )
+    collected = {}
+    for name, chunk in parts:
+        collected.setdefault(name, []).append(chunk)
+    return {name: np.concatenate(chunks, 1) for name, chunks in collected.items()}
+
+
+def test_filtering_sees_no_frame_after_its_tick():
+    """Also where the whole video is at hand, states up to a tick's end don't depend on later frames."""
+    c, model, params, video, noise, _ = make(T=12, levels=3, tmp_abs_factor=2)
+    changed = video.copy()
+    changed[:, 8:] = 0
+    (a, _), (b, _) = (model.apply(params, v, noise, method="observe") for v in (video, changed))
+    for level, (x, y) in enumerate(zip(a, b, strict=True)):
+        n = 8 // 2**level
+        for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+            np.testing.assert_array_equal(p[:, :n], q[:, :n])
+        assert not np.array_equal(x.stoch[:, n:], y.stoch[:, n:])
+
+
+def test_gradient_of_a_prediction_reaches_the_context_only_where_levels_see_it():
+    c, model, params, video, noise, _ = make(T=8, levels=3, tmp_abs_factor=2)
+    noise_ahead = [x[:, : x.shape[1] // 2] for x in noise]
+
+    def predict(video, use_obs):
+        _, state = model.apply(params, video, noise, use_obs=use_obs, method="observe")
+        rollouts, _ = model.apply(params, 4, noise_ahead, state=state, method="imagine")
+        return model.apply(params, rollouts, method="decode").sum(), state
+
+    gradient = jax.grad(lambda v: predict(v, None)[0])(video)
+    assert np.all(np.abs(gradient).max(axis=(0, 2, 3, 4)) > 0)
+    assert not np.any(jax.grad(lambda v: predict(v, "FFF")[0])(video))
+    _, blind = predict(video, "TTF")
+    _, other = predict(1 - video, "TTF")
+    for a, b in zip(blind.levels[2], other.levels[2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(blind.levels[1].stoch, other.levels[1].stoch)
+
+
+def test_open_loop_equals_observe_then_imagine_for_any_chunk():
+    c, model, params, video, _, _ = make(T=20, levels=3, tmp_abs_factor=2, cell_reset_state=True)
+    want = all_predictions(model, params, video, 8, 11, chunk=12)
+    assert {name: x.shape[1] for name, x in want.items()} == {
+        "posterior_recon": 8,
+        "prior_onestep": 8,
+        "prior_multistep": 11,
+    }
+    for chunk in 4, 8:
+        got = all_predictions(model, params, video, 8, 11, chunk=chunk)
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], atol=1e-5)
+    noise = cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 2), 19)
+    rollouts, state = model.apply(
+        params, video[:, :8], [x[:, : 8 // 2**i] for i, x in enumerate(noise)], method="observe"
+    )
+    np.testing.assert_allclose(model.apply(params, rollouts, method="decode"), want["posterior_recon"], atol=1e-5)
+    rollouts, _ = model.apply(
+        params, 11, [x[:, 8 // 2**i :] for i, x in enumerate(noise)], state=state, method="imagine"
+    )
+    np.testing.assert_allclose(model.apply(params, rollouts, method="decode"), want["prior_multistep"], atol=1e-5)
+
+
+def test_prior_one_step_ahead_equals_the_textbook_form():
+    c, model, params, video, noise, _ = make(T=4, levels=2, tmp_abs_factor=2)
+    rollouts, _ = model.apply(params, video, noise, method="observe")
+    got = model.apply(params, rollouts, noise, method="decode_prior")
+    mean, stddev, _, _, _, h = oracle.elbo(c, params["params"], video, noise)["levels"][0]
+    for t in range(4):
+        want = oracle.decode(
+            params["params"]["decoder"], jnp.concatenate([mean[:, t] + stddev[:, t] * noise[0][:, t], h[:, t]], -1)
+        )
+        np.testing.assert_allclose(got[:, t], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_long_sequences_in_chunks_equal_the_whole(reset):
+    c, model, params, video, _, _ = make(T=19, levels=3, tmp_abs_factor=2, cell_reset_state=reset)
+    keys = jax.random.split(jax.random.key(3), 2)
+    noise = cwvae.draw_noise(c, keys, 19)
+    want = model.apply(params, video, noise)
+    for chunk in 4, 12, 20:
+        got = cwvae.long_elbo(model.module, params, video, keys, chunk)
+        for name, value in got.items():
+            np.testing.assert_allclose(value, want[name], rtol=2e-5)
+
+
+def test_no_frame_can_follow_an_unfinished_tick():
+    c, model, params, video, noise, _ = make(T=6, levels=3, tmp_abs_factor=2)
+    _, state = model.apply(params, video, noise, method="observe")
+    with pytest.raises(ValueError, match="multiple of 4 frames"):
+        model.apply(params, 2, [x[:, :1] for x in noise], state=state, method="imagine")
+
+
+def test_uint8_videos_are_divided_by_255():
+    c, model, params, _, noise, _ = make(T=4, levels=2, tmp_abs_factor=2)
+    video = np.random.default_rng(0).integers(0, 256, (2, 4, 64, 64, 1), dtype=np.uint8)
+    a, b = model.apply(params, video, noise), model.apply(params, (video / 255).astype(np.float32), noise)
+    np.testing.assert_allclose(a["nll"], b["nll"], rtol=1e-6)
+
+
+def test_noise_belongs_to_the_sequence():
+    c = Config(**TINY)
+    keys = jax.random.split(jax.random.key(0), 3)
+    for whole, one in zip(cwvae.draw_noise(c, keys, 9), cwvae.draw_noise(c, keys[1:2], 9), strict=True):
+        np.testing.assert_array_equal(whole[1:2], one)
+    everything = np.concatenate([np.ravel(x) for x in cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 500), 9)])
+    assert scipy.stats.kstest(everything, "norm").pvalue > 0.01
+    assert len(np.unique(everything)) > 0.99 * len(everything)
+
+
+def test_reset_pattern():
+    c = Config(levels=3, tmp_abs_factor=2, cell_reset_state=True, open_loop_ctx=4)
+    bottom, middle, top = cwvae.reset_masks(c, 10)
+    assert middle.tolist() == [0, 1, 0, 1, 0]
+    assert bottom.tolist() == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
+    assert top.tolist() == [1, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------- objective
+
+
+def test_kl_divergence_and_entropy_equal_sampled_estimates():
+    random = np.random.default_rng(0)
+    q = Gaussian(random.normal(size=3), random.uniform(0.3, 2, 3))
+    p = Gaussian(random.normal(size=3), random.uniform(0.3, 2, 3))
+    z = random.normal(q.mean, q.stddev, (1_000_000, 3))
+    log_q, log_p = (scipy.stats.norm.logpdf(z, d.mean, d.stddev).sum(-1) for d in (q, p))
+    estimate, error = (log_q - log_p).mean(), (log_q - log_p).std() / 1000
+    assert float(cwvae.kl_divergence(q, p)) == pytest.approx(estimate, abs=4 * error)
+    assert float(cwvae.kl_divergence(q, q)) == pytest.approx(0, abs=1e-6)
+    assert float(cwvae.entropy(q)) == pytest.approx(scipy.stats.norm(q.mean, q.stddev).entropy().sum(), rel=1e-5)
+
+
+def test_nll_equals_scipy():
+    c, model, params, video, noise, _ = make(T=4, levels=2, tmp_abs_factor=2, dec_stddev=0.3)
+    rollouts, _ = model.apply(params, video, noise, method="observe")
+    mean = np.asarray(model.apply(params, rollouts, method="decode"))
+    want = -scipy.stats.norm.logpdf(video, mean, 0.3).sum((1, 2, 3, 4))
+    np.testing.assert_allclose(model.apply(params, video, noise)["nll"], want, rtol=1e-5)
+
+
+TERMS = {
+    "nll": jnp.array([10.0, 20.0, 99.0]),
+    "kl": jnp.array([[3.0, 5.0, 99.0], [0.5, 0.7, 99.0]]),
+    "entropy_prior": jnp.zeros((2, 3)),
+    "entropy_posterior": jnp.zeros((2, 3)),
+}
+TERMS |= {"kl_prior": TERMS["kl"], "kl_posterior": TERMS["kl"]}
+WEIGHT = jnp.array([1.0, 1.0, 0.0])  # means: nll 15, kl 4 and 0.6
+
+
+@pytest.mark.parametrize(
+    "options, kl",
+    [
+        ({}, 4.6),
+        ({"beta": 0.5}, 2.3),
+        ({"beta": [1, 10]}, 10),
+        ({"free_nats": 1}, 3),
+        ({"free_nats": 1, "beta": [0.5, 1]}, 1.5),
+        ({"kl_grad_post_perc": 0.8}, 0.2 * 4 + 3.2 + 0.2 * 0.6 + 1),
+        ({"kl_grad_post_perc": 0.0}, 4 + 1 + 0.6 + 1),
+        ({"kl_grad_post_perc": 0.8, "free_nats": 2, "beta": 2}, 2 * 2),
+    ],
+)
+def test_options_of_the_objective(options, kl):
+    c = Config(levels=2, tmp_abs_factor=2, open_loop_ctx=2, **options)
+    loss, metrics = cwvae.objective(c, TERMS, WEIGHT, frames=5)
+    assert float(loss) == pytest.approx((15 + kl) / 5)
+    assert float(metrics["kl_term"]) == pytest.approx(kl / 5)
+    assert float(metrics["nll_term"]) == pytest.approx(3)
+    assert float(metrics["avg_kl_prior_posterior__level_0"]) == pytest.approx(4 / 5)
+    # The same over two devices, one of which has an example and a half less.
+    spread = jax.tree.map(
+        lambda x: jnp.stack([jnp.pad(x[..., :1], [(0, 0)] * (x.ndim - 1) + [(0, 1)]), x[..., 1:]]), (TERMS, WEIGHT)
+    )
+    shares, _ = jax.vmap(lambda t, w: cwvae.objective(c, t, w, 5, "data"), axis_name="data")(*spread)
+    assert float(shares.sum()) == pytest.approx(float(loss))
+
+
+def test_kl_balancing_splits_the_gradient():
+    """With share p to the posterior and 1 - p to the prior; the value is the plain KL's."""
+    p = 0.8
+    plain, balanced = (Config(levels=1, kl_grad_post_perc=x) for x in (None, p))
+    stats = jnp.array([0.3, 1.5]), jnp.array([-2.0, 0.4])
+
+    def loss(c, q, prior):
+        q, prior = Gaussian(q[:1], q[1:]), Gaussian(prior[:1], prior[1:])
+        stop = jax.lax.stop_gradient
+        kl = {"kl": (q, prior), "kl_prior": (stop(q), prior), "kl_posterior": (q, stop(prior))}
+        terms = {name: cwvae.kl_divergence(*pair).reshape(1, 1) for name, pair in kl.items()}
+        terms |= {"nll": jnp.zeros(1), "entropy_prior": jnp.zeros((1, 1)), "entropy_posterior": jnp.zeros((1, 1))}
+        return cwvae.objective(c, terms, jnp.ones(1), 1)[0]
+
+    (a, (aq, ap)), (b, (bq, bp)) = (jax.value_and_grad(partial(loss, c), (0, 1))(*stats) for c in (plain, balanced))
+    assert float(a) == pytest.approx(float(b)) and float(p * a) > 1
+    np.testing.assert_allclose(bq, p * aq, rtol=1e-5)
+    np.testing.assert_allclose(bp, (1 - p) * ap, rtol=1e-5)
+
+
+def test_elbo_stops_the_gradients_of_kl_balancing():
+    """kl_prior trains no weight that only the posterior has, and the other way round."""
+    c, model, params, video, noise, _ = make(T=4, levels=2, tmp_abs_factor=2)
+
+    def gradient(name):
+        return jax.grad(lambda p: model.apply(p, video, noise)[name][0].sum())(params)["params"]["cell_0"]
+
+    prior, posterior, both = gradient("kl_prior"), gradient("kl_posterior"), gradient("kl")
+    norm = lambda tree: sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))  # noqa: E731
+    assert (
+        norm(posterior["prior_stats"]) == 0
+        and norm(posterior["prior_hidden"]) == 0
+        and norm(posterior["posterior_stats"]) > 0
+    )
+    assert norm(prior["prior_stats"]) > 0
+    for a, b in zip(jax.tree.leaves(prior["prior_stats"]), jax.tree.leaves(both["prior_stats"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    for x, y, z in zip(*map(jax.tree.leaves, (prior, posterior, both)), strict=True):
+        np.testing.assert_allclose(x + y, z, rtol=1e-3, atol=1e-4)
+
+
+def test_config_is_hashable_for_jit():
+    assert hash(CWVAE(Config(beta=(1, 2, 3)))) == hash(CWVAE(dataclasses.replace(Config(), beta=[1, 2, 3])))

@@ -1,0 +1,260 @@
+"""Training as a user runs it, on a tiny model: repeatable to the bit, resumable, logged, and learning."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, TINY
+
+import config as configuration
+import data
+import tools
+import train
+from config import ConfigError
+from cwvae import CWVAE
+
+
+def parameters(state):
+    return jax.tree.map(np.asarray, state)
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def lines(run: Path):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_and_its_files(tiny, capsys):
+    c = dataclasses.replace(
+        tiny, save_gifs=True, save_scalars_every=2, save_gifs_every=2, save_model_every=2, save_named_model_every=2
+    )
+    state = train.train(c)
+    run = train.run_directory(c)
+    assert int(state.step) == 4
+    assert configuration.load(run / "config.yml") == c
+    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"2", "4"}
+    assert {p.name for p in (run / "videos").iterdir()} == {
+        f"{name}_000000{i}.gif" for name in ("train", "validation") for i in (2, 4)
+    }
+    logged = lines(run)
+    assert [line["step"] for line in logged] == [2, 4]
+    names = ["loss", "nll_term", "kl_term"] + [
+        f"avg_{kind}__level_{i}"
+        for i in range(3)
+        for kind in ("kl_prior_posterior", "entropy_prior", "entropy_posterior")
+    ]
+    want = {f"{split}/{name}" for split in ("train", "validation") for name in names} | {
+        "train/grad_norm",
+        "train/learning_rate",
+        "step",
+    }
+    assert set(logged[0]) == want and all(np.isfinite(list(logged[0].values())))
+    line = logged[0]
+    for split in "train", "validation":
+        assert line[f"{split}/loss"] == pytest.approx(line[f"{split}/nll_term"] + line[f"{split}/kl_term"], rel=1e-5)
+        levels = sum(line[f"{split}/avg_kl_prior_posterior__level_{i}"] for i in range(3))
+        assert line[f"{split}/kl_term"] == pytest.approx(levels, rel=1e-4)
+    assert f"python eval.py --logdir {run}" in capsys.readouterr().out
+
+
+def test_same_seed_same_parameters_and_resumed_equals_uninterrupted(tiny, tmp_path):
+    """To the bit, in parameters, optimiser state, metrics and data."""
+    often = dataclasses.replace(tiny, save_model_every=2, save_scalars_every=1)
+    whole = parameters(train.train(often))
+    elsewhere = dataclasses.replace(often, logdir=str(tmp_path / "again"))
+    assert_same(whole, parameters(train.train(elsewhere)))
+    interrupted = dataclasses.replace(often, logdir=str(tmp_path / "interrupted"))
+    train.train(dataclasses.replace(interrupted, max_steps=2))
+    assert len(lines(train.run_directory(interrupted))) == 2
+    assert_same(whole, parameters(train.train(interrupted)))
+    assert lines(train.run_directory(interrupted)) == lines(train.run_directory(often))
+    # A run that is complete goes nowhere.
+    assert_same(whole, parameters(train.train(interrupted)))
+    assert lines(train.run_directory(interrupted)) == lines(train.run_directory(often))
+    other = parameters(train.train(dataclasses.replace(often, seed=1)))
+    assert not np.array_equal(jax.tree.leaves(other.params)[0], jax.tree.leaves(whole.params)[0])
+
+
+def test_random_seed_is_saved_and_used_on_resume(tiny):
+    c = dataclasses.replace(tiny, seed=None, max_steps=1)
+    train.train(c)
+    seed = configuration.load(train.run_directory(c) / "config.yml").seed
+    assert seed is not None
+    train.train(dataclasses.replace(c, max_steps=2))
+    assert configuration.load(train.run_directory(c) / "config.yml").seed == seed
+
+
+def test_resuming_as_another_model_is_refused(tiny):
+    train.train(dataclasses.replace(tiny, max_steps=1))
+    run = train.run_directory(tiny)
+    values = yaml.safe_load((run / "config.yml").read_text())
+    (run / "config.yml").write_text(yaml.safe_dump(values | {"lr": 0.5, "cell_min_stddev": 0.1}))
+    with pytest.raises(
+        ConfigError, match=r"another cell_min_stddev \(0.1 there, 0.0001 now\), lr \(0.5 there, 0.001 now\)"
+    ):
+        train.train(tiny)
+    assert yaml.safe_load((run / "config.yml").read_text())["lr"] == 0.5
+
+
+def test_context_must_fit_training_videos(tiny):
+    with pytest.raises(ConfigError, match="open_loop_ctx: must be less than seq_len = 8"):
+        train.train(dataclasses.replace(tiny, open_loop_ctx=8, save_gifs=True))
+
+
+def test_padding_has_no_weight(tiny):
+    """A batch of 2 padded to 4 rows gives the loss and the parameters of the batch alone, whatever the padding holds."""
+    model, devices = CWVAE(tiny), train.Devices()
+    step = train.make_train_step(model)
+    windows = data.windows(tiny, "train")
+    video = np.stack([windows[i] for i in range(2)])
+    padding = np.random.default_rng(0).integers(0, 256, video.shape, dtype=np.uint8)
+    results = []
+    for rows, weight in (video, [1, 1]), (np.concatenate([video, padding]), [1, 1, 0, 0]):
+        state = devices.replicate(train.make_state(model))
+        results.append(step(state, data.Batch(rows[None], np.array(weight, np.float32)[None])))
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_clipping_and_adam(tiny):
+    """The first step of Adam moves by lr * g / (|g| + eps), g clipped by the global norm."""
+    import jax.numpy as jnp
+
+    g = {"a": jnp.array([3e-3, -4e-3])}
+    for clip, scale in (10000, 1.0), (0, 1.0), (None, 1.0), (1e-3, 0.2):
+        optimizer = train.make_optimizer(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1))
+        updates, _ = optimizer.update(g, optimizer.init(g))
+        clipped = g["a"] * scale
+        np.testing.assert_allclose(updates["a"], -0.1 * clipped / (abs(clipped) + 1e-4), rtol=1e-4)
+
+
+def test_validation_does_not_depend_on_batch_size(tiny):
+    model = CWVAE(tiny)
+    params = train.make_state(model).params
+    test = data.windows(tiny, "test")
+    results = []
+    for batch_size, batches in (2, 3), (6, 1), (3, 2):
+        c = dataclasses.replace(tiny, batch_size=batch_size, num_val_batches=batches)
+        results.append(train.validate(CWVAE(c), params, test, train.Devices()))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert other[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
+    model = CWVAE(tiny)
+    params = train.make_state(model).params
+    test = data.windows(tiny, "test")
+    video = np.stack([test[0], test[1]])
+    changed = video.copy()
+    changed[:, tiny.open_loop_ctx :] = 255 - changed[:, tiny.open_loop_ctx :]
+    a, b = train.open_loop_video(model, params, video), train.open_loop_video(model, params, changed)
+    assert a.shape == (12, 2 * 68, 3 * 68, 3)
+    np.testing.assert_array_equal(a[:, :, 68 : 2 * 68], b[:, :, 68 : 2 * 68])
+    np.testing.assert_array_equal(a[5, 2:66, 2:66, 0], video[0, 5, ..., 0])
+
+
+@pytest.mark.slow
+def test_learns(tmp_path):
+    """A model of a few thousand parameters soon explains frames far better than the mean frame does."""
+    c = configuration.load(ROOT / "configs" / "debug.yml")
+    c = dataclasses.replace(
+        c, max_steps=120, seed=0, wandb="disabled", logdir=str(tmp_path), save_gifs=False, save_scalars_every=120
+    )
+    train.train(c)
+    (line,) = lines(train.run_directory(c))
+    windows = data.windows(c, "test")
+    frames = np.concatenate([windows[i] for i in range(50)]) / 255
+    of_mean_frame = 0.5 * ((frames - frames.mean(0)) ** 2).sum((1, 2, 3)).mean() / c.dec_stddev**2
+    constant = 64 * 64 * (np.log(c.dec_stddev) + 0.5 * np.log(2 * np.pi))
+    assert line["validation/loss"] - constant < 0.8 * of_mean_frame
+    assert line["validation/nll_term"] - constant > 0
+
+
+# ---------------------------------------------------------------------------------------------- wandb
+
+
+def run_program(program, arguments, home, **environment):
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(home)} | environment
+    variables["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
+    return subprocess.run(
+        [sys.executable, ROOT / program, *arguments], capture_output=True, text=True, cwd=home, env=variables
+    )
+
+
+def flags(**keys):
+    return [f"--{key}={'null' if value is None else value}" for key, value in (TINY | keys).items()]
+
+
+def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):
+    done = run_program("train.py", flags(wandb="auto", max_steps=2, save_gifs=True), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wandb: offline, since no API key is configured") == 1
+    (run,) = tmp_path.glob("logs/digits/*")
+    assert len(lines(run)) == 1
+    assert list(tmp_path.glob("logs/wandb/offline-run-*/*.wandb"))
+    saved = (run / "wandb_id").read_text()
+    done = run_program("train.py", flags(wandb="auto", max_steps=3, save_gifs=True), tmp_path)
+    assert done.returncode == 0 and (run / "wandb_id").read_text() == saved
+
+
+def test_a_sweep_beats_flags_which_beat_yaml(tmp_path):
+    """As wandb's agent starts a program: the sweep's values in a file, named by the environment."""
+    (tmp_path / "sweep.yml").write_text("wandb_version: 1\nlr: {value: 0.5}\nbeta: {value: [1, 0.5, 0.1]}\n")
+    (tmp_path / "base.yml").write_text("lr: 0.1\ncell_embed_size: 4\nenc_dense_layers: 1\n")
+    environment = dict(WANDB_SWEEP_ID="abc", WANDB_RUN_ID="run1", WANDB_SWEEP_PARAM_PATH=str(tmp_path / "sweep.yml"))
+    keys = {
+        key: value for key, value in flag_dict(lr=0.2, wandb="offline", max_steps=1).items() if key != "cell_embed_size"
+    }
+    arguments = [
+        "--config=base.yml",
+        *(f"--{key}={value}" for key, value in keys.items() if key != "enc_dense_layers"),
+        "--enc_dense_layers=2",
+    ]
+    done = run_program("train.py", arguments, tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("logs/digits/*/config.yml")
+    c = configuration.load(path)
+    assert (c.lr, c.beta, c.enc_dense_layers, c.cell_embed_size) == (0.5, (1.0, 0.5, 0.1), 2, 4)
+    assert path.parent.name == c.run_name
+    (tmp_path / "sweep.yml").write_text("wandb_version: 1\nlevels: {value: 0}\n")
+    done = run_program("train.py", arguments, tmp_path, **environment | {"WANDB_RUN_ID": "run2"})
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: levels: must be at least 1, got 0"
+
+
+def flag_dict(**keys):
+    return TINY | keys
+
+
+def test_missing_dataset_exits_with_one_line(tmp_path):
+    for name in "minerl", "mazes", "mmnist":
+        done = run_program("train.py", [f"--config={ROOT}/configs/{name}.yml", "--wandb=disabled"], tmp_path)
+        assert (
+            done.returncode == 2
+            and done.stderr.startswith(f"error: dataset: {name} isn't in")
+            and done.stderr.count("\n") == 1
+        )
+        assert not (tmp_path / "logs").exists()
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(tiny, capsys):
+    c = dataclasses.replace(tiny, save_model_every=2)
+    whole = parameters(train.train(c))
+    for file in (train.run_directory(c) / "checkpoints" / "4" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    again = parameters(train.train(c))
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert_same(whole, again)
+    with tools.open_checkpoints(train.run_directory(c) / "checkpoints") as checkpoints:
+        assert_same(whole, tools.load_checkpoint(checkpoints, 4, whole))

@@ -56,11 +56,19 @@ class Config:
     )
 
     # DATASET
-    dataset: str = option("mmnist", "minerl, mazes, mmnist, or digits (embedded: no download)")
+    dataset: str = option(
+        "mmnist",
+        "minerl, mazes, mmnist, kth; digits (embedded: no download); mnist (moving digits from MNIST's idx files in "
+        "datadir); videos (files in datadir/train and datadir/test)",
+    )
     datadir: str = option("datasets", "directory of the datasets")
+    rebuild_frames: bool = option(False, "decode the videos anew")
     seq_len: int = option(100, "frames of a training sequence", at_least=1)
     eval_seq_len: int = option(1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0)
     channels: int = option(1, "colour channels of a frame", at_least=1)
+    random_start: bool = option(False, "start training windows at a random frame of their video (not in the paper)")
+    num_digits: int = option(2, "digits in a video of digits or mnist", at_least=1)
+    digit_speed: tuple[float, ...] = option((2.0, 6.0), "their slowest and fastest speed, pixels per frame", at_least=0)
 
     # TRAINING
     lr: float = option(3e-4, "learning rate of Adam", above=0)
@@ -118,11 +126,11 @@ class Config:
         choose("cell_type", self.cell_type, ["RSSMCell"])
         choose("wandb", self.wandb, ["auto", "online", "offline", "disabled"])
         choose("dataset", self.dataset, list(CHANNELS))
-        if self.channels != CHANNELS[self.dataset]:
-            raise ConfigError(
-                f"channels: {self.dataset} has {CHANNELS[self.dataset]}, got {self.channels}; "
-                f"set --channels {CHANNELS[self.dataset]}"
-            )
+        if self.channels not in CHANNELS[self.dataset]:
+            known = " or ".join(map(str, CHANNELS[self.dataset]))
+            raise ConfigError(f"channels: {self.dataset} has {known}, got {self.channels}; set --channels {known}")
+        if len(self.digit_speed) != 2 or self.digit_speed[0] > self.digit_speed[1]:
+            raise ConfigError(f"digit_speed: needs the slowest and the fastest speed, got {list(self.digit_speed)}")
         if self.kl_grad_post_perc is not None and self.kl_grad_post_perc > 1:
             raise ConfigError(f"kl_grad_post_perc: must be a share between 0 and 1, got {self.kl_grad_post_perc}")
         if isinstance(self.beta, tuple) and len(self.beta) != self.levels:
@@ -175,14 +183,12 @@ class Config:
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-CHANNELS = {"minerl": 3, "mazes": 3, "mmnist": 1, "digits": 1}
-"""The datasets, and the colour channels of each."""
+CHANNELS = {"minerl": (3,), "mazes": (3,), "mmnist": (1,), "kth": (1,), "digits": (1,), "mnist": (1,), "videos": (1, 3)}
+"""The datasets, and the colour channels each can have."""
 
-NAMED_IF_SET = {"cell_min_stddev", "cell_mean_only", "cell_reset_state", "filters", "clip_grad_norm_by"} | {
-    "kl_grad_post_perc",
-    "free_nats",
-    "beta",
-    "seed",
+NAMED_IF_SET = {
+    *("cell_min_stddev", "cell_mean_only", "cell_reset_state", "filters", "random_start", "num_digits", "digit_speed"),
+    *("clip_grad_norm_by", "kl_grad_post_perc", "free_nats", "beta", "seed"),
 }
 """Keys that set a training apart but aren't in the earlier codes' run names: part of ours unless at their defaults."""
 
@@ -334,13 +340,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f"command line: {message}")
 
 
-def parse(argv: Sequence[str], program: str = "train.py") -> Config:
-    """The configuration of a training from its command line: defaults < `--config` file < flags.
+def parse(argv: Sequence[str], program: str = "train.py", description: str = "Train a Clockwork VAE.") -> Config:
+    """The configuration from a command line: defaults < `--config` file < flags.
 
     Raises:
         ConfigError: as `load` and `parse_flags` do.
     """
-    special, flags = parse_flags(argv, program, "Train a Clockwork VAE.", config="YAML file, e.g. configs/minerl.yml")
+    special, flags = parse_flags(argv, program, description, config="YAML file, e.g. configs/minerl.yml")
     values = read_yaml(special["config"]) if "config" in special else {}
     return Config(**values | typed(flags, "command line"))
 

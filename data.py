@@ -1,15 +1,22 @@
-"""Videos -> windows of uint8 frames -> batches, in an order that the step number alone determines.
+"""Windows of uint8 frames -> batches, in an order that the step number alone determines.
 
 A dataset split is a random-access sequence of windows, each uint8 [T, 64, 64, C]. Nothing here touches an accelerator.
 """
 
 import functools
-from collections.abc import Iterator
+import gzip
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
+import config as config_module
+import pictures
+import videos
 from config import Config, ConfigError
 
 
@@ -32,14 +39,84 @@ def windows(config: Config, split: str) -> Windows:
     """The windows of `split` ("train" or "test"): `seq_len` frames for training, `eval_seq_len` for test.
 
     Raises:
-        ConfigError: the dataset isn't in `datadir`.
+        ConfigError: the dataset can't be had, or is no such thing; with the remedy.
     """
-    if config.dataset == "digits":
-        return MovingDigits(split, config.seq_len if split == "train" else config.eval_seq_len or 1000)
-    raise ConfigError(
-        f"dataset: {config.dataset} isn't in {config.datadir!r} and can't be prepared yet; "
-        "train on --config configs/digits.yml meanwhile"
-    )
+    c = config
+    length = c.seq_len if split == "train" else c.eval_seq_len
+    if c.dataset == "digits":
+        return MovingDigits(digits_of_scikit_learn, split, length or 1000, c.num_digits, c.digit_speed)
+    if c.dataset == "mnist":
+        read = functools.partial(digits_of_mnist, c.datadir)
+        return MovingDigits(read, split, length or 1000, c.num_digits, c.digit_speed)
+    return VideoWindows(decoded(c, split), length, split)
+
+
+def decoded(config: Config, split: str) -> videos.FrameFile:
+    """The frames of a split's videos: decoded now, and before that downloaded, where they aren't there yet."""
+    c = config
+    datadir = Path(c.datadir)
+    path = datadir / "frames" / f"{c.dataset}-{split}-{c.channels}"
+    if c.dataset == "videos":
+        # A folder that is gone after decoding is no reason to stop.
+        if not c.rebuild_frames and videos.index_path(path).exists() and not (datadir / split).exists():
+            return videos.FrameFile(path)
+        folder = videos.Folder(datadir / split)
+        how = videos.Decoding(c.channels, crop=True, luma=True)
+        return videos.frame_file(path, lambda: folder, how, folder.origin, c.rebuild_frames)
+
+    def prepared() -> videos.Videos:
+        import published  # TFDS is slow to import, and only needed once
+
+        builder = published.prepare(c.dataset, datadir)
+        source = published.PreparedVideos(builder.as_data_source(split=split))
+        expected = builder.VIDEOS.get(split)
+        if expected not in (None, len(source)):
+            print(f"Warning: {c.dataset} has {len(source)} {split} videos; {expected} were published")
+        return source
+
+    return videos.frame_file(path, prepared, videos.Decoding(c.channels), c.dataset, c.rebuild_frames)
+
+
+class VideoWindows:
+    """The windows of decoded videos: of each, as many as fit, from its beginning on; with `length` 0, whole videos."""
+
+    def __init__(self, file: videos.FrameFile, length: int, split: str):
+        """Raises ConfigError where no video is as long as a window, or whole videos differ in length."""
+        self.file = file
+        if not length and len(set(file.lengths)) > 1:
+            raise ConfigError(
+                f"eval_seq_len: 0 takes whole videos, but the {split} videos have {min(file.lengths)} to "
+                f"{max(file.lengths)} frames; set a number, at most {max(file.lengths)}"
+            )
+        self.length = length or int(file.lengths[0])
+        counts = file.lengths // self.length
+        short = int((counts == 0).sum())
+        if short == len(counts):
+            key = "seq_len" if split == "train" else "eval_seq_len"
+            raise ConfigError(f"{key}: no {split} video has {self.length} frames; set at most {max(file.lengths)}")
+        if short:
+            names = ", ".join(name for name, count in zip(file.names[:1000], counts, strict=False) if not count)
+            print(f"Skipped {short} {split} videos of less than {self.length} frames: {names}")
+        self.video = np.repeat(np.arange(len(counts)), counts)
+        first = np.cumsum(counts) - counts
+        within = np.arange(len(self.video)) - first[self.video]
+        self.starts = file.starts[self.video] + within * self.length
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """uint8 [T, 64, 64, C]"""
+        return self._frames(self.starts[index])
+
+    def anywhere(self, index: int, random: np.random.Generator) -> np.ndarray:
+        """A window of the same video as window `index`, from a random frame on."""
+        video = self.video[index]
+        slack = self.file.lengths[video] - self.length
+        return self._frames(self.file.starts[video] + random.integers(slack + 1))
+
+    def _frames(self, start: int) -> np.ndarray:
+        return self.file.frames[start : start + self.length]
 
 
 def training_order(config: Config, train: Windows) -> grain.MapDataset:
@@ -47,7 +124,10 @@ def training_order(config: Config, train: Windows) -> grain.MapDataset:
 
     Any position is found at once, without the ones before it.
     """
-    return grain.MapDataset.source(train).seed(config.seed or 0).shuffle().repeat(config.num_epochs)
+    order = grain.MapDataset.range(len(train)).seed(config.seed or 0).shuffle().repeat(config.num_epochs)
+    if config.random_start and isinstance(train, VideoWindows):
+        return order.random_map(train.anywhere)
+    return order.map(train.__getitem__)
 
 
 def training_steps(config: Config, train: Windows) -> int:
@@ -73,31 +153,39 @@ def batches(order: grain.MapDataset, batch_size: int, steps: range, rows: int) -
 
     def batch(step: int) -> Batch:
         items = [order[i] for i in range(step * batch_size, min((step + 1) * batch_size, len(order)))]
-        video = np.zeros((rows, *items[0].shape), np.uint8)
+        video = np.empty((rows, *items[0].shape), np.uint8)
         np.stack(items, out=video[: len(items)])
+        video[len(items) :] = 0
         return Batch(video, (np.arange(rows) < len(items)).astype(np.float32))
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options))
 
 
-class MovingDigits:
-    """Videos of two handwritten digits that bounce within the frame, generated by index: nothing to download.
+# ---------------------------------------------------------------------------------------------- moving digits
 
-    The rules of the paper's Moving MNIST, on the digits that scikit-learn ships (8x8, 1797 of them; Alpaydin and
-    Kaynak 1998): two digits of 28x28, each at a constant speed uniform in 2..6 pixels per frame, in a random
-    direction, reflected at the edges; where they overlap the brighter pixel shows. Training and test videos share no
-    digit.
+
+class MovingDigits:
+    """Videos of handwritten digits that bounce within the frame, generated by index.
+
+    The rules of the paper's Moving MNIST: each digit, 28x28 pixels, moves at a constant speed, uniform in a range of
+    pixels per frame, in a random direction, and is reflected at the edges; where digits overlap the brighter pixel
+    shows.
     """
 
     VIDEOS: ClassVar = {"train": 20_000, "test": 1_000}
 
-    def __init__(self, split: str, frames: int, digits: int = 2, speed: tuple[float, float] = (2.0, 6.0)):
-        self.frames, self.digits, self.speed = frames, digits, speed
-        self.split = split
-        everyone = glyphs()
-        is_test = np.arange(len(everyone)) % 6 == 5
-        self.glyphs = everyone[is_test if split == "test" else ~is_test]
+    def __init__(
+        self,
+        read_digits: Callable[[str], np.ndarray],
+        split: str,
+        frames: int,
+        digits: int = 2,
+        speed: tuple[float, ...] = (2.0, 6.0),
+    ):
+        """`read_digits(split)` gives the images to draw from, uint8 [N, 28, 28]."""
+        self.glyphs = read_digits(split)
+        self.split, self.frames, self.digits, self.speed = split, frames, digits, speed
 
     def __len__(self) -> int:
         return self.VIDEOS[self.split]
@@ -105,15 +193,15 @@ class MovingDigits:
     def __getitem__(self, index: int) -> np.ndarray:
         """uint8 [T, 64, 64, 1]"""
         random = np.random.default_rng([index, int(self.split == "test")])
-        size, glyph_size = 64, self.glyphs.shape[-1]
-        room = size - glyph_size
-        video = np.zeros((self.frames, size, size), np.uint8)
+        glyph_size = self.glyphs.shape[-1]
+        room = videos.FRAME_SIZE - glyph_size
+        video = np.zeros((self.frames, videos.FRAME_SIZE, videos.FRAME_SIZE), np.uint8)
         # patches[t, y, x] is a view of the pixels of frame t that a glyph at (y, x) covers.
         patches = np.lib.stride_tricks.sliding_window_view(video, (glyph_size, glyph_size), axis=(1, 2), writeable=True)
         time = np.arange(self.frames)
         for _ in range(self.digits):
             glyph = self.glyphs[random.integers(len(self.glyphs))]
-            angle, speed = random.uniform(0, 2 * np.pi), random.uniform(*self.speed)
+            angle, speed = random.uniform(0, 2 * np.pi), random.uniform(self.speed[0], self.speed[1])
             start = random.uniform(0, room, 2)
             path = start[:, None] + speed * np.array([[np.sin(angle)], [np.cos(angle)]]) * time
             # Reflection at both edges: a triangle wave of the straight path.
@@ -124,13 +212,74 @@ class MovingDigits:
 
 
 @functools.cache
-def glyphs() -> np.ndarray:
-    """scikit-learn's 1797 digits at the size and contrast of MNIST's, uint8 [1797, 28, 28]."""
+def digits_of_scikit_learn(split: str) -> np.ndarray:
+    """The 1797 digits of 8x8 pixels that scikit-learn ships (Alpaydin and Kaynak 1998), at MNIST's size and contrast.
+
+    Every sixth is a test digit: the splits share none.
+    """
     import scipy.ndimage
     from sklearn.datasets import load_digits  # slow to import, and only this dataset needs it
 
     images = load_digits().images / 16
+    images = images[(np.arange(len(images)) % 6 == 5) == (split == "test")]
     images = scipy.ndimage.zoom(images, (1, 2.5, 2.5), order=3, mode="nearest", grid_mode=True)  # 8x8 -> 20x20
     images = np.pad(images, ((0, 0), (4, 4), (4, 4)))
     # Interpolated strokes are blurry; MNIST's are nearly black and white.
     return np.rint(np.clip((images - 0.5) * 2.2 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+@functools.cache
+def digits_of_mnist(datadir: str, split: str) -> np.ndarray:
+    """MNIST's training or test digits from its idx files, plain or gzipped.
+
+    Raises:
+        ConfigError: the file is missing or something else.
+    """
+    name = f"{'train' if split == 'train' else 't10k'}-images-idx3-ubyte"
+    plain, zipped = Path(datadir) / name, Path(datadir) / f"{name}.gz"
+    path = plain if plain.exists() else zipped
+    if not path.exists():
+        raise ConfigError(f"datadir: {plain}[.gz] is missing; put MNIST's image files there")
+    try:
+        content = plain.read_bytes() if path == plain else gzip.decompress(zipped.read_bytes())
+        magic, count, height, width = np.frombuffer(content[:16], ">u4").tolist()
+        if (magic, height, width) != (2051, 28, 28):
+            raise ValueError
+        return np.frombuffer(content[16:], np.uint8).reshape(count, 28, 28)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ConfigError(f"datadir: {path} isn't an idx file of 28x28 images; put MNIST's there") from error
+
+
+# ---------------------------------------------------------------------------------------------- looking at the data
+
+
+def look(config: Config) -> None:
+    """Prepares a dataset, prints what it holds, and writes pictures of it, `<datadir>/<dataset>.{png,gif}`."""
+    c = config
+    sources = {split: windows(c, split) for split in ("train", "test")}
+    print(f"{'split':<6} {'videos':>9} {'frames':>13} {'windows':>9} {'bytes':>16}")
+    for split, source in sources.items():
+        if isinstance(source, VideoWindows):
+            counts = len(source.file.lengths), int(source.file.lengths.sum()), len(source), source.file.frames.nbytes
+        else:
+            frames = len(source) * len(source[0])
+            counts = len(source), frames, len(source), frames * videos.FRAME_SIZE**2 * c.channels
+        print(f"{split:<6} {counts[0]:9,} {counts[1]:13,} {counts[2]:9,} {counts[3]:16,}")
+    train = sources["train"]
+    chosen = [train[i] for i in np.linspace(0, len(train) - 1, min(8, len(train))).astype(int)]
+    Path(c.datadir).mkdir(parents=True, exist_ok=True)
+    sheet, animation = (Path(c.datadir) / f"{c.dataset}.{suffix}" for suffix in ("png", "gif"))
+    pictures.save_grid(np.concatenate(chosen), sheet, strip=len(chosen[0]))
+    pictures.save_gif(pictures.rgb(np.concatenate(chosen, axis=2)), animation)
+    print(f"Look at {sheet} and {animation}")
+
+
+def main() -> None:
+    try:
+        look(config_module.parse(sys.argv[1:], "data.py", "Prepare a dataset, and look at it."))
+    except ConfigError as error:
+        sys.exit(config_module.refuse(error))
+
+
+if __name__ == "__main__":
+    main()

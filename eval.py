@@ -17,6 +17,7 @@ from tqdm import tqdm
 import config as configuration
 import cwvae
 import data
+import pictures
 import tools
 import train
 from config import Config, ConfigError
@@ -219,10 +220,10 @@ def save_example(
         path.parent.mkdir(exist_ok=True)
         np.savez(path.with_suffix(".npz"), frames)
         if not config.no_save_grid:
-            tools.save_grid(frames, path.with_suffix(".png"))
+            pictures.save_grid(frames, path.with_suffix(".png"))
     if config.save_gifs:
-        compared = tools.comparison(video[None, context:], samples[0].frames[None], 0)
-        tools.save_gif(compared, predictions / "random_sample_1.gif")
+        compared = pictures.comparison(video[None, context:], samples[0].frames[None], 0)
+        pictures.save_gif(compared, predictions / "random_sample_1.gif")
     return {
         protocol: {name: best_sample(protocol, name).metrics[protocol][name] for name in ("ssim", "psnr")}
         for protocol in tools.PROTOCOLS
@@ -243,7 +244,7 @@ def summarise(
             np.savez(directory / f"{stem}_mean.npz", mean)
             np.savez(directory / f"{stem}_stddev.npz", stddev)
             unit = " (dB)" if name == "psnr" else ""
-            tools.plot_range(
+            pictures.plot_range(
                 mean, stddev, directory / f"{stem}_range.png", f"{name.upper()}{unit}, {protocol} protocol"
             )
             averages[protocol][name] = float(mean.mean())

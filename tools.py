@@ -1,4 +1,4 @@
-"""What training and evaluation share: image metrics, pictures of videos, logs and checkpoints."""
+"""What training and evaluation share: image metrics, logs and checkpoints."""
 
 import dataclasses
 import functools
@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from PIL import Image
 
 from config import Config, ConfigError
 
@@ -80,73 +79,9 @@ def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7
     return similarity.mean((-3, -2))
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-
 def to_uint8(video: Array) -> Array:
     """Floats, clipped to [0, 1], as uint8; truncated like in the earlier codes."""
     return (jnp.clip(video, 0, 1) * 255).astype(jnp.uint8)
-
-
-def save_grid(video: np.ndarray, path: Path, strip: int = 50) -> None:
-    """Writes uint8 [T, H, W, C] as a PNG: rows of `strip` frames, 1 pixel apart; the last row may be shorter."""
-    T, H, W, C = video.shape
-    columns, rows = min(T, strip), -(-T // strip)
-    grid = np.zeros((rows * columns, H + 1, W + 1, C), np.uint8)
-    grid[:T, :H, :W] = video
-    grid = (
-        grid.reshape(rows, columns, H + 1, W + 1, C)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(rows * (H + 1), columns * (W + 1), C)
-    )
-    Image.fromarray(rgb(grid)[:-1, :-1]).save(path)
-
-
-def rgb(image: np.ndarray) -> np.ndarray:
-    """[..., C] as [..., 3]: colour as it is, else the first channel as grey."""
-    return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
-
-
-def comparison(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.ndarray:
-    """Truth | prediction | absolute error side by side, one row per example, uint8 [B, T, H, W, C] -> [T, H', W', 3].
-
-    The frame around the prediction is green while the model sees the context and reconstructs it, then red.
-    """
-    B, T, H, W, _ = truth.shape
-    error = np.abs(truth.astype(np.int16) - prediction).astype(np.uint8)
-    border = 2
-    picture = np.zeros((T, B, H + 2 * border, 3, W + 2 * border, 3), np.uint8)
-    picture[:context, :, :, 1] = (0, 160, 80)
-    picture[context:, :, :, 1] = (200, 40, 40)
-    for column, video in enumerate((truth, prediction, error)):
-        picture[:, :, border:-border, column, border:-border] = rgb(video).swapaxes(0, 1)
-    return picture.reshape(T, B * (H + 2 * border), 3 * (W + 2 * border), 3)
-
-
-def save_gif(video: np.ndarray, path: Path, frames_per_second: int = 15, scale: int = 2) -> None:
-    """Writes uint8 [T, H, W, 3] as a GIF that repeats for ever, `scale` times enlarged."""
-    frames = [
-        Image.fromarray(frame).resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.NEAREST)
-        for frame in video
-    ]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // frames_per_second, loop=0)
-
-
-def plot_range(mean: np.ndarray, stddev: np.ndarray, path: Path, ylabel: str) -> None:
-    """Writes a plot of mean +- stddev over predicted frames, [T] each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # slow to import, and only evaluation plots
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    frames = np.arange(1, len(mean) + 1)
-    axes.plot(frames, mean)
-    axes.fill_between(frames, mean - stddev, mean + stddev, alpha=0.3)
-    axes.set(xlabel="predicted frame", ylabel=ylabel)
-    axes.grid(axis="y")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------- logs

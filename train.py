@@ -22,11 +22,13 @@ from tqdm import tqdm
 import config as configuration
 import cwvae
 import data
+import pictures
 import tools
 from config import Config, ConfigError
 from cwvae import CWVAE
 
 FREE_ON_RESUME = {
+    "rebuild_frames",
     "datadir",
     "logdir",
     "num_epochs",
@@ -58,12 +60,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(clip, optax.adam(config.lr, eps=1e-4))
 
 
+@partial(jax.jit, static_argnums=0)
 def make_state(model: CWVAE) -> TrainState:
     """The state before the first step."""
     c = model.config
     block = c.tmp_abs_factor ** (c.levels - 1)  # parameters don't depend on the length
     video = jnp.zeros((1, block, cwvae.FRAME_SIZE, cwvae.FRAME_SIZE, c.channels))
-    params = model.init(seeds(c)["params"], video, cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 1), block))
+    noise = cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 1), block)
+    params = model.init(seeds(c)["params"], video, noise)
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(c).init(params))
 
 
@@ -160,7 +164,7 @@ def open_loop_video(model: CWVAE, params: Any, video: np.ndarray) -> np.ndarray:
     keys = sequence_keys(seeds(c)["videos"], 0, len(video))
     parts = cwvae.open_loop(model, params, video[:, :context], keys, video.shape[1] - context, c.use_obs)
     shown = [np.asarray(tools.to_uint8(frames)) for name, frames in parts if name != "prior_onestep"]
-    return tools.comparison(video, np.concatenate(shown, axis=1), context)
+    return pictures.comparison(video, np.concatenate(shown, axis=1), context)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -194,6 +198,7 @@ def open_run(config: Config) -> tuple[Config, Path]:
             )
     elif config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
+    config = dataclasses.replace(config, rebuild_frames=False)  # done once, not at each resume or evaluation
     directory.mkdir(parents=True, exist_ok=True)
     config.save(saved)
     return config, directory
@@ -219,11 +224,10 @@ def train(config: Config) -> TrainState:
     devices = Devices()
     model = CWVAE(c)
     train_step = make_train_step(model)
-    initial = partial(make_state, model)
     steps = data.training_steps(c, train_windows)
     with tools.open_checkpoints(directory / "checkpoints", c.save_named_model_every) as checkpoints:
-        newest = tools.load_newest_checkpoint(checkpoints, jax.eval_shape(initial))
-        step, state = newest or (0, jax.jit(initial)())
+        newest = tools.load_newest_checkpoint(checkpoints, jax.eval_shape(partial(make_state, model)))
+        step, state = newest or (0, make_state(model))
         state = devices.replicate(state)
         print(f"Run directory: {directory}" + (f", resumed at step {step}" if step else ""))
         batches = data.training_batches(c, train_windows, step, devices.rows(c.batch_size))
@@ -265,7 +269,7 @@ def save_videos(
     for name, windows in ("train", train_windows), ("validation", test_windows):
         videos = np.stack([windows[i] for i in range(min(4, len(windows)))])
         path = directory / "videos" / f"{name}_{step:07}.gif"
-        tools.save_gif(open_loop_video(model, params, videos), path)
+        pictures.save_gif(open_loop_video(model, params, videos), path)
         log.gif(step, f"{name}/open_loop", path)
 
 

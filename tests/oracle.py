@@ -4,6 +4,7 @@ Shares parameters and noise with the fast model and nothing else; slow, and mean
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ def leaky_relu(x):
     return jnp.where(x > 0, x, 0.2 * x)
 
 
+@partial(jax.jit, static_argnums=0)
 def encode(c, p, video):
     """Features of each level: a list over levels of lists over ticks of [B, F]."""
     B, T = video.shape[:2]
@@ -59,6 +61,7 @@ def encode(c, p, video):
     return features
 
 
+@jax.jit
 def decode(p, output):
     """[N, S + D] -> [N, H, W, C]"""
     x = dense(p["dense"], output)[:, None, None]
@@ -88,6 +91,7 @@ def stats(c, p, h):
     return dense(p["mean"], h), jnp.log1p(jnp.exp(dense(p["stddev"], h + 0.54))) + c.cell_min_stddev
 
 
+@partial(jax.jit, static_argnums=0)  # compiled once, called at every tick
 def tick(c, p, z, h, context, features, noise):
     """One transition; features None: blind. Returns prior, posterior, z, h."""
     x = jax.nn.relu(dense(p["transition"], jnp.concatenate([z, context], -1)))
@@ -137,6 +141,7 @@ def unroll(c, params, T, noise, features, actions=None):
     return levels
 
 
+@jax.jit
 def kl(q, p):
     (qm, qs), (pm, ps) = q, p
     return (jnp.log(ps) - jnp.log(qs) + (qs**2 + (qm - pm) ** 2) / (2 * ps**2) - 0.5).sum(-1)

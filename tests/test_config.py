@@ -79,9 +79,12 @@ def test_flags(arguments, key, value):
         (["--cell_type", "LSTM"], "cell_type: must be one of RSSMCell, got 'LSTM'"),
         (
             ["--dataset", "mazed"],
-            "dataset: must be one of minerl, mazes, mmnist, digits, got 'mazed'; did you mean 'mazes'?",
+            "dataset: must be one of minerl, mazes, mmnist, kth, digits, mnist, videos, got 'mazed'; did you mean 'mazes'?",
         ),
         (["--dataset", "minerl"], "channels: minerl has 3, got 1; set --channels 3"),
+        (["--dataset", "videos", "--channels", "2"], "channels: videos has 1 or 3, got 2; set --channels 1 or 3"),
+        (["--digit_speed", "[6,2]"], "digit_speed: needs the slowest and the fastest speed, got [6.0, 2.0]"),
+        (["--digit_speed", "3"], "command line: digit_speed: needs a list of numbers, got 3"),
         (
             ["--wandb", "ofline"],
             "wandb: must be one of auto, online, offline, disabled, got 'ofline'; did you mean 'offline'?",
@@ -217,3 +220,9 @@ def test_a_config_is_checked_however_it_is_made():
     assert Config(**TINY).updated({"lr": "1e-2"}, "wandb").lr == 0.01
     with pytest.raises(ConfigError, match="wandb: unknown key 'learning_rate'"):
         Config().updated({"learning_rate": 1}, "wandb")
+
+
+def test_readme_lists_every_key():
+    text = (ROOT / "README.md").read_text()
+    for field in dataclasses.fields(Config):
+        assert f"| `{field.name}` | " in text and f" | {field.metadata['help']} |" in text, field.name

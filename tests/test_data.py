@@ -4,10 +4,8 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
-import pytest
 
 import data
-from config import ConfigError
 
 
 class Numbers:
@@ -82,16 +80,20 @@ def test_digits_are_what_training_and_evaluation_ask_for(tiny):
     assert len(data.windows(dataclasses.replace(tiny, eval_seq_len=0), "test")[0]) == 1000
 
 
+def digits(split, frames, digits=2):
+    return data.MovingDigits(data.digits_of_scikit_learn, split, frames, digits)
+
+
 def test_digits_repeat_and_differ():
-    videos = data.MovingDigits("train", 8)
-    np.testing.assert_array_equal(videos[3], data.MovingDigits("train", 8)[3])
+    videos = digits("train", 8)
+    np.testing.assert_array_equal(videos[3], digits("train", 8)[3])
     assert not np.array_equal(videos[3], videos[4])
-    assert not np.array_equal(videos[3], data.MovingDigits("test", 8)[3])
-    np.testing.assert_array_equal(videos[3], data.MovingDigits("train", 20)[3][:8])
+    assert not np.array_equal(videos[3], digits("test", 8)[3])
+    np.testing.assert_array_equal(videos[3], digits("train", 20)[3][:8])
 
 
 def test_train_and_test_share_no_digit():
-    train, test = data.MovingDigits("train", 1).glyphs, data.MovingDigits("test", 1).glyphs
+    train, test = data.digits_of_scikit_learn("train"), data.digits_of_scikit_learn("test")
     assert len(train) + len(test) == 1797 and len(test) > 250
     assert not {g.tobytes() for g in train} & {g.tobytes() for g in test}
 
@@ -100,7 +102,7 @@ def test_digits_move_at_a_constant_speed_and_stay_inside():
     """A single digit, followed by its ink's centre: whole throughout, at 2 to 6 pixels per frame between reflections."""
     speeds = []
     for i in range(20):
-        video = data.MovingDigits("train", 200, digits=1)[i][..., 0].astype(float)
+        video = digits("train", 200, digits=1)[i][..., 0].astype(float)
         ink = video.sum((1, 2))
         assert np.all(ink == ink[0])
         centre = np.stack([(video.sum(axis) * np.arange(64)).sum(1) / ink for axis in (1, 2)], 1)
@@ -110,10 +112,3 @@ def test_digits_move_at_a_constant_speed_and_stay_inside():
         covered = video.max(0) > 0
         assert covered[8:-8].any() and covered.shape == (64, 64)
     assert 2 - 0.5 < min(speeds) < 3 and 5 < max(speeds) < 6 + 0.5
-
-
-def test_missing_dataset_is_one_line(tiny):
-    for name, channels in ("minerl", 3), ("mazes", 3), ("mmnist", 1):
-        c = dataclasses.replace(tiny, dataset=name, channels=channels)
-        with pytest.raises(ConfigError, match=f"^dataset: {name} isn't in '{tiny.datadir}'"):
-            data.windows(c, "train")

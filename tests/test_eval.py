@@ -78,31 +78,37 @@ def test_files_and_their_contents(run, capsys):
             )
 
 
-def test_curves_are_those_of_the_best_samples(run):
-    """Recomputed with scikit-image from the saved frames (which are rounded to 8 bits)."""
-    from skimage.metrics import structural_similarity
+def test_curves_are_those_of_scikit_image(run):
+    """Recomputed from the saved frames, which are rounded to 8 bits."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-    directory, _ = evaluate(run, "--num_samples=3")
+    directory, _ = evaluate(run)
     got = arrays(directory)
-    curves = []
+    ssim, psnr = [], []
     for i in range(3):
-        truth, best = (
+        truth, frames = (
             got[name].astype(np.float32) / 255
-            for name in (f"sample{i}_gt/gt_pred.npz", f"sample{i}/best_ssim_sample.npz")
+            for name in (f"sample{i}_gt/gt_pred.npz", f"sample{i}/random_sample_1.npz")
         )
-        curves.append(
-            [structural_similarity(t[..., 0], p[..., 0], data_range=1) for t, p in zip(truth, best, strict=True)]
-        )
-        for other in "random_sample_1", "random_sample_2":
-            frames = got[f"sample{i}/{other}.npz"].astype(np.float32) / 255
-            values = [
-                structural_similarity(t[..., 0], p[..., 0], data_range=2) for t, p in zip(truth, frames, strict=True)
-            ]
-            chosen = [
-                structural_similarity(t[..., 0], p[..., 0], data_range=2) for t, p in zip(truth, best, strict=True)
-            ]
-            assert np.mean(chosen) > np.mean(values) - 5e-3
-    np.testing.assert_allclose(got["ssim_standard_mean.npz"], np.mean(curves, 0), atol=0.02)
+        pairs = [(t[..., 0], p[..., 0]) for t, p in zip(truth, frames, strict=True)]
+        ssim.append([structural_similarity(t, p, data_range=1) for t, p in pairs])
+        psnr.append([peak_signal_noise_ratio(t, p, data_range=1) for t, p in pairs])
+    np.testing.assert_allclose(got["ssim_standard_mean.npz"], np.mean(ssim, 0), atol=0.02)
+    np.testing.assert_allclose(got["psnr_standard_mean.npz"], np.mean(psnr, 0), atol=0.1)
+    np.testing.assert_allclose(got["psnr_standard_stddev.npz"], np.std(psnr, 0), atol=0.1)
+
+
+def test_best_samples_by_average_over_time(tiny, tmp_path):
+    frames = np.zeros((3, 2, 64, 64, 1), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None, None]
+    ssim, psnr = np.array([[0.1, 0.9], [0.4, 0.4], [0.6, 0.5]]), np.array([[20.0, 20], [10, 31], [15, 15]])
+    metrics = [{"ssim": ssim[i], "psnr": psnr[i]} for i in range(3)]
+    samples = [evaluation.Prediction(frames[i], {"paper": metrics[i], "standard": metrics[-1 - i]}) for i in range(3)]
+    chosen = evaluation.save_example(tiny, tmp_path, 7, np.zeros((6, 64, 64, 1), np.uint8), samples)
+    got = arrays(tmp_path)
+    assert got["sample7/best_ssim_sample.npz"].max() == 2 and got["sample7/best_psnr_sample.npz"].max() == 1
+    assert got["sample7/random_sample_1.npz"].max() == 0 and got["sample7/random_sample_2.npz"].max() == 1
+    assert chosen["paper"]["ssim"].tolist() == [0.6, 0.5] and chosen["paper"]["psnr"].tolist() == [10, 31]
+    assert chosen["standard"]["ssim"].tolist() == [0.6, 0.5] and chosen["standard"]["psnr"].tolist() == [10, 31]
 
 
 def test_repeatable_for_any_batch_size(run):

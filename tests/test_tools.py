@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import pictures
 import tools
 
 
@@ -62,21 +63,21 @@ def test_metrics_of_equal_frames_are_finite():
 @pytest.mark.parametrize("length", [1, 49, 50, 51, 100, 101])
 def test_grids_keep_every_frame(tmp_path, length, channels):
     video = np.random.default_rng(0).integers(1, 256, (length, 6, 4, channels), dtype=np.uint8)
-    tools.save_grid(video, tmp_path / "a.png")
+    pictures.save_grid(video, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         grid = np.asarray(image)
     rows = -(-length // 50)
     assert grid.shape == (rows * 7 - 1, min(length, 50) * 5 - 1, 3)
     for t in range(length):
         y, x = t // 50 * 7, t % 50 * 5
-        np.testing.assert_array_equal(grid[y : y + 6, x : x + 4], tools.rgb(video[t]))
+        np.testing.assert_array_equal(grid[y : y + 6, x : x + 4], pictures.rgb(video[t]))
     assert not grid[6::7].any() and not grid[:, 4::5].any()
 
 
 def test_comparison_shows_truth_prediction_and_error():
     random = np.random.default_rng(0)
     truth, prediction = random.integers(0, 256, (2, 2, 5, 8, 8, 1), dtype=np.uint8)
-    picture = tools.comparison(truth, prediction, context=2)
+    picture = pictures.comparison(truth, prediction, context=2)
     assert picture.shape == (5, 2 * 12, 3 * 12, 3)
     np.testing.assert_array_equal(picture[3, 14:22, 2:10, 0], truth[1, 3, ..., 0])
     np.testing.assert_array_equal(picture[3, 14:22, 14:22, 1], prediction[1, 3, ..., 0])
@@ -88,7 +89,7 @@ def test_gif_holds_every_frame(tmp_path):
     video = np.zeros((7, 8, 8, 3), np.uint8)
     for t in range(7):
         video[t, t] = 255
-    tools.save_gif(video, tmp_path / "a.gif", scale=2)
+    pictures.save_gif(video, tmp_path / "a.gif", scale=2)
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 7
         for t in range(7):

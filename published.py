@@ -207,7 +207,7 @@ def find_zip(dataset: str, url: str, datadir: Path, dl_manager: tfds.download.Do
     if by_hand.exists():
         return by_hand
     known = checksums.load_url_infos(record_of(datadir)).get(url)
-    if known is None or not (dl_manager.download_dir / resource.get_dl_fname(url, known.checksum)).exists():
+    if known is None or not any((datadir / "downloads").rglob(resource.get_dl_fname(url, known.checksum))):
         try:
             with requests.get(url, stream=True, timeout=CONNECT_SECONDS) as response:
                 response.raise_for_status()

@@ -182,6 +182,7 @@ def test_yaml_round_trip(tmp_path_factory, data):
             "channels",
             "open_loop_ctx",
             "eval_seq_len",
+            "digit_speed",
         )
     ]
     values = {}

@@ -80,20 +80,18 @@ def test_files_and_their_contents(run, capsys):
 
 def test_curves_are_those_of_scikit_image(run):
     """Recomputed from the saved frames, which are rounded to 8 bits."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    from skimage.metrics import peak_signal_noise_ratio
 
     directory, _ = evaluate(run)
     got = arrays(directory)
-    ssim, psnr = [], []
+    psnr = []
     for i in range(3):
         truth, frames = (
             got[name].astype(np.float32) / 255
             for name in (f"sample{i}_gt/gt_pred.npz", f"sample{i}/random_sample_1.npz")
         )
         pairs = [(t[..., 0], p[..., 0]) for t, p in zip(truth, frames, strict=True)]
-        ssim.append([structural_similarity(t, p, data_range=1) for t, p in pairs])
         psnr.append([peak_signal_noise_ratio(t, p, data_range=1) for t, p in pairs])
-    np.testing.assert_allclose(got["ssim_standard_mean.npz"], np.mean(ssim, 0), atol=0.02)
     np.testing.assert_allclose(got["psnr_standard_mean.npz"], np.mean(psnr, 0), atol=0.1)
     np.testing.assert_allclose(got["psnr_standard_stddev.npz"], np.std(psnr, 0), atol=0.1)
 

@@ -1,0 +1,104 @@
+"""Checkpoints that are what was saved, or are said not to be: Orbax, plus a checksum of all leaves."""
+
+import logging
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from config import ConfigError
+
+
+class DamagedCheckpoint(ConfigError):
+    """A checkpoint that isn't what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints in a directory: the newest two (rolling), and for ever one of each `keep_every` steps; None: nothing is removed."""
+
+    def __init__(self, directory: Path, keep_every: int | None = None):
+        from orbax.checkpoint import v1 as ocp  # slow to import
+
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told here, in one line
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(2), policies.EveryNSteps(keep_every)] if keep_every else [policies.PreserveAll()]
+        self.directory = directory.absolute()
+        self.orbax = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=keep_every is not None,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Waits until all is written."""
+        try:
+            self.orbax.close()
+        except Exception as error:
+            tell(error)
+
+    @property
+    def steps(self) -> list[int]:
+        return [info.step for info in self.orbax.checkpoints]
+
+    def save(self, step: int, state: Any, **notes: Any) -> None:
+        """Saves a pytree of arrays, and notes that JSON can hold. Returns once it is copied; a thread writes it.
+
+        Where a save fails (disk full, say), that is told in a line here or at the next call: training goes on, earlier checkpoints stay.
+        """
+        host = jax.tree.map(lambda x: np.array(x), state)  # a copy: the devices' memory is donated to the next step
+        metadata = {"checksum": checksum(host), "notes": notes}
+        for _ in range(2):  # the failure of the save before comes up in the first try
+            try:
+                self.orbax.save_async(step, host, force=True, overwrite=True, custom_metadata=metadata)
+                return
+            except Exception as error:
+                tell(error)
+
+    def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """What was saved at `step`: a pytree of numpy arrays of the shapes and dtypes of `like`, and the notes.
+
+        Raises:
+            DamagedCheckpoint: it isn't there whole, is of other shapes, or fails its checksum.
+        """
+        path = self.directory / str(step)
+        try:
+            state = self.orbax.load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like))
+            metadata = self.orbax.metadata(step).custom_metadata
+            # Orbax doesn't compare shapes.
+            assert [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in jax.tree.leaves(like)]
+            expected, notes = metadata["checksum"], metadata["notes"]
+        except Exception as error:  # whatever Orbax meets in a damaged file; its texts mislead
+            raise DamagedCheckpoint(
+                f"checkpoint: {path} is damaged or of another model ({type(error).__name__}); choose another"
+            ) from error
+        if checksum(state) != expected:
+            raise DamagedCheckpoint(f"checkpoint: {path} is damaged (its checksum isn't the saved one); choose another")
+        return state, notes
+
+    def load_newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Step, state and notes of the newest intact checkpoint, or None where there is none. Says which newer ones are damaged."""
+        for step in reversed(self.steps):
+            try:
+                return step, *self.load(step, like)
+            except DamagedCheckpoint as error:
+                print(f"{error.args[0].rsplit(';', 1)[0]}; falling back to the one before")
+        return None
+
+
+def tell(error: Exception) -> None:
+    print(f"Warning: a checkpoint couldn't be saved ({' '.join(str(error).split())[:200]}); training goes on")
+
+
+def checksum(tree: Any) -> int:
+    """Of the bytes of all leaves and their places in the tree."""
+    crc = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        crc = zlib.crc32(
+            np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(jax.tree_util.keystr(path).encode(), crc)
+        )
+    return crc

@@ -1,0 +1,87 @@
+"""All devices of this process and of the others: connecting, placing states and batches, exchanging small things."""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from config import Config, ConfigError
+from data import Batch
+
+
+def connect(config: Config) -> None:
+    """Joins the other processes of a cluster: those that the configuration names, or that the environment announces.
+
+    Raises:
+        ConfigError: only some of the keys are set, or the coordinator can't be reached.
+    """
+    c = config
+    keys = c.coordinator_address, c.num_processes, c.process_id
+    if any(key is not None for key in keys):
+        if any(key is None for key in keys):
+            raise ConfigError("coordinator_address, num_processes, process_id: set all three, or none")
+        try:
+            jax.distributed.initialize(*keys)
+        except RuntimeError as error:
+            raise ConfigError(f"coordinator_address: can't reach {c.coordinator_address} ({error})") from error
+    elif announced():
+        jax.distributed.initialize()
+
+
+def announced() -> bool:
+    """Whether SLURM, Open MPI or a TPU pod started several processes. (JAX's own detection may ask the network.)"""
+    count = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
+    return int(count) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+class Devices:
+    """Where states and batches go."""
+
+    def __init__(self) -> None:
+        # The mesh bears pmap's own axis name: with another one, each second call would compile again.
+        mesh = Mesh(np.array(jax.local_devices()), ("data",))
+        self.local, self.total = mesh.size, jax.device_count()
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.split = NamedSharding(mesh, PartitionSpec("data"))
+        self.process, self.processes = jax.process_index(), jax.process_count()
+
+    def rows(self, batch_size: int) -> int:
+        """`batch_size` rounded up to what the devices of all processes divide."""
+        return -(-batch_size // self.total) * self.total
+
+    def own(self, batch_size: int) -> slice:
+        """The rows of a batch that are this process's."""
+        count = self.rows(batch_size) // self.processes
+        return slice(self.process * count, (self.process + 1) * count)
+
+    def replicate(self, tree: Any) -> Any:
+        """A copy on each device, made from host memory: with arrays on a device it would share, and donate, theirs."""
+        return jax.device_put(jax.tree.map(np.array, tree), self.everywhere)
+
+    def spread(self, batches: Iterator[Batch], stacked: bool) -> Iterator[Batch]:
+        """Batches on this process's devices, sent one ahead: [B, ...], or where `stacked`, [devices, B / devices, ...]."""
+        sent: deque[Batch] = deque()
+        for batch in batches:
+            if stacked:
+                batch = jax.tree.map(lambda x: x.reshape(self.local, -1, *x.shape[1:]), batch)
+            sent.append(jax.device_put(batch, self.split))
+            if len(sent) > 1:
+                yield sent.popleft()
+        yield from sent
+
+    def gather(self, tree: Any) -> Any:
+        """The processes' arrays, one after the other along the last axis, on each host."""
+        tree = jax.device_get(tree)
+        if self.processes == 1:
+            return tree
+        stacked = multihost_utils.process_allgather(tree)  # [processes, ...]
+        return jax.tree.map(lambda x: np.concatenate(list(np.asarray(x)), axis=-1), stacked)
+
+    def from_first(self, tree: Any) -> Any:
+        """Process 0's arrays, on each host."""
+        return tree if self.processes == 1 else jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))

@@ -1,0 +1,54 @@
+"""SIGINT and SIGTERM as an exception that comes at a safe moment."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. `exit_code` is the shell's convention: 130 or 143 (128 + the signal's number)."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+class Interrupts:
+    """While entered, the first signal raises `Interrupted`, at once or at the end of a `deferred` block; a second Ctrl-C ends the process."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.depth = 0
+        self.earlier: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python doesn't allow handlers
+            self.earlier = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self.earlier.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, _: Any) -> None:
+        if self.received is not None:
+            if signum == signal.SIGINT:
+                os._exit(130)
+            return
+        self.received = signum
+        if not self.depth:
+            raise Interrupted(signum)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """What is inside is done whole."""
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.received is not None and not self.depth:
+            raise Interrupted(self.received)

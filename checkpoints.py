@@ -16,7 +16,7 @@ class DamagedCheckpoint(ConfigError):
 
 
 class Checkpoints:
-    """The checkpoints in a directory: the newest two (rolling), and for ever one of each `keep_every` steps; None: nothing is removed."""
+    """The checkpoints in a directory: the newest two, and for ever one of each `keep_every` steps (None: all)."""
 
     def __init__(self, directory: Path, keep_every: int | None = None):
         from orbax.checkpoint import v1 as ocp  # slow to import
@@ -48,7 +48,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, **notes: Any) -> None:
         """Saves a pytree of arrays, and notes that JSON can hold. Returns once it is copied; a thread writes it.
 
-        Where a save fails (disk full, say), that is told in a line here or at the next call: training goes on, earlier checkpoints stay.
+        Where a save fails (disk full, say), that is told in a line, here or at the next call: training goes on, and
+        earlier checkpoints stay.
         """
         host = jax.tree.map(lambda x: np.array(x), state)  # a copy: the devices' memory is donated to the next step
         metadata = {"checksum": checksum(host), "notes": notes}
@@ -81,7 +82,7 @@ class Checkpoints:
         return state, notes
 
     def load_newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Step, state and notes of the newest intact checkpoint, or None where there is none. Says which newer ones are damaged."""
+        """Step, state and notes of the newest intact checkpoint, if any. Says which newer ones are damaged."""
         for step in reversed(self.steps):
             try:
                 return step, *self.load(step, like)

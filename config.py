@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import re
 import sys
@@ -86,6 +87,12 @@ class Config:
     seed: int | None = option(
         None, "the same seed repeats a run exactly; null: a random one, saved with the run", at_least=0
     )
+
+    coordinator_address: str | None = option(
+        None, "several processes without SLURM, MPI or a TPU pod: host:port of the first"
+    )
+    num_processes: int | None = option(None, "how many they are", at_least=1)
+    process_id: int | None = option(None, "which of them this is, from 0", at_least=0)
 
     # SUMMARIES
     logdir: str = option("logs", "directory of the runs: a run lives in <logdir>/<dataset>/<run name>")
@@ -176,6 +183,10 @@ class Config:
             ConfigError: an unknown key or a value that can't work, after the name of the `source`.
         """
         return dataclasses.replace(self, **typed(values, source))
+
+    def to_json(self) -> str:
+        """All keys; `Config(**json.loads(text))` is the same Config."""
+        return json.dumps(dataclasses.asdict(self))
 
     def save(self, path: Path) -> None:
         """Writes all keys as YAML; `load` reads the same Config back."""

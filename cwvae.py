@@ -749,8 +749,18 @@ def part(config: Config, levels: Sequence[Array], start: int, stop: int, axis: i
     return tuple(parts)
 
 
-def long_elbo(model: CWVAE, params: Any, video: Array, keys: Array, chunk: int | None = None) -> dict[str, Array]:
-    """`CWVAE.elbo`'s terms of video [B, T, H, W, C], with noise from one PRNG key per sequence [B]."""
+def long_elbo(
+    model: CWVAE,
+    params: Any,
+    video: Any,
+    keys: Array,
+    chunk: int | None = None,
+    place: Callable[[Any], Any] = jnp.asarray,
+) -> dict[str, Array]:
+    """`CWVAE.elbo`'s terms of video [B, T, H, W, C] on the host, with noise from one PRNG key per sequence [B].
+
+    `place` puts a chunk of the video on the devices.
+    """
     c = model.config
     T, chunk = video.shape[1], chunk or chunk_size(c)
     noise, reset = draw_noise(c, keys, T), reset_masks(c, T)
@@ -758,7 +768,12 @@ def long_elbo(model: CWVAE, params: Any, video: Array, keys: Array, chunk: int |
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
         terms = _elbo(
-            model, params, video[:, start:stop], part(c, noise, start, stop, 1), state, part(c, reset, start, stop, 0)
+            model,
+            params,
+            place(video[:, start:stop]),
+            part(c, noise, start, stop, 1),
+            state,
+            part(c, reset, start, stop, 0),
         )
         state = terms.pop("state")
         total = terms if total is None else jax.tree.map(jnp.add, total, terms)
@@ -774,6 +789,7 @@ def open_loop(
     frames: int,
     use_obs: str | None = None,
     chunk: int | None = None,
+    place: Callable[[Any], Any] = jnp.asarray,
 ) -> Iterator[tuple[str, Array]]:
     """Predicts from context frames: filters them, then follows the prior at all levels (the paper's section 3).
 
@@ -785,6 +801,7 @@ def open_loop(
         frames: to predict after the context.
         use_obs: the levels that see the context, see `CWVAE.observe`.
         chunk: frames predicted at a time, a multiple of k**(L-1).
+        place: puts the context on the devices.
 
     Yields:
         ("posterior_recon", [B, T, H, W, C]): the context's reconstruction,
@@ -798,7 +815,7 @@ def open_loop(
     c = model.config
     context, chunk = video.shape[1], chunk or chunk_size(c)
     noise, reset = draw_noise(c, keys, context + frames), reset_masks(c, frames)
-    recon, onestep, state = _observe(model, params, video, part(c, noise, 0, context, 1), use_obs)
+    recon, onestep, state = _observe(model, params, place(video), part(c, noise, 0, context, 1), use_obs)
     yield "posterior_recon", recon
     yield "prior_onestep", onestep
     for start in range(0, frames, chunk):

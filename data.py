@@ -28,6 +28,9 @@ class Windows(Protocol):
     def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
+ALL = slice(None)
+
+
 class Batch(NamedTuple):
     """Windows and what each counts: rows of weight 0 are padding."""
 
@@ -120,14 +123,17 @@ class VideoWindows:
 
 
 def training_order(config: Config, train: Windows) -> grain.MapDataset:
-    """The windows of the whole training, one after the other: `num_epochs` passes, each in a random order of its own.
+    """The windows' numbers in the whole training: `num_epochs` passes over them, each in a random order of its own.
 
     Any position is found at once, without the ones before it.
     """
-    order = grain.MapDataset.range(len(train)).seed(config.seed or 0).shuffle().repeat(config.num_epochs)
-    if config.random_start and isinstance(train, VideoWindows):
-        return order.random_map(train.anywhere)
-    return order.map(train.__getitem__)
+    return grain.MapDataset.range(len(train)).seed(config.seed or 0).shuffle().repeat(config.num_epochs)
+
+
+def training_indices(config: Config, train: Windows, step: int) -> list[int]:
+    """The numbers of the windows in the batch of a step (counted from 0)."""
+    order, B = training_order(config, train), config.batch_size
+    return [int(order[i]) for i in range(step * B, min((step + 1) * B, len(order)))]
 
 
 def training_steps(config: Config, train: Windows) -> int:
@@ -136,27 +142,36 @@ def training_steps(config: Config, train: Windows) -> int:
     return min(steps, config.max_steps or steps)
 
 
-def training_batches(config: Config, train: Windows, start: int, rows: int) -> Iterator[Batch]:
-    """The batches from step `start` on, each padded to `rows` rows, read ahead by a thread."""
+def training_batches(config: Config, train: Windows, start: int, rows: int, own: slice = ALL) -> Iterator[Batch]:
+    """The batches from step `start` on, padded to `rows` rows, of which those in `own` are read (ahead, by threads)."""
     order = training_order(config, train)
-    return batches(order, config.batch_size, range(start, training_steps(config, train)), rows)
+    if config.random_start and isinstance(train, VideoWindows):
+        sequences = order.random_map(train.anywhere)
+    else:
+        sequences = order.map(train.__getitem__)
+    return batches(sequences, config.batch_size, range(start, training_steps(config, train)), rows, own)
 
 
-def test_batches(test: Windows, batch_size: int, count: int, rows: int) -> Iterator[Batch]:
-    """The first `count` windows, in their own order, in batches of `batch_size`, each padded to `rows` rows."""
+def eval_batches(
+    test: Windows, batch_size: int, count: int, rows: int, own: slice = ALL, first: int = 0
+) -> Iterator[Batch]:
+    """The first `count` windows in their own order, in batches padded to `rows` rows, from batch number `first` on."""
     count = min(count, len(test))
-    return batches(grain.MapDataset.source(test)[:count], batch_size, range(-(-count // batch_size)), rows)
+    order = grain.MapDataset.source(test)[:count]
+    return batches(order, batch_size, range(first, -(-count // batch_size)), rows, own)
 
 
-def batches(order: grain.MapDataset, batch_size: int, steps: range, rows: int) -> Iterator[Batch]:
+def batches(order: grain.MapDataset, batch_size: int, steps: range, rows: int, own: slice) -> Iterator[Batch]:
     """Batch n holds the windows from n * batch_size on, read by threads: the work is in code that releases the GIL."""
+    shape = order[0].shape
+    mine = range(rows)[own]
 
     def batch(step: int) -> Batch:
-        items = [order[i] for i in range(step * batch_size, min((step + 1) * batch_size, len(order)))]
-        video = np.empty((rows, *items[0].shape), np.uint8)
-        np.stack(items, out=video[: len(items)])
-        video[len(items) :] = 0
-        return Batch(video, (np.arange(rows) < len(items)).astype(np.float32))
+        video = np.empty((len(mine), *shape), np.uint8)
+        count = min(batch_size, len(order) - step * batch_size)
+        for i, row in enumerate(mine):
+            video[i] = order[step * batch_size + row] if row < count else 0
+        return Batch(video, (np.array(mine) < count).astype(np.float32))
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     return iter(grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options))

@@ -1,8 +1,9 @@
 """All devices of this process and of the others: connecting, placing states and batches, exchanging small things."""
 
+import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -63,12 +64,11 @@ class Devices:
         """A copy on each device, made from host memory: with arrays on a device it would share, and donate, theirs."""
         return jax.device_put(jax.tree.map(np.array, tree), self.everywhere)
 
-    def spread(self, batches: Iterator[Batch], stacked: bool) -> Iterator[Batch]:
-        """Batches on this process's devices, sent one ahead: [B, ...], or where `stacked`, [devices, B / devices, ...]."""
+    def spread(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Batches on this process's devices, [devices, B / devices, ...], sent one ahead."""
         sent: deque[Batch] = deque()
         for batch in batches:
-            if stacked:
-                batch = jax.tree.map(lambda x: x.reshape(self.local, -1, *x.shape[1:]), batch)
+            batch = jax.tree.map(lambda x: x.reshape(self.local, -1, *x.shape[1:]), batch)
             sent.append(jax.device_put(batch, self.split))
             if len(sent) > 1:
                 yield sent.popleft()
@@ -81,6 +81,33 @@ class Devices:
             return tree
         stacked = multihost_utils.process_allgather(tree)  # [processes, ...]
         return jax.tree.map(lambda x: np.concatenate(list(np.asarray(x)), axis=-1), stacked)
+
+    def put(self, rows: Any) -> Any:
+        """Rows that this process's devices divide, spread over them."""
+        return jax.device_put(rows, self.split)
+
+    def first_decides(self, decide: Callable[[], str]) -> str:
+        """What `decide` returns on process 0, on every process; where it raises a ConfigError there, all do."""
+        if self.processes == 1:
+            return decide()
+        failed, text = False, ""
+        if self.process == 0:
+            try:
+                text = decide()
+            except ConfigError as error:
+                failed, text = True, str(error)
+        message = np.zeros(2**16, np.uint8)
+        encoded = json.dumps([failed, text]).encode()
+        message[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        failed, text = json.loads(bytes(self.from_first(message)).rstrip(b"\0"))
+        if failed:
+            raise ConfigError(text)
+        return text
+
+    def wait(self) -> None:
+        """For all processes to get here."""
+        if self.processes > 1:
+            multihost_utils.sync_global_devices("wait")
 
     def from_first(self, tree: Any) -> Any:
         """Process 0's arrays, on each host."""

@@ -1,15 +1,19 @@
 """Evaluates open-loop predictions of a trained Clockwork VAE: python eval.py --logdir <run> [--key value ...]"""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import io
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from tqdm import tqdm
@@ -20,8 +24,11 @@ import data
 import pictures
 import tools
 import train
+from checkpoints import Checkpoints
 from config import Config, ConfigError
 from cwvae import CWVAE
+from devices import Devices, connect
+from interrupts import Interrupted, Interrupts
 
 
 class Checkpoint(NamedTuple):
@@ -81,15 +88,14 @@ def parse(argv: list[str]) -> tuple[Config, Checkpoint]:
 
 
 def load_params(model: CWVAE, checkpoint: Checkpoint) -> Any:
-    """The parameters in a checkpoint, on the default device.
+    """The parameters in a checkpoint, on all devices of this process.
 
     Raises:
         DamagedCheckpoint: the checkpoint isn't intact, or is another model's.
     """
-    directory = checkpoint.run / "checkpoints"
-    with tools.open_checkpoints(directory) as checkpoints:
-        state = tools.load_checkpoint(checkpoints, checkpoint.step, jax.eval_shape(partial(train.make_state, model)))
-    return jax.device_put(state.params)
+    with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
+        state, _ = checkpoints.load(checkpoint.step, jax.eval_shape(partial(train.make_state, model)))
+    return Devices().replicate(state.params)
 
 
 # ---------------------------------------------------------------------------------------------- predictions
@@ -107,19 +113,42 @@ def measure(truth: Array, prediction: Array, protocol: str) -> dict[str, Array]:
     return tools.frame_metrics(cwvae.floats(truth), prediction, protocol)
 
 
-def predict(model: CWVAE, params: Any, video: np.ndarray, keys: Array) -> Prediction:
+def predict(
+    model: CWVAE, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
+) -> Prediction:
     """Predicts the frames of video uint8 [B, T, H, W, C] after its context, and compares them with it."""
     c = model.config
     start = c.open_loop_ctx
     frames, metrics = [], []
-    for name, chunk in cwvae.open_loop(model, params, video[:, :start], keys, video.shape[1] - start, c.use_obs):
+    parts = cwvae.open_loop(model, params, video[:, :start], keys, video.shape[1] - start, c.use_obs, place=place)
+    for name, chunk in parts:
         if name == "prior_multistep":
-            truth = video[:, start : start + chunk.shape[1]]
+            truth = place(video[:, start : start + chunk.shape[1]])
             start += chunk.shape[1]
             frames.append(np.asarray(tools.to_uint8(chunk)))
             metrics.append({protocol: measure(truth, chunk, protocol) for protocol in tools.PROTOCOLS})
     joined = jax.tree.map(lambda *chunks: np.concatenate(chunks, axis=1), *jax.device_get(metrics))
     return Prediction(np.concatenate(frames, axis=1), joined)
+
+
+class Samples:
+    """The predictions of a batch that are kept: the first two, and the best of each metric by its average over time."""
+
+    def __init__(self) -> None:
+        self.frames: dict[str, np.ndarray] = {}
+        self.metrics: dict[tuple[str, str], np.ndarray] = {}
+
+    def add(self, number: int, prediction: Prediction) -> None:
+        if number < 2:
+            self.frames[f"random_sample_{number + 1}"] = prediction.frames
+        for protocol, by_name in prediction.metrics.items():
+            for name, values in by_name.items():
+                kept = self.metrics.setdefault((protocol, name), values.copy())
+                better = values.mean(-1) > kept.mean(-1)
+                kept[better] = values[better]
+                if protocol == "paper":
+                    best = self.frames.setdefault(f"best_{name}_sample", prediction.frames.copy())
+                    best[better] = prediction.frames[better]
 
 
 def example_keys(config: Config, first: int, count: int, sample: int) -> Array:
@@ -134,7 +163,8 @@ def example_keys(config: Config, first: int, count: int, sample: int) -> Array:
 def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     """Predicts `num_samples` times for each of `num_examples` test sequences; all results go below the run directory.
 
-    Per sequence, the sample with the best average over time enters the curves, as in the earlier codes.
+    Per sequence, the sample with the best average over time enters the curves, as in the earlier codes. An evaluation
+    that was interrupted is continued. Of several processes, each takes its share of each batch.
 
     Returns:
         What `metrics.json` holds.
@@ -143,122 +173,127 @@ def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
         ConfigError: what is asked for can't work.
     """
     c = config
+    connect(c)
+    devices = Devices()
     model = CWVAE(c)
     test = data.windows(c, "test")
     params = load_params(model, checkpoint)
-    directory = new_directory(checkpoint.run)
+    directory = Path(devices.first_decides(lambda: str(results_directory(c, checkpoint))))
     count = min(c.num_examples, len(test))
     if count < c.num_examples:
         print(f"num_examples: the test set has {count} sequences; evaluating these")
     batch_size = min(c.batch_size, count)
-    best: dict[str, dict[str, list[np.ndarray]]] = {protocol: {"ssim": [], "psnr": []} for protocol in tools.PROTOCOLS}
+    own = devices.own(batch_size)
+    done = 0
+    while done < count and all(is_done(directory, i) for i in range(done, min(done + batch_size, count))):
+        done += batch_size
+    batches = data.eval_batches(test, batch_size, count, devices.rows(batch_size), own, first=done // batch_size)
     with tqdm(
-        total=count * c.num_samples,
-        unit="prediction",
+        total=-(-count // batch_size) * c.num_samples,
+        initial=done // batch_size * c.num_samples,
+        unit="batch",
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=devices.process > 0,
     ) as bar:
-        for number, batch in enumerate(data.test_batches(test, batch_size, count, batch_size)):
-            first, size = number * batch_size, int(batch.weight.sum())
-            samples = []
+        for number, batch in enumerate(batches, done // batch_size):
+            first = number * batch_size + own.start
+            samples = Samples()
             for sample in range(c.num_samples):
-                keys = example_keys(c, first, batch_size, sample)
-                samples.append(predict(model, params, batch.video, keys))
-                bar.update(size)
-            for row in range(size):
-                chosen = save_example(
-                    c, directory, first + row, batch.video[row], [at(sample, row) for sample in samples]
-                )
-                for protocol, metrics in chosen.items():
-                    for name, values in metrics.items():
-                        best[protocol][name].append(values)
-    results = summarise(c, checkpoint, directory, best)
-    print_table(results)
-    print(f"Results: {directory}")
+                keys = example_keys(c, first, len(batch.video), sample)
+                samples.add(sample, predict(model, params, batch.video, keys, devices.put))
+                bar.update()
+            for row in np.flatnonzero(batch.weight):
+                save_example(c, directory, first + int(row), batch.video[row], samples, int(row))
+    devices.wait()
+    results: dict[str, Any] = {}
+    if devices.process == 0:
+        results = summarise(c, checkpoint, directory, count)
+        print_table(results)
+        print(f"Results: {directory}")
     return results
 
 
-def at(prediction: Prediction, row: int) -> Prediction:
-    return jax.tree.map(lambda x: x[row], prediction)
-
-
-def new_directory(run: Path) -> Path:
-    """Makes a directory named by the time, beside earlier evaluations: never one that exists."""
+def results_directory(config: Config, checkpoint: Checkpoint) -> Path:
+    """The directory of the same evaluation, if it wasn't finished, or a new one: never one with results."""
+    for directory in sorted(checkpoint.run.glob("eval_*")):
+        if (directory / "config.yml").exists() and not (directory / "metrics.json").exists():
+            same = configuration.load(directory / "config.yml") == config
+            if same and (directory / "checkpoint").read_text() == str(checkpoint.step):
+                print(f"Continuing {directory}")
+                return directory
     name = f"eval_{datetime.datetime.now():%Y_%m_%d_%H_%M_%S}"
     for suffix in ("", *(f"_{i}" for i in range(2, 100))):
-        try:
-            (run / (name + suffix)).mkdir()
-            return run / (name + suffix)
-        except FileExistsError:
-            continue
-    raise ConfigError(f"{run / name} and its successors exist; wait a second")
+        directory = checkpoint.run / (name + suffix)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir()
+            (directory / "checkpoint").write_text(str(checkpoint.step))
+            config.save(directory / "config.yml")
+            return directory
+    raise ConfigError(f"{checkpoint.run / name} and its successors exist; wait a second")
 
 
-def save_example(
-    config: Config, directory: Path, number: int, video: np.ndarray, samples: list[Prediction]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Writes one example's truth and predictions; returns the metrics of its best samples, [T] each."""
-    context = config.open_loop_ctx
+def is_done(directory: Path, number: int) -> bool:
+    return metrics_file(directory, number).exists()
 
-    def best_sample(protocol: str, name: str) -> Prediction:
-        return max(samples, key=lambda sample: sample.metrics[protocol][name].mean())
 
-    truth = directory / f"sample{number}_gt"
-    predictions = directory / f"sample{number}"
-    videos = {
-        truth / "gt_ctx": video[:context],
-        truth / "gt_pred": video[context:],
-        predictions / "random_sample_1": samples[0].frames,
-    }
-    if len(samples) > 1:
-        videos |= {
-            predictions / "random_sample_2": samples[1].frames,
-            predictions / "best_ssim_sample": best_sample("paper", "ssim").frames,
-            predictions / "best_psnr_sample": best_sample("paper", "psnr").frames,
-        }
-    for path, frames in videos.items():
+def metrics_file(directory: Path, number: int) -> Path:
+    """One example's metrics, [T] each: what is written last of it."""
+    return directory / f"sample{number}" / "metrics.npz"
+
+
+def save_example(c: Config, directory: Path, number: int, video: np.ndarray, samples: Samples, row: int) -> None:
+    """Writes one example's truth, predictions and metrics."""
+    context = c.open_loop_ctx
+    truth, predictions = directory / f"sample{number}_gt", directory / f"sample{number}"
+    named = {truth / "gt_ctx": video[:context], truth / "gt_pred": video[context:]}
+    for name, frames in samples.frames.items():
+        if c.num_samples > 1 or name == "random_sample_1":
+            named[predictions / name] = frames[row]
+    for path, frames in named.items():
         path.parent.mkdir(exist_ok=True)
         np.savez(path.with_suffix(".npz"), frames)
-        if not config.no_save_grid:
+        if not c.no_save_grid:
             pictures.save_grid(frames, path.with_suffix(".png"))
-    if config.save_gifs:
-        compared = pictures.comparison(video[None, context:], samples[0].frames[None], 0)
+    if c.save_gifs:
+        first = samples.frames["random_sample_1"][row]
+        compared = pictures.comparison(video[None, context:], first[None], 0)
         pictures.save_gif(compared, predictions / "random_sample_1.gif")
-    return {
-        protocol: {name: best_sample(protocol, name).metrics[protocol][name] for name in ("ssim", "psnr")}
-        for protocol in tools.PROTOCOLS
-    }
+    buffer = io.BytesIO()
+    np.savez(buffer, **{f"{protocol}_{name}": values[row] for (protocol, name), values in samples.metrics.items()})
+    tools.replace_file(metrics_file(directory, number), buffer.getvalue())
 
 
-def summarise(
-    config: Config, checkpoint: Checkpoint, directory: Path, metrics: dict[str, dict[str, list[np.ndarray]]]
-) -> dict[str, Any]:
-    """Writes curves over the predicted frames, their plots, and `metrics.json`."""
+def summarise(config: Config, checkpoint: Checkpoint, directory: Path, count: int) -> dict[str, Any]:
+    """Writes curves over the predicted frames, their plots, and `metrics.json`, from the examples' metrics."""
+    examples = []
+    for number in range(count):
+        with np.load(metrics_file(directory, number)) as file:
+            examples.append(dict(file))
     averages: dict[str, dict[str, float]] = {}
-    for protocol, by_name in metrics.items():
+    for protocol in tools.PROTOCOLS:
         averages[protocol] = {}
-        for name, examples in by_name.items():
-            mean, stddev = np.mean(examples, axis=0), np.std(examples, axis=0)
+        for name in ("ssim", "psnr"):
+            curves = [example[f"{protocol}_{name}"] for example in examples]
+            mean, stddev = np.mean(curves, axis=0), np.std(curves, axis=0)
             # The paper's protocol has the earlier codes' file names.
             stem = name if protocol == "paper" else f"{name}_{protocol}"
             np.savez(directory / f"{stem}_mean.npz", mean)
             np.savez(directory / f"{stem}_stddev.npz", stddev)
             unit = " (dB)" if name == "psnr" else ""
-            pictures.plot_range(
-                mean, stddev, directory / f"{stem}_range.png", f"{name.upper()}{unit}, {protocol} protocol"
-            )
+            label = f"{name.upper()}{unit}, {protocol} protocol"
+            pictures.plot_range(mean, stddev, directory / f"{stem}_range.png", label)
             averages[protocol][name] = float(mean.mean())
-    examples = metrics["paper"]["ssim"]
     results = {
         "averages": averages,
-        "num_examples": len(examples),
-        "predicted_frames": len(examples[0]),
+        "num_examples": count,
+        "predicted_frames": len(mean),
         "checkpoint_step": checkpoint.step,
         "config": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         | {"python": sys.version.split()[0], "device": jax.devices()[0].device_kind},
     }
-    (directory / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    tools.replace_file(directory / "metrics.json", (json.dumps(results, indent=2) + "\n").encode())
     return results
 
 
@@ -277,9 +312,13 @@ def print_table(results: dict[str, Any]) -> None:
 def main() -> None:
     try:
         train.use_compilation_cache()
-        evaluate(*parse(sys.argv[1:]))
+        with Interrupts():
+            evaluate(*parse(sys.argv[1:]))
     except ConfigError as error:
         sys.exit(configuration.refuse(error))
+    except Interrupted as interrupt:
+        print(f"Interrupted by {interrupt}; the same command goes on from here", file=sys.stderr)
+        sys.exit(interrupt.exit_code)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """While entered, the first signal raises `Interrupted`, at once or at the end of a `deferred` block; a second Ctrl-C ends the process."""
+    """While entered, the first signal raises `Interrupted`, at once or at the end of a `deferred` block.
+
+    A second Ctrl-C ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -41,6 +44,10 @@ class Interrupts:
         self.received = signum
         if not self.depth:
             raise Interrupted(signum)
+
+    def hold(self) -> None:
+        """From now on, signals are only noted."""
+        self.depth += 1
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

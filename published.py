@@ -52,7 +52,8 @@ class Published(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        zips = [find_zip(self.name, url, Path(self._data_dir_root), dl_manager) for url in self.URLS]
+        key = next(key for key, cls in BUILDERS.items() if isinstance(self, cls))
+        zips = [find_zip(key, url, Path(self._data_dir_root), dl_manager) for url in self.URLS]
         return {split: self._generate_examples(zips, split) for split in ("train", "test")}
 
     def _generate_examples(self, zips: list[Path], split: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,20 +1,18 @@
-"""What training and evaluation share: image metrics, logs and checkpoints."""
+"""What training and evaluation share: image metrics and logs."""
 
 import dataclasses
 import functools
 import json
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from config import Config, ConfigError
+from config import Config
 
 # ---------------------------------------------------------------------------------------------- metrics
 
@@ -88,36 +86,53 @@ def to_uint8(video: Array) -> Array:
 
 
 class Log:
-    """Metrics to `metrics.jsonl`, one line per log, and to wandb where it runs."""
+    """Metrics to `metrics.jsonl`, one line per log, and to wandb where it runs. Neither's failure stops training."""
 
     def __init__(self, directory: Path, step: int, wandb_run: Any | None):
         """Opens the log of a run that stands at `step`; drops lines of later steps, which will come again."""
         self.path = directory / "metrics.jsonl"
         self.wandb_run = wandb_run
+        self.unwritten: list[str] = []
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if before(line, step)]
             replace_file(self.path, "".join(lines).encode())
-        self.file = self.path.open("a")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log(dict(values), step=step)
+        self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self.unwritten))
+            self.unwritten.clear()
+        except OSError as error:  # disk full: these lines go with the next ones
+            os.truncate(self.path, size)
+            print(f"Warning: {self.path} couldn't be written ({error.strerror}); training goes on")
+        self._to_wandb(dict(values), step)
 
     def gif(self, step: int, name: str, path: Path) -> None:
         if self.wandb_run is not None:
             import wandb
 
-            self.wandb_run.log({name: wandb.Video(str(path), format="gif")}, step=step)
+            self._to_wandb({name: wandb.Video(str(path), format="gif")}, step)
 
-    def __enter__(self) -> "Log":
-        return self
+    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
+        if self.wandb_run is None:
+            return
+        try:
+            self.wandb_run.log(values, step=step)
+        except Exception as error:  # whatever happens there
+            print(f"Warning: wandb failed ({' '.join(str(error).split())}); training goes on without it")
+            self.wandb_run = None
 
-    def __exit__(self, error: Any, *_: Any) -> None:
-        self.file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish(exit_code=0 if error is None else 1)
+
+def finish(wandb_run: Any | None) -> Callable[..., None]:
+    """For an ExitStack: ends the wandb run as finished, or after an exception as failed."""
+
+    def exit(error: Any, *_: Any) -> None:
+        if wandb_run is not None:
+            wandb_run.finish(exit_code=0 if error is None else 1)
+
+    return exit
 
 
 def before(line: str, step: int) -> bool:
@@ -179,73 +194,3 @@ def start_wandb(config: Config, directory: Callable[[Config], Path]) -> tuple[Co
     directory(config).mkdir(parents=True, exist_ok=True)
     (directory(config) / "wandb_id").write_text(run.id)
     return config, run
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-
-class DamagedCheckpoint(ConfigError):
-    """A checkpoint that isn't what was saved."""
-
-
-def open_checkpoints(directory: Path, keep_every: int | None = None) -> Any:
-    """An Orbax `Checkpointer` that keeps the newest two checkpoints, and for ever one of each `keep_every` steps."""
-    from orbax.checkpoint import v1 as ocp  # slow to import
-
-    policies = ocp.training.preservation_policies
-    keep = [policies.LatestN(2), policies.EveryNSteps(keep_every)] if keep_every else [policies.PreserveAll()]
-    return ocp.training.Checkpointer(
-        directory.absolute(),
-        preservation_policy=policies.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=bool(keep_every),
-    )
-
-
-def save_checkpoint(checkpoints: Any, step: int, state: Any) -> None:
-    """Saves a pytree of arrays with its checksum. Returns once it is copied; a thread writes it."""
-    host = jax.tree.map(lambda x: np.array(x), state)  # a copy: the device's memory is donated to the next step
-    checkpoints.save_async(step, host, force=True, overwrite=True, custom_metadata={"checksum": checksum(host)})
-
-
-def load_checkpoint(checkpoints: Any, step: int, like: Any) -> Any:
-    """The pytree of numpy arrays that was saved at `step`, of the shapes and dtypes of `like`.
-
-    Raises:
-        DamagedCheckpoint: it isn't there whole, is of other shapes, or fails its checksum.
-    """
-    path = Path(checkpoints.directory) / str(step)
-    try:
-        state = checkpoints.load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like))
-        saved = checkpoints.metadata(step).custom_metadata["checksum"]
-        assert [x.shape for x in jax.tree.leaves(state)] == [
-            x.shape for x in jax.tree.leaves(like)
-        ]  # Orbax doesn't compare them
-    except Exception as error:  # whatever Orbax meets in a damaged file; its texts mislead
-        raise DamagedCheckpoint(
-            f"checkpoint: {path} is damaged or of another model ({type(error).__name__}); choose another"
-        ) from error
-    if checksum(state) != saved:
-        raise DamagedCheckpoint(
-            f"checkpoint: {path} is damaged (its checksum differs from the saved one); choose another"
-        )
-    return state
-
-
-def load_newest_checkpoint(checkpoints: Any, like: Any) -> tuple[int, Any] | None:
-    """The newest intact checkpoint's step and state, or None where there is none. Says which newer ones are damaged."""
-    for info in reversed(checkpoints.checkpoints):
-        try:
-            return info.step, load_checkpoint(checkpoints, info.step, like)
-        except DamagedCheckpoint as error:
-            print(f"{error.args[0].rsplit(';', 1)[0]}; falling back to the one before")
-    return None
-
-
-def checksum(tree: Any) -> int:
-    """Of the bytes of all leaves and their places in the tree."""
-    crc = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        crc = zlib.crc32(
-            np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(jax.tree_util.keystr(path).encode(), crc)
-        )
-    return crc

@@ -1,22 +1,26 @@
 """Trains a Clockwork VAE: python train.py --config configs/minerl.yml [--key value ...]"""
 
+import contextlib
 import dataclasses
+import json
 import os
 import secrets
+import shlex
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import filelock
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 import config as configuration
@@ -24,22 +28,21 @@ import cwvae
 import data
 import pictures
 import tools
+from checkpoints import Checkpoints
 from config import Config, ConfigError
 from cwvae import CWVAE
+from devices import Devices, connect
+from interrupts import Interrupted, Interrupts
 
 FREE_ON_RESUME = {
-    "rebuild_frames",
-    "datadir",
-    "logdir",
-    "num_epochs",
-    "max_steps",
-    "num_val_batches",
-    "eval_seq_len",
-    "open_loop_ctx",
-    "use_obs",
-    "wandb",
-} | {field.name for field in dataclasses.fields(Config) if field.name.startswith(("save_", "num_", "no_save"))}
+    *("datadir", "rebuild_frames", "logdir", "wandb", "coordinator_address", "num_processes", "process_id"),
+    *("num_epochs", "max_steps", "eval_seq_len", "open_loop_ctx", "use_obs", "num_val_batches", "save_gifs"),
+    *("save_scalars_every", "save_gifs_every", "save_model_every", "save_named_model_every"),
+    *("num_examples", "num_samples", "no_save_grid"),
+}
 """Keys that may change when a run is resumed: neither the model nor the order of its data depends on them."""
+
+NEVER = np.int32(2**31 - 1)
 
 
 @flax.struct.dataclass
@@ -47,8 +50,13 @@ class TrainState:
     """What a checkpoint holds. Noise and data order follow from seed and step, so nothing of them is kept."""
 
     step: Array  # int32 []
+    first_bad: Array  # int32 []: the first step whose loss or gradient wasn't finite, or NEVER
     params: Any
     opt_state: optax.OptState
+
+
+class NonFinite(Exception):
+    """The loss or its gradient is no finite number."""
 
 
 # ---------------------------------------------------------------------------------------------- the step
@@ -68,7 +76,7 @@ def make_state(model: CWVAE) -> TrainState:
     video = jnp.zeros((1, block, cwvae.FRAME_SIZE, cwvae.FRAME_SIZE, c.channels))
     noise = cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 1), block)
     params = model.init(seeds(c)["params"], video, noise)
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(c).init(params))
+    return TrainState(jnp.int32(0), jnp.int32(NEVER), params, make_optimizer(c).init(params))
 
 
 def seeds(config: Config) -> dict[str, Array]:
@@ -106,53 +114,32 @@ def make_train_step(model: CWVAE) -> Callable[[TrainState, data.Batch], tuple[Tr
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": jnp.float32(c.lr)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        # Read when something is logged or saved: no step waits for it. A loss that is NaN can have finite gradients.
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        first_bad = jnp.where(finite, state.first_bad, jnp.minimum(state.first_bad, state.step + 1))
+        return TrainState(state.step + 1, first_bad, params, opt_state), metrics
 
     return jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=None, donate_argnums=0)
-
-
-class Devices:
-    """Where states and batches go. The mesh bears pmap's own axis name, or each second call would compile again."""
-
-    def __init__(self) -> None:
-        mesh = Mesh(np.array(jax.local_devices()), ("data",))
-        self.count = mesh.size
-        self.everywhere = NamedSharding(mesh, PartitionSpec())
-        self.split = NamedSharding(mesh, PartitionSpec("data"))
-
-    def rows(self, batch_size: int) -> int:
-        """`batch_size` rounded up to what the devices divide."""
-        return -(-batch_size // self.count) * self.count
-
-    def replicate(self, tree: Any) -> Any:
-        """A copy on each device, made from host memory: with arrays on a device it would share, and donate, theirs."""
-        return jax.device_put(jax.tree.map(np.array, tree), self.everywhere)
-
-    def spread(self, batches: Iterator[data.Batch], stacked: bool) -> Iterator[data.Batch]:
-        """Batches on the devices, sent one ahead: [B, ...], or where `stacked`, [devices, B / devices, ...]."""
-        sent: deque[data.Batch] = deque()
-        for batch in batches:
-            if stacked:
-                batch = jax.tree.map(lambda x: x.reshape(self.count, -1, *x.shape[1:]), batch)
-            sent.append(jax.device_put(batch, self.split))
-            if len(sent) > 1:
-                yield sent.popleft()
-        yield from sent
 
 
 # ---------------------------------------------------------------------------------------------- validation, videos
 
 
 def validate(model: CWVAE, params: Any, test: data.Windows, devices: Devices) -> dict[str, float]:
-    """The training metrics on the first `num_val_batches` test batches, with the same noise each time."""
+    """The training metrics on the first `num_val_batches` test batches, with the same noise each time.
+
+    Each process computes its own rows of a batch, in chunks of time.
+    """
     c = model.config
     key, totals = seeds(c)["validation"], []
-    batches = data.test_batches(test, c.batch_size, c.num_val_batches * c.batch_size, devices.rows(c.batch_size))
-    for number, batch in enumerate(devices.spread(batches, stacked=False)):
-        rows, frames = batch.video.shape[:2]
-        terms = cwvae.long_elbo(model, params, batch.video, sequence_keys(key, number * c.batch_size, rows))
-        _, metrics = cwvae.objective(c, terms, batch.weight, frames)
-        totals.append((float(batch.weight.sum()), jax.device_get(metrics)))
+    rows, own = devices.rows(c.batch_size), devices.own(c.batch_size)
+    batches = data.eval_batches(test, c.batch_size, c.num_val_batches * c.batch_size, rows, own)
+    for number, batch in enumerate(batches):
+        keys = sequence_keys(key, number * c.batch_size + own.start, own.stop - own.start)
+        terms = cwvae.long_elbo(model, params, batch.video, keys, place=devices.put)
+        terms, weight = devices.gather((terms, batch.weight))
+        _, metrics = cwvae.objective(c, terms, weight, batch.video.shape[1])
+        totals.append((weight.sum(), jax.device_get(metrics)))
     weights = [weight for weight, _ in totals]
     return {name: float(np.average([m[name] for _, m in totals], weights=weights)) for name in totals[0][1]}
 
@@ -174,7 +161,7 @@ def run_directory(config: Config) -> Path:
     return Path(config.logdir) / config.dataset / config.run_name
 
 
-def open_run(config: Config) -> tuple[Config, Path]:
+def open_run(config: Config) -> Config:
     """Makes the run's directory with its `config.yml`, or finds the one to resume, whose random seed then applies.
 
     Raises:
@@ -199,9 +186,25 @@ def open_run(config: Config) -> tuple[Config, Path]:
     elif config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
     config = dataclasses.replace(config, rebuild_frames=False)  # done once, not at each resume or evaluation
-    directory.mkdir(parents=True, exist_ok=True)
     config.save(saved)
-    return config, directory
+    return config
+
+
+@contextlib.contextmanager
+def sole_training(directory: Path) -> Any:
+    """Holds the run directory's lock, which the system takes back from a process that dies.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(directory / "lock", timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise ConfigError(
+            f"{directory} is being trained by another process; wait for it, or choose another --logdir"
+        ) from error
 
 
 def train(config: Config) -> TrainState:
@@ -212,47 +215,138 @@ def train(config: Config) -> TrainState:
 
     Raises:
         ConfigError: what is asked for can't work; nothing was overwritten.
+        NonFinite: the loss isn't finite any more; see `<run>/nonfinite`.
+        Interrupted: by SIGTERM or Ctrl-C, after saving the last finished step.
     """
-    c, wandb_run = tools.start_wandb(config, run_directory)
-    if c.save_gifs and c.open_loop_ctx >= c.seq_len:
-        raise ConfigError(
-            f"open_loop_ctx: must be less than seq_len = {c.seq_len} for videos of training sequences, "
-            f"got {c.open_loop_ctx}; lower it, or set --save_gifs false"
+    with Interrupts() as interrupts, contextlib.ExitStack() as resources:
+        connect(config)
+        devices = Devices()
+        first = devices.process == 0
+        wandb_run: list[Any] = [None]
+
+        def with_sweep() -> str:
+            merged, wandb_run[0] = tools.start_wandb(config, run_directory)
+            return merged.to_json()
+
+        def with_run() -> str:
+            resources.enter_context(sole_training(run_directory(c)))
+            return open_run(c).to_json()
+
+        c = Config(**json.loads(devices.first_decides(with_sweep)))
+        resources.push(tools.finish(wandb_run[0]))
+        if c.save_gifs and c.open_loop_ctx >= c.seq_len:
+            raise ConfigError(
+                f"open_loop_ctx: must be less than seq_len = {c.seq_len} for videos of training sequences, "
+                f"got {c.open_loop_ctx}; lower it, or set --save_gifs false"
+            )
+        train_windows, test_windows = data.windows(c, "train"), data.windows(c, "test")
+        c = Config(**json.loads(devices.first_decides(with_run)))
+        directory, model = run_directory(c), CWVAE(c)
+        steps = data.training_steps(c, train_windows)
+        checkpoints = (
+            resources.enter_context(Checkpoints(directory / "checkpoints", c.save_named_model_every)) if first else None
         )
-    train_windows, test_windows = data.windows(c, "train"), data.windows(c, "test")
-    c, directory = open_run(c)
-    devices = Devices()
-    model = CWVAE(c)
-    train_step = make_train_step(model)
-    steps = data.training_steps(c, train_windows)
-    with tools.open_checkpoints(directory / "checkpoints", c.save_named_model_every) as checkpoints:
-        newest = tools.load_newest_checkpoint(checkpoints, jax.eval_shape(partial(make_state, model)))
-        step, state = newest or (0, make_state(model))
-        state = devices.replicate(state)
-        print(f"Run directory: {directory}" + (f", resumed at step {step}" if step else ""))
-        batches = data.training_batches(c, train_windows, step, devices.rows(c.batch_size))
-        with tools.Log(directory, step, wandb_run) as log, Progress(step, steps, c.batch_size * c.seq_len) as progress:
-            for batch in devices.spread(batches, stacked=True):
-                state, metrics = train_step(state, batch)
-                step += 1
+
+        step, state, unreported = restore(model, checkpoints, devices)
+        log = tools.Log(directory, step, wandb_run[0]) if first else None
+        if first:
+            print(f"Run directory: {directory}" + (f", resumed at step {step}" if step else ""))
+
+        def report(metrics: dict[str, float]) -> None:
+            values = {"train": metrics, "validation": validate(model, state.params, test_windows, devices)}
+            with interrupts.deferred():
+                nonlocal unreported
+                if log:
+                    log.metrics(step, {f"{split}/{name}": x for split in values for name, x in values[split].items()})
+                unreported = None
+
+        def save(**notes: Any) -> None:
+            with interrupts.deferred():
+                if checkpoints:
+                    checkpoints.save(step, state, **notes)
+
+        train_step = make_train_step(model)
+        batches = data.training_batches(c, train_windows, step, devices.rows(c.batch_size), devices.own(c.batch_size))
+        progress = resources.enter_context(Progress(step, steps, c.batch_size * c.seq_len, first))
+        resources.callback(interrupts.hold)  # unwound first: what is being closed is closed whole
+        try:
+            if unreported:
+                report(unreported)
+            for batch in devices.spread(batches):
+                with interrupts.deferred():
+                    state, metrics = train_step(state, batch)
+                    step += 1
+                    due = {name: step % every == 0 or step == steps for name, every in intervals(c).items()}
+                    if due["scalars"]:
+                        unreported = {name: float(value) for name, value in metrics.items()}
                 progress.update(metrics["loss"])
-                last = step == steps
-                if step % c.save_scalars_every == 0 or last:
-                    values = {
-                        "train": jax.device_get(metrics),
-                        "validation": validate(model, state.params, test_windows, devices),
-                    }
-                    log.metrics(
-                        step, {f"{split}/{name}": float(x) for split in values for name, x in values[split].items()}
-                    )
-                if c.save_gifs and (step % c.save_gifs_every == 0 or last):
+                if due["scalars"] or due["model"]:
+                    check_finite(state, c, directory, train_windows, unreported)
+                if unreported:
+                    report(unreported)
+                if due["gifs"] and first:
                     save_videos(model, state.params, train_windows, test_windows, directory, step, log)
-                if step % c.save_model_every == 0 or step % c.save_named_model_every == 0 or last:
-                    tools.save_checkpoint(checkpoints, step, state)
-    print(
-        f"Trained for {step} steps. Run directory: {directory}\nEvaluate it with: python eval.py --logdir {directory}"
-    )
+                if due["model"]:
+                    save()
+                if devices.processes > 1 and multihost_utils.reached_preemption_sync_point(step):
+                    raise Interrupted(15)
+        except Interrupted:
+            if int(state.first_bad) == NEVER:
+                save(unreported=unreported)
+            raise
+    if first:
+        print(f"Trained for {step} steps. Run directory: {directory}")
+        print(f"Evaluate it with: python eval.py --logdir {directory}")
     return state
+
+
+def intervals(config: Config) -> dict[str, int]:
+    """What is done every so many steps."""
+    c = config
+    gifs = c.save_gifs_every if c.save_gifs else 2**62
+    return {
+        "scalars": c.save_scalars_every,
+        "gifs": gifs,
+        "model": c.save_model_every,
+        "named": c.save_named_model_every,
+    }
+
+
+def restore(
+    model: CWVAE, checkpoints: Checkpoints | None, devices: Devices
+) -> tuple[int, TrainState, dict[str, float] | None]:
+    """Step, state and metrics that weren't logged yet, of the newest intact checkpoint or of the beginning.
+
+    Process 0 reads; the others get it from there.
+    """
+    host = jax.tree.map(np.asarray, make_state(model))
+    notes: dict[str, Any] = {}
+    if checkpoints and (newest := checkpoints.load_newest(host)):
+        _, host, notes = newest
+    host = devices.from_first(host)
+    return int(host.step), devices.replicate(host), notes.get("unreported")
+
+
+def check_finite(
+    state: TrainState, config: Config, directory: Path, train_windows: data.Windows, metrics: dict[str, float] | None
+) -> None:
+    """If any step so far was bad, writes what helps to find the reason to `<run>/nonfinite`, and raises NonFinite."""
+    bad = int(state.first_bad)
+    if bad == NEVER:
+        return
+    found = {
+        "first_bad_step": bad,
+        "seed": config.seed,
+        "windows_of_its_batch": data.training_indices(config, train_windows, bad - 1),
+        "detected_at_step": int(state.step),
+        "metrics_at_detection": {name: str(value) for name, value in (metrics or {}).items()},
+        "replay": f"{shlex.join(['python', *sys.argv])} --max_steps {bad} --save_scalars_every 1",
+    }
+    (directory / "nonfinite").mkdir(exist_ok=True)
+    (directory / "nonfinite" / f"step_{bad}.json").write_text(json.dumps(found, indent=2) + "\n")
+    raise NonFinite(
+        f"loss or gradient isn't finite since step {bad}; see {directory / 'nonfinite'}; the last good checkpoint stays"
+    )
 
 
 def save_videos(
@@ -262,25 +356,32 @@ def save_videos(
     test_windows: data.Windows,
     directory: Path,
     step: int,
-    log: tools.Log,
+    log: tools.Log | None,
 ) -> None:
     """Open-loop predictions of a few training and test videos, as `<run>/videos/{train,validation}_<step>.gif`."""
-    (directory / "videos").mkdir(exist_ok=True)
     for name, windows in ("train", train_windows), ("validation", test_windows):
         videos = np.stack([windows[i] for i in range(min(4, len(windows)))])
+        shown = open_loop_video(model, params, videos)
         path = directory / "videos" / f"{name}_{step:07}.gif"
-        pictures.save_gif(open_loop_video(model, params, videos), path)
-        log.gif(step, f"{name}/open_loop", path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            pictures.save_gif(shown, path)
+        except OSError as error:
+            print(f"Warning: {path} couldn't be written ({error.strerror}); training goes on")
+            continue
+        if log:
+            log.gif(step, f"{name}/open_loop", path)
 
 
 class Progress:
     """A progress bar that counts the steps that the devices have finished, and never waits for one."""
 
-    def __init__(self, step: int, steps: int, frames_per_step: int):
+    def __init__(self, step: int, steps: int, frames_per_step: int, shown: bool = True):
         self.frames_per_step = frames_per_step
         self.bar = tqdm(
             total=steps,
             initial=step,
+            disable=not shown,
             unit="step",
             smoothing=0.1,
             mininterval=0.5 if sys.stderr.isatty() else 30,
@@ -322,6 +423,11 @@ def main() -> None:
         train(configuration.parse(sys.argv[1:]))
     except ConfigError as error:
         sys.exit(configuration.refuse(error))
+    except NonFinite as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as interrupt:
+        print(f"Interrupted by {interrupt}; the same command goes on from here", file=sys.stderr)
+        sys.exit(interrupt.exit_code)
 
 
 if __name__ == "__main__":

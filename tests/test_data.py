@@ -64,10 +64,10 @@ def test_max_steps(tiny):
 
 
 def test_test_batches_keep_the_order():
-    batches = list(data.test_batches(Numbers(9), batch_size=3, count=7, rows=4))
+    batches = list(data.eval_batches(Numbers(9), batch_size=3, count=7, rows=4))
     assert [b.video[:, 0, 0, 0, 0].tolist() for b in batches] == [[0, 1, 2, 0], [3, 4, 5, 0], [6, 0, 0, 0]]
     assert [b.weight.tolist() for b in batches] == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
-    assert sum(b.weight.sum() for b in data.test_batches(Numbers(2), 3, 7, 3)) == 2
+    assert sum(b.weight.sum() for b in data.eval_batches(Numbers(2), 3, 7, 3)) == 2
 
 
 # ---------------------------------------------------------------------------------------------- digits

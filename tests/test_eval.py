@@ -13,6 +13,7 @@ import eval as evaluation
 import train
 from config import ConfigError
 from cwvae import CWVAE
+from interrupts import Interrupted
 
 
 @pytest.fixture
@@ -23,7 +24,9 @@ def run(tiny):
 
 
 def arrays(directory):
-    return {str(p.relative_to(directory)): np.load(p)["arr_0"] for p in directory.rglob("*.npz")}
+    return {
+        str(p.relative_to(directory)): np.load(p)["arr_0"] for p in directory.rglob("*.npz") if p.name != "metrics.npz"
+    }
 
 
 def evaluate(run, *flags):
@@ -97,16 +100,55 @@ def test_curves_are_those_of_scikit_image(run):
 
 
 def test_best_samples_by_average_over_time(tiny, tmp_path):
-    frames = np.zeros((3, 2, 64, 64, 1), np.uint8) + np.arange(3, dtype=np.uint8)[:, None, None, None, None]
+    """Of a batch of two rows, the second of which has the samples the other way round."""
+    c = dataclasses.replace(tiny, num_samples=3)
     ssim, psnr = np.array([[0.1, 0.9], [0.4, 0.4], [0.6, 0.5]]), np.array([[20.0, 20], [10, 31], [15, 15]])
-    metrics = [{"ssim": ssim[i], "psnr": psnr[i]} for i in range(3)]
-    samples = [evaluation.Prediction(frames[i], {"paper": metrics[i], "standard": metrics[-1 - i]}) for i in range(3)]
-    chosen = evaluation.save_example(tiny, tmp_path, 7, np.zeros((6, 64, 64, 1), np.uint8), samples)
+    samples = evaluation.Samples()
+    for i in range(3):
+        frames = np.full((2, 2, 64, 64, 1), i, np.uint8)
+        metrics = {"ssim": np.stack([ssim[i], ssim[2 - i]]), "psnr": np.stack([psnr[i], psnr[2 - i]])}
+        samples.add(
+            i, evaluation.Prediction(frames, {"paper": metrics, "standard": {k: -v for k, v in metrics.items()}})
+        )
+    for row in range(2):
+        evaluation.save_example(c, tmp_path, 7 + row, np.zeros((6, 64, 64, 1), np.uint8), samples, row)
     got = arrays(tmp_path)
     assert got["sample7/best_ssim_sample.npz"].max() == 2 and got["sample7/best_psnr_sample.npz"].max() == 1
+    assert got["sample8/best_ssim_sample.npz"].max() == 0 and got["sample8/best_psnr_sample.npz"].max() == 1
     assert got["sample7/random_sample_1.npz"].max() == 0 and got["sample7/random_sample_2.npz"].max() == 1
-    assert chosen["paper"]["ssim"].tolist() == [0.6, 0.5] and chosen["paper"]["psnr"].tolist() == [10, 31]
-    assert chosen["standard"]["ssim"].tolist() == [0.6, 0.5] and chosen["standard"]["psnr"].tolist() == [10, 31]
+    with np.load(tmp_path / "sample7" / "metrics.npz") as file:
+        assert file["paper_ssim"].tolist() == [0.6, 0.5] and file["paper_psnr"].tolist() == [10, 31]
+        assert file["standard_ssim"].tolist() == [-0.4, -0.4] and file["standard_psnr"].tolist() == [-15, -15]
+
+
+def test_an_interrupted_evaluation_is_continued(run, monkeypatch, capsys):
+    """In the same directory, without predicting again what is there, with the same results."""
+    flags = ["--batch_size=1", "--num_samples=2"]
+    whole, _ = evaluate(run, *flags)
+    calls, predict = [], evaluation.predict
+
+    def until_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise Interrupted(15)
+        return predict(*arguments)
+
+    monkeypatch.setattr(evaluation, "predict", until_third)
+    with pytest.raises(Interrupted):
+        evaluate(run, *flags)
+    (unfinished,) = (d for d in run.glob("eval_*") if not (d / "metrics.json").exists())
+    results = evaluation.evaluate(*evaluation.parse(["--logdir", str(run), *flags]))
+    assert len(calls) == 4 + 4  # two of three examples again, two samples each
+    assert f"Continuing {unfinished}" in capsys.readouterr().out
+    a, b = arrays(whole), arrays(unfinished)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+    assert results["averages"] == json.loads((whole / "metrics.json").read_text())["averages"]
+    # With other options, or another checkpoint, it isn't.
+    (unfinished / "metrics.json").unlink()
+    other, _ = evaluate(run, *flags, "--use_obs=TTF")
+    assert other != unfinished
 
 
 def test_repeatable_for_any_batch_size(run):
@@ -165,5 +207,10 @@ def test_another_model_or_a_damaged_checkpoint_is_refused(run):
 
 
 def test_evaluations_never_overwrite(run):
-    names = {evaluation.new_directory(run).name for _ in range(3)}
+    config, checkpoint = evaluation.parse(["--logdir", str(run)])
+    names = set()
+    for _ in range(3):
+        directory = evaluation.results_directory(config, checkpoint)
+        (directory / "metrics.json").touch()
+        names.add(directory)
     assert len(names) == 3

@@ -16,10 +16,11 @@ from conftest import ROOT, TINY
 
 import config as configuration
 import data
-import tools
 import train
+from checkpoints import Checkpoints
 from config import ConfigError
 from cwvae import CWVAE
+from devices import Devices
 
 
 def parameters(state):
@@ -114,7 +115,7 @@ def test_context_must_fit_training_videos(tiny):
 
 def test_padding_has_no_weight(tiny):
     """A batch of 2 padded to 4 rows gives the loss and the parameters of the batch alone, whatever the padding holds."""
-    model, devices = CWVAE(tiny), train.Devices()
+    model, devices = CWVAE(tiny), Devices()
     step = train.make_train_step(model)
     windows = data.windows(tiny, "train")
     video = np.stack([windows[i] for i in range(2)])
@@ -146,7 +147,7 @@ def test_validation_does_not_depend_on_batch_size(tiny):
     results = []
     for batch_size, batches in (2, 3), (6, 1), (3, 2):
         c = dataclasses.replace(tiny, batch_size=batch_size, num_val_batches=batches)
-        results.append(train.validate(CWVAE(c), params, test, train.Devices()))
+        results.append(train.validate(CWVAE(c), params, test, Devices()))
     for other in results[1:]:
         for name, value in results[0].items():
             assert other[name] == pytest.approx(value, rel=1e-4), name
@@ -266,5 +267,5 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(tiny, capsys):
     again = parameters(train.train(c))
     assert "resumed at step 2" in capsys.readouterr().out
     assert_same(whole, again)
-    with tools.open_checkpoints(train.run_directory(c) / "checkpoints") as checkpoints:
-        assert_same(whole, tools.load_checkpoint(checkpoints, 4, whole))
+    with Checkpoints(train.run_directory(c) / "checkpoints") as checkpoints:
+        assert_same(whole, checkpoints.load(4, whole)[0])

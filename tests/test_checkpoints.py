@@ -1,0 +1,108 @@
+"""Checkpoints by reading back what was written, and by damaging it."""
+
+import resource
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from checkpoints import Checkpoints, DamagedCheckpoint
+
+STATE = {"params": {"a": np.arange(1000.0, dtype=np.float32), "b": np.ones((3, 2), np.float32)}, "step": np.int32(1)}
+
+
+def save(directory, steps, keep_every=3):
+    with Checkpoints(directory, keep_every) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, jax.tree.map(lambda x: x + np.asarray(step, x.dtype), STATE))
+
+
+def test_checkpoints_roll_and_some_stay(tmp_path):
+    save(tmp_path, range(1, 9))
+    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [3, 6, 7, 8]
+    with Checkpoints(tmp_path, 3) as checkpoints:
+        step, state, _ = checkpoints.load_newest(STATE)
+        assert step == 8
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(STATE), strict=True):
+            np.testing.assert_array_equal(a, b + 8)
+            assert isinstance(a, np.ndarray)
+
+
+def largest_file(directory):
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damaged_checkpoints_are_not_used(tmp_path, capsys, damage):
+    save(tmp_path, [1, 2], keep_every=1)
+    file = largest_file(tmp_path / "2")
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        file.unlink()
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        with pytest.raises(DamagedCheckpoint, match="2 is damaged"):
+            checkpoints.load(2, STATE)
+        step, state, _ = checkpoints.load_newest(STATE)
+        assert step == 1 and state["step"] == 2
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1 and "2 is damaged" in printed
+        # The damaged step is saved anew when training gets there again.
+        checkpoints.save(2, STATE)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert checkpoints.load_newest(STATE)[0] == 2
+
+
+def test_checkpoints_of_other_shapes_are_refused(tmp_path):
+    save(tmp_path, [1])
+    other = STATE | {"params": {"a": np.zeros(7, np.float32), "b": np.zeros((3, 2), np.float32)}}
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(DamagedCheckpoint, match="another model"):
+        checkpoints.load(1, other)
+
+
+def test_no_checkpoint(tmp_path):
+    with Checkpoints(tmp_path / "none", 1) as checkpoints:
+        assert checkpoints.load_newest(STATE) is None
+
+
+def test_notes_come_back(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, STATE, unreported={"loss": 0.1})
+        checkpoints.save(4, STATE)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.load(3, STATE)[1] == {"unreported": {"loss": 0.1}} and checkpoints.load(4, STATE)[1] == {}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's thread, on its failed write
+def test_disk_full_while_saving(tmp_path, capsys):
+    """Writes fail in the system (as they do on a full disk): earlier checkpoints stay, later ones are saved again."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    large = STATE | {"more": np.random.default_rng(0).normal(size=300_000).astype(np.float32)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+
+        def written():
+            while checkpoints.orbax._manager.is_saving_in_progress():
+                time.sleep(0.01)
+
+        checkpoints.save(1, large)
+        written()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+            for step in 2, 3:
+                checkpoints.save(step, large)
+                written()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert checkpoints.steps == [1]
+        checkpoints.save(4, large)
+    assert capsys.readouterr().out.count("Warning: a checkpoint couldn't be saved") == 2
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert checkpoints.load_newest(large)[0] == 4
+    assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]

@@ -1,4 +1,7 @@
-"""Checkpoints that are what was saved, or are said not to be: Orbax, plus a checksum of all leaves."""
+"""Checkpoints that are what was saved, or are said not to be: Orbax, plus a checksum of all leaves.
+
+Several processes make each call together, on a file system that they share; the first one writes.
+"""
 
 import logging
 import zlib

@@ -217,8 +217,8 @@ def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
 def results_directory(config: Config, checkpoint: Checkpoint) -> Path:
     """The directory of the same evaluation, if it wasn't finished, or a new one: never one with results."""
     for directory in sorted(checkpoint.run.glob("eval_*")):
-        if (directory / "config.yml").exists() and not (directory / "metrics.json").exists():
-            same = configuration.load(directory / "config.yml") == config
+        if (directory / "evaluation.yml").exists() and not (directory / "metrics.json").exists():
+            same = configuration.load(directory / "evaluation.yml") == config
             if same and (directory / "checkpoint").read_text() == str(checkpoint.step):
                 print(f"Continuing {directory}")
                 return directory
@@ -228,7 +228,7 @@ def results_directory(config: Config, checkpoint: Checkpoint) -> Path:
         with contextlib.suppress(FileExistsError):
             directory.mkdir()
             (directory / "checkpoint").write_text(str(checkpoint.step))
-            config.save(directory / "config.yml")
+            config.save(directory / "evaluation.yml")
             return directory
     raise ConfigError(f"{checkpoint.run / name} and its successors exist; wait a second")
 

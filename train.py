@@ -243,10 +243,7 @@ def train(config: Config) -> TrainState:
         c = Config(**json.loads(devices.first_decides(with_run)))
         directory, model = run_directory(c), CWVAE(c)
         steps = data.training_steps(c, train_windows)
-        checkpoints = (
-            resources.enter_context(Checkpoints(directory / "checkpoints", c.save_named_model_every)) if first else None
-        )
-
+        checkpoints = resources.enter_context(Checkpoints(directory / "checkpoints", c.save_named_model_every))
         step, state, unreported = restore(model, checkpoints, devices)
         log = tools.Log(directory, step, wandb_run[0]) if first else None
         if first:
@@ -262,8 +259,7 @@ def train(config: Config) -> TrainState:
 
         def save(**notes: Any) -> None:
             with interrupts.deferred():
-                if checkpoints:
-                    checkpoints.save(step, state, **notes)
+                checkpoints.save(step, state, **notes)
 
         train_step = make_train_step(model)
         batches = data.training_batches(c, train_windows, step, devices.rows(c.batch_size), devices.own(c.batch_size))
@@ -313,17 +309,13 @@ def intervals(config: Config) -> dict[str, int]:
 
 
 def restore(
-    model: CWVAE, checkpoints: Checkpoints | None, devices: Devices
+    model: CWVAE, checkpoints: Checkpoints, devices: Devices
 ) -> tuple[int, TrainState, dict[str, float] | None]:
-    """Step, state and metrics that weren't logged yet, of the newest intact checkpoint or of the beginning.
-
-    Process 0 reads; the others get it from there.
-    """
+    """Step, state and metrics that weren't logged yet, of the newest intact checkpoint or of the beginning."""
     host = jax.tree.map(np.asarray, make_state(model))
     notes: dict[str, Any] = {}
-    if checkpoints and (newest := checkpoints.load_newest(host)):
+    if newest := checkpoints.load_newest(host):
         _, host, notes = newest
-    host = devices.from_first(host)
     return int(host.step), devices.replicate(host), notes.get("unreported")
 
 

@@ -142,14 +142,19 @@ def training_steps(config: Config, train: Windows) -> int:
     return min(steps, config.max_steps or steps)
 
 
-def training_batches(config: Config, train: Windows, start: int, rows: int, own: slice = ALL) -> Iterator[Batch]:
-    """The batches from step `start` on, padded to `rows` rows, of which those in `own` are read (ahead, by threads)."""
+def training_sequences(config: Config, train: Windows) -> grain.MapDataset:
+    """The windows of the whole training in their order."""
     order = training_order(config, train)
     if config.random_start and isinstance(train, VideoWindows):
-        sequences = order.random_map(train.anywhere)
-    else:
-        sequences = order.map(train.__getitem__)
-    return batches(sequences, config.batch_size, range(start, training_steps(config, train)), rows, own)
+        return order.random_map(train.anywhere)
+    return order.map(train.__getitem__)
+
+
+def training_batches(config: Config, train: Windows, start: int, rows: int, own: slice = ALL) -> Iterator[Batch]:
+    """The batches from step `start` on, padded to `rows` rows, of which those in `own` are read (ahead, by threads)."""
+    return batches(
+        training_sequences(config, train), config.batch_size, range(start, training_steps(config, train)), rows, own
+    )
 
 
 def eval_batches(

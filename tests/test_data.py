@@ -23,7 +23,7 @@ class Numbers:
 
 def epoch_order(config, count):
     order = data.training_order(config, Numbers(count))
-    return [int(order[i].flat[0]) for i in range(len(order))]
+    return [int(order[i]) for i in range(len(order))]
 
 
 def training(config, count, start=0, rows=4):

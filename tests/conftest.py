@@ -1,18 +1,14 @@
-"""What the tests share: the import path, a compilation cache, a tiny configuration."""
+"""What the tests share: the import path, a tiny configuration."""
 
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
-
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 TINY = dict(
     dataset="digits",

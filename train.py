@@ -240,8 +240,9 @@ def train(config: Config) -> TrainState:
                 f"got {c.open_loop_ctx}; lower it, or set --save_gifs false"
             )
         train_windows, test_windows = data.windows(c, "train"), data.windows(c, "test")
+        directory = run_directory(c)  # before a random seed is part of the configuration: it's no part of the name
         c = Config(**json.loads(devices.first_decides(with_run)))
-        directory, model = run_directory(c), CWVAE(c)
+        model = CWVAE(c)
         steps = data.training_steps(c, train_windows)
         checkpoints = resources.enter_context(Checkpoints(directory / "checkpoints", c.save_named_model_every))
         step, state, unreported = restore(model, checkpoints, devices)

@@ -94,6 +94,11 @@ def test_random_seed_is_saved_and_used_on_resume(tiny):
     assert seed is not None
     train.train(dataclasses.replace(c, max_steps=2))
     assert configuration.load(train.run_directory(c) / "config.yml").seed == seed
+    # One directory, named without the random seed, holds everything.
+    assert list(Path(c.logdir).glob("*/*")) == [train.run_directory(c)]
+    assert (train.run_directory(c) / "metrics.jsonl").exists() and (
+        train.run_directory(c) / "checkpoints" / "2"
+    ).exists()
 
 
 def test_resuming_as_another_model_is_refused(tiny):

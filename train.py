@@ -274,6 +274,7 @@ def train(config: Config) -> TrainState:
                     state, metrics = train_step(state, batch)
                     step += 1
                     due = {name: step % every == 0 or step == steps for name, every in intervals(c).items()}
+                    due["model"] |= due["named"]
                     if due["scalars"]:
                         unreported = {name: float(value) for name, value in metrics.items()}
                 progress.update(metrics["loss"])

@@ -19,8 +19,7 @@ import av
 import numpy as np
 
 import data
-import videos
-from config import Config
+from config import FRAME_SIZE, Config
 
 
 def bench_data() -> list[dict[str, Any]]:
@@ -33,7 +32,7 @@ def bench_data() -> list[dict[str, Any]]:
         for i in range(count):
             (train / f"{i:03}.mp4").write_bytes(content)
         (Path(folder) / "test").symlink_to(train)
-        c = Config(dataset="videos", channels=3, datadir=folder, num_epochs=1000, seed=0, eval_seq_len=100)
+        c = Config(dataset="videos", channels=3, datadir=folder, num_epochs=100_000, seed=0, eval_seq_len=100)
         begin, cpu = time.perf_counter(), time.process_time()
         windows = data.windows(c, "train")
         wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
@@ -73,7 +72,7 @@ def encode(noise: np.ndarray, frames: int) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=20)
-        stream.width = stream.height = videos.FRAME_SIZE
+        stream.width = stream.height = FRAME_SIZE
         stream.pix_fmt = "yuv420p"
         for t in range(frames):
             image = np.kron(np.roll(noise[t // 20 % len(noise)], t % 8, 1), np.ones((8, 8, 1), np.uint8))

@@ -21,6 +21,10 @@ from typing import Any
 import yaml
 
 
+FRAME_SIZE = 64
+"""Height and width of a frame: what the encoder's and decoder's unpadded convolutions are made for."""
+
+
 class ConfigError(ValueError):
     """A value the user gave and can mend: one line that names the key, the value and the remedy."""
 

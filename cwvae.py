@@ -27,9 +27,6 @@ from jax import Array
 
 from config import Config
 
-FRAME_SIZE = 64
-"""Height and width of a frame: what the encoder's and decoder's unpadded convolutions are made for."""
-
 lecun_normal = nn.initializers.lecun_normal()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import config as config_module
 import pictures
 import videos
-from config import Config, ConfigError
+from config import FRAME_SIZE, Config, ConfigError
 
 
 class Windows(Protocol):
@@ -214,8 +214,8 @@ class MovingDigits:
         """uint8 [T, 64, 64, 1]"""
         random = np.random.default_rng([index, int(self.split == "test")])
         glyph_size = self.glyphs.shape[-1]
-        room = videos.FRAME_SIZE - glyph_size
-        video = np.zeros((self.frames, videos.FRAME_SIZE, videos.FRAME_SIZE), np.uint8)
+        room = FRAME_SIZE - glyph_size
+        video = np.zeros((self.frames, FRAME_SIZE, FRAME_SIZE), np.uint8)
         # patches[t, y, x] is a view of the pixels of frame t that a glyph at (y, x) covers.
         patches = np.lib.stride_tricks.sliding_window_view(video, (glyph_size, glyph_size), axis=(1, 2), writeable=True)
         time = np.arange(self.frames)
@@ -283,7 +283,7 @@ def look(config: Config) -> None:
             counts = len(source.file.lengths), int(source.file.lengths.sum()), len(source), source.file.frames.nbytes
         else:
             frames = len(source) * len(source[0])
-            counts = len(source), frames, len(source), frames * videos.FRAME_SIZE**2 * c.channels
+            counts = len(source), frames, len(source), frames * FRAME_SIZE**2 * c.channels
         print(f"{split:<6} {counts[0]:9,} {counts[1]:13,} {counts[2]:9,} {counts[3]:16,}")
     train = sources["train"]
     chosen = [train[i] for i in np.linspace(0, len(train) - 1, min(8, len(train))).astype(int)]

@@ -53,11 +53,8 @@ def find_checkpoint(logdir: Path) -> Checkpoint:
         )
     if logdir.name.isdigit() and logdir.parent.name == "checkpoints":
         return Checkpoint(logdir.parent.parent, int(logdir.name))
-    runs = [
-        path.parent
-        for pattern in ("config.yml", "*/config.yml", "*/*/config.yml")
-        for path in sorted(logdir.glob(pattern))
-    ]
+    own = logdir / "config.yml"
+    runs = [logdir] if own.exists() else sorted(p.parent for i in (1, 2) for p in logdir.glob("*/" * i + "config.yml"))
     if not runs:
         raise ConfigError(f"logdir: {logdir} holds no run (no config.yml); name a run directory that train.py printed")
     if len(runs) > 1:

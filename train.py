@@ -29,7 +29,7 @@ import data
 import pictures
 import tools
 from checkpoints import Checkpoints
-from config import Config, ConfigError
+from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
 from devices import Devices, connect
 from interrupts import Interrupted, Interrupts
@@ -73,7 +73,7 @@ def make_state(model: CWVAE) -> TrainState:
     """The state before the first step."""
     c = model.config
     block = c.tmp_abs_factor ** (c.levels - 1)  # parameters don't depend on the length
-    video = jnp.zeros((1, block, cwvae.FRAME_SIZE, cwvae.FRAME_SIZE, c.channels))
+    video = jnp.zeros((1, block, FRAME_SIZE, FRAME_SIZE, c.channels))
     noise = cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 1), block)
     params = model.init(seeds(c)["params"], video, noise)
     return TrainState(jnp.int32(0), jnp.int32(NEVER), params, make_optimizer(c).init(params))

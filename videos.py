@@ -25,9 +25,7 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from config import ConfigError
-
-FRAME_SIZE = 64
+from config import FRAME_SIZE, ConfigError
 
 
 class Video(NamedTuple):

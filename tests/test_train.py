@@ -38,18 +38,24 @@ def lines(run: Path):
 
 def test_a_run_and_its_files(tiny, capsys):
     c = dataclasses.replace(
-        tiny, save_gifs=True, save_scalars_every=2, save_gifs_every=2, save_model_every=2, save_named_model_every=2
+        tiny,
+        max_steps=5,
+        save_gifs=True,
+        save_scalars_every=2,
+        save_gifs_every=2,
+        save_model_every=2,
+        save_named_model_every=3,
     )
     state = train.train(c)
     run = train.run_directory(c)
-    assert int(state.step) == 4
+    assert int(state.step) == 5
     assert configuration.load(run / "config.yml") == c
-    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"2", "4"}
+    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"3", "4", "5"}
     assert {p.name for p in (run / "videos").iterdir()} == {
-        f"{name}_000000{i}.gif" for name in ("train", "validation") for i in (2, 4)
+        f"{name}_000000{i}.gif" for name in ("train", "validation") for i in (2, 4, 5)
     }
     logged = lines(run)
-    assert [line["step"] for line in logged] == [2, 4]
+    assert [line["step"] for line in logged] == [2, 4, 5]
     names = ["loss", "nll_term", "kl_term"] + [
         f"avg_{kind}__level_{i}"
         for i in range(3)

@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 
-
 FRAME_SIZE = 64
 """Height and width of a frame: what the encoder's and decoder's unpadded convolutions are made for."""
 

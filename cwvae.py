@@ -581,6 +581,38 @@ class CWVAE(nn.Module):
         stoch = prior.mean if self.config.cell_mean_only else prior.mean + prior.stddev * noise[0]
         return self.decoder(jnp.concatenate([stoch, deter], -1))
 
+    def predict_by_level(self, context: Array, frames: int, noise: Sequence[Array], use_obs: str) -> Array:
+        """Open-loop prediction, one level after the other, from any number of context frames (Section 3.6).
+
+        A level that sees the context follows its posterior in the ticks that end within the context, and its prior from
+        there on; a blind one follows its prior all the time. From a multiple of k**(L-1) frames this is `open_loop`.
+        All frames are computed at once: for a few sequences.
+
+        Args:
+            context: [B, T, H, W, C].
+            frames: to predict after the context.
+            noise: of `draw_noise` for T + frames frames.
+            use_obs: see `observe`.
+
+        Returns:
+            The context's reconstruction and the prediction, [B, T + frames, H, W, C], not clipped.
+        """
+        c = self.config
+        B, T = context.shape[:2]
+        features, reset = self.encoder(floats(context)), reset_masks(c, T + frames)
+        above: Array | None = None
+        for level in range(c.levels - 1, -1, -1):
+            seen = T // c.tmp_abs_factor**level if use_obs[level] == "T" else 0
+            state, outputs = self.initial_state(B).levels[level], []
+            for ticks, sight in (slice(seen), features[level][:, :seen]), (slice(seen, None), None):
+                if noise[level][:, ticks].shape[1]:
+                    given = None if above is None else above[:, ticks]
+                    rollout, state = self.cells[level](state, given, sight, noise[level][:, ticks], reset[level][ticks])
+                    outputs.append(rollout.output)
+            output = jnp.concatenate(outputs, axis=1)
+            above = jnp.repeat(output, c.tmp_abs_factor, axis=1)[:, : noise[level - 1].shape[1]]
+        return self.decoder(output)
+
     def _unroll(
         self,
         frames: int,
@@ -778,6 +810,31 @@ def long_elbo(
     return total
 
 
+def posterior(
+    model: CWVAE,
+    params: Any,
+    video: Any,
+    keys: Array,
+    use_obs: str | None = None,
+    chunk: int | None = None,
+    place: Callable[[Any], Any] = jnp.asarray,
+) -> Iterator[tuple[LevelRollout, ...]]:
+    """Infers the states behind all frames of a video; arguments as in `open_loop`, which draws the same noise.
+
+    Yields:
+        Each level's rollout over the ticks of a chunk.
+    """
+    c = model.config
+    T, chunk = video.shape[1], chunk or chunk_size(c)
+    noise, reset = draw_noise(c, keys, T), reset_masks(c, T)
+    state = None
+    for start in range(0, T, chunk):
+        stop = min(start + chunk, T)
+        parts = part(c, noise, start, stop, 1), state, part(c, reset, start, stop, 0)
+        rollouts, state = _infer(model, params, place(video[:, start:stop]), *parts, use_obs)
+        yield rollouts
+
+
 def open_loop(
     model: CWVAE,
     params: Any,
@@ -825,6 +882,19 @@ def open_loop(
 @partial(jax.jit, static_argnums=0)
 def _elbo(model: Any, params: Any, video: Array, noise: Any, state: State | None, reset: Any) -> dict[str, Any]:
     return model.apply(params, video, noise, state=state, reset=reset, method="elbo")
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def _infer(
+    model: Any, params: Any, video: Array, noise: Any, state: State | None, reset: Any, use_obs: str | None
+) -> tuple[tuple[LevelRollout, ...], State]:
+    return model.apply(params, video, noise, state, use_obs=use_obs, reset=reset, method="observe")
+
+
+@partial(jax.jit, static_argnums=0)
+def decode(model: Any, params: Any, rollouts: Sequence[LevelRollout]) -> Array:
+    """`CWVAE.decode`, compiled."""
+    return model.apply(params, rollouts, method="decode")
 
 
 @partial(jax.jit, static_argnums=(0, 4))

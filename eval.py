@@ -5,9 +5,8 @@ import dataclasses
 import datetime
 import importlib.metadata
 import io
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import config as configuration
 import cwvae
 import data
 import pictures
+import report
 import tools
 import train
 from checkpoints import Checkpoints
@@ -98,16 +98,30 @@ def load_params(model: CWVAE, checkpoint: Checkpoint) -> Any:
 # ---------------------------------------------------------------------------------------------- predictions
 
 
+@partial(jax.jit, static_argnums=2)
+def measure(truth: Array, prediction: Array, protocol: str) -> dict[str, Array]:
+    return tools.frame_metrics(cwvae.floats(truth), cwvae.floats(prediction), protocol)
+
+
+Metrics = dict[str, dict[str, np.ndarray]]
+"""protocol -> "ssim", "psnr" -> [B, T]"""
+
+
 class Prediction(NamedTuple):
     """One sample for each sequence of a batch, without the context."""
 
     frames: np.ndarray  # uint8 [B, T, H, W, C]
-    metrics: dict[str, dict[str, np.ndarray]]  # protocol -> "ssim", "psnr" -> [B, T]
+    metrics: Metrics
 
 
-@partial(jax.jit, static_argnums=2)
-def measure(truth: Array, prediction: Array, protocol: str) -> dict[str, Array]:
-    return tools.frame_metrics(cwvae.floats(truth), prediction, protocol)
+def compare(truth: np.ndarray, chunks: Iterable[Any], place: Callable[[Any], Any]) -> Metrics:
+    """Metrics of frames that come in chunks of time, [B, <= T, H, W, C] each, against truth uint8 [B, T, H, W, C]."""
+    start, metrics = 0, []
+    for chunk in chunks:
+        part = place(truth[:, start : start + chunk.shape[1]])
+        metrics.append({protocol: measure(part, chunk, protocol) for protocol in tools.PROTOCOLS})
+        start += chunk.shape[1]
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *jax.device_get(metrics))
 
 
 def predict(
@@ -116,33 +130,98 @@ def predict(
     """Predicts the frames of video uint8 [B, T, H, W, C] after its context, and compares them with it."""
     c = model.config
     start = c.open_loop_ctx
-    frames, metrics = [], []
-    parts = cwvae.open_loop(model, params, video[:, :start], keys, video.shape[1] - start, c.use_obs, place=place)
-    for name, chunk in parts:
-        if name == "prior_multistep":
-            truth = place(video[:, start : start + chunk.shape[1]])
-            start += chunk.shape[1]
-            frames.append(np.asarray(tools.to_uint8(chunk)))
-            metrics.append({protocol: measure(truth, chunk, protocol) for protocol in tools.PROTOCOLS})
-    joined = jax.tree.map(lambda *chunks: np.concatenate(chunks, axis=1), *jax.device_get(metrics))
-    return Prediction(np.concatenate(frames, axis=1), joined)
+    frames = []
+
+    def chunks() -> Iterator[Array]:
+        parts = cwvae.open_loop(model, params, video[:, :start], keys, video.shape[1] - start, c.use_obs, place=place)
+        for name, chunk in parts:
+            if name == "prior_multistep":
+                frames.append(np.asarray(tools.to_uint8(chunk)))
+                yield chunk
+
+    metrics = compare(video[:, start:], chunks(), place)
+    return Prediction(np.concatenate(frames, axis=1), metrics)
+
+
+def references(
+    model: CWVAE,
+    params: Any,
+    video: np.ndarray,
+    keys: Array,
+    first: int,
+    pool: np.ndarray | None,
+    place: Callable[[Any], Any] = jnp.asarray,
+) -> dict[str, Metrics]:
+    """Metrics of what predictions are measured by, see `report.REFERENCES`, in place of the frames after the context.
+
+    Args:
+        model, params: what reconstructs.
+        video: uint8 [B, T, H, W, C].
+        keys: of the predictions, so that the context's states are the same.
+        first: the first sequence's number, which with the row decides which random frames it gets.
+        pool: of `random_frames`.
+        place: puts frames on the devices.
+    """
+    context, chunk = model.config.open_loop_ctx, cwvae.chunk_size(model.config)
+    future = video[:, context:]
+    B, T = future.shape[:2]
+    parts = [slice(start, start + chunk) for start in range(0, T, chunk)]
+    inferred = cwvae.posterior(model, params, video, keys, place=place)
+    reconstruction = compare(video, (cwvae.decode(model, params, rollouts) for rollouts in inferred), place)
+    last = np.broadcast_to(video[:, context - 1 : context], future.shape)
+    found = {
+        "posterior": jax.tree.map(lambda values: values[:, context:], reconstruction),
+        "copy": compare(future, (place(last[:, part]) for part in parts), place),
+    }
+    if pool is not None:
+        drawn = np.stack([np.random.default_rng([1, first + row]).integers(len(pool), size=T) for row in range(B)])
+        found["random"] = compare(future, (place(pool[drawn[:, part]]) for part in parts), place)
+    return found
+
+
+def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:
+    """Frames of the training set at random, uint8 [count, H, W, C], the same ones for each model of a dataset.
+
+    None, with one line that says so, where there is no training set (as on a machine that only evaluates).
+    """
+    try:
+        windows = data.windows(config, "train")
+    except ConfigError as error:
+        print(f"Without the line of random training frames, since there are none: {error}")
+        return None
+    random = np.random.default_rng(0)
+    chosen = (windows[int(random.integers(len(windows)))] for _ in range(count))
+    return np.stack([window[random.integers(len(window))] for window in chosen])
 
 
 class Samples:
-    """The predictions of a batch that are kept: the first two, and the best of each metric by its average over time."""
+    """What is kept of a batch's predictions, sample after sample.
 
-    def __init__(self) -> None:
+    frames: the first two samples, and of each metric, in the paper's protocol, the best by its average over time.
+    metrics, [B, T] each: "<protocol>_<metric>" of the best sample by this metric, as in the earlier codes;
+    "<protocol>_<metric>_mean" over the samples; "<protocol>_<metric>_<reference>" of each reference.
+    """
+
+    def __init__(self, references: Mapping[str, Metrics]) -> None:
         self.frames: dict[str, np.ndarray] = {}
-        self.metrics: dict[tuple[str, str], np.ndarray] = {}
+        self.metrics = {
+            f"{protocol}_{name}_{reference}": values
+            for reference, metrics in references.items()
+            for protocol, by_name in metrics.items()
+            for name, values in by_name.items()
+        }
 
     def add(self, number: int, prediction: Prediction) -> None:
         if number < 2:
             self.frames[f"random_sample_{number + 1}"] = prediction.frames
         for protocol, by_name in prediction.metrics.items():
             for name, values in by_name.items():
-                kept = self.metrics.setdefault((protocol, name), values.copy())
+                key = f"{protocol}_{name}"
+                kept = self.metrics.setdefault(key, values.copy())
                 better = values.mean(-1) > kept.mean(-1)
                 kept[better] = values[better]
+                mean = self.metrics.setdefault(f"{key}_mean", np.zeros_like(values))
+                mean += (values - mean) / (number + 1)
                 if protocol == "paper":
                     best = self.frames.setdefault(f"best_{name}_sample", prediction.frames.copy())
                     best[better] = prediction.frames[better]
@@ -160,8 +239,8 @@ def example_keys(config: Config, first: int, count: int, sample: int) -> Array:
 def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     """Predicts `num_samples` times for each of `num_examples` test sequences; all results go below the run directory.
 
-    Per sequence, the sample with the best average over time enters the curves, as in the earlier codes. An evaluation
-    that was interrupted is continued. Of several processes, each takes its share of each batch.
+    Of several samples, the best of each sequence by its average over time (as in the earlier codes) and their mean are
+    reported. An evaluation that was interrupted is continued. Of several processes, each takes its share of each batch.
 
     Returns:
         What `metrics.json` holds.
@@ -185,6 +264,7 @@ def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     while done < count and all(is_done(directory, i) for i in range(done, min(done + batch_size, count))):
         done += batch_size
     batches = data.eval_batches(test, batch_size, count, devices.rows(batch_size), own, first=done // batch_size)
+    pool = random_frames(c) if done < count else None
     with tqdm(
         total=-(-count // batch_size) * c.num_samples,
         initial=done // batch_size * c.num_samples,
@@ -195,7 +275,8 @@ def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     ) as bar:
         for number, batch in enumerate(batches, done // batch_size):
             first = number * batch_size + own.start
-            samples = Samples()
+            keys = example_keys(c, first, len(batch.video), 0)
+            samples = Samples(references(model, params, batch.video, keys, first, pool, devices.put))
             for sample in range(c.num_samples):
                 keys = example_keys(c, first, len(batch.video), sample)
                 samples.add(sample, predict(model, params, batch.video, keys, devices.put))
@@ -253,57 +334,97 @@ def save_example(c: Config, directory: Path, number: int, video: np.ndarray, sam
         if not c.no_save_grid:
             pictures.save_grid(frames, path.with_suffix(".png"))
     if c.save_gifs:
-        first = samples.frames["random_sample_1"][row]
-        compared = pictures.comparison(video[None, context:], first[None], 0)
-        pictures.save_gif(compared, predictions / "random_sample_1.gif")
+        for name in gif_names(c):
+            compared = pictures.comparison(video[None, context:], samples.frames[name][None, row], 0)
+            pictures.save_gif(compared, predictions / f"{name}.gif")
     buffer = io.BytesIO()
-    np.savez(buffer, **{f"{protocol}_{name}": values[row] for (protocol, name), values in samples.metrics.items()})
+    np.savez(buffer, **{key: values[row] for key, values in samples.metrics.items()})
     tools.replace_file(metrics_file(directory, number), buffer.getvalue())
 
 
+def gif_names(config: Config) -> list[str]:
+    """The predictions of an example that are animated."""
+    return ["random_sample_1"] + ["best_ssim_sample"] * (config.num_samples > 1)
+
+
+def line_names(config: Config) -> dict[str, str]:
+    """Names of the lines in plots and tables -> what ends their keys in an example's metrics."""
+    N = config.num_samples
+    own = {"prediction": ""} if N == 1 else {f"best of {N}": "", f"mean of {N}": "_mean"}
+    return own | {name: f"_{key}" for key, name in report.REFERENCES.items()}
+
+
 def summarise(config: Config, checkpoint: Checkpoint, directory: Path, count: int) -> dict[str, Any]:
-    """Writes curves over the predicted frames, their plots, and `metrics.json`, from the examples' metrics."""
+    """Writes curves over the predicted frames, their plots, tables and page, from the examples' metrics."""
     examples = []
     for number in range(count):
         with np.load(metrics_file(directory, number)) as file:
             examples.append(dict(file))
     averages: dict[str, dict[str, float]] = {}
+    lines: dict[str, Any] = {}
+    plots = []
     for protocol in tools.PROTOCOLS:
-        averages[protocol] = {}
-        for name in ("ssim", "psnr"):
-            curves = [example[f"{protocol}_{name}"] for example in examples]
-            mean, stddev = np.mean(curves, axis=0), np.std(curves, axis=0)
+        averages[protocol], lines[protocol] = {}, {}
+        for metric in report.METRICS:
+            key = f"{protocol}_{metric}"
+            curves = {
+                name: np.stack([example[key + suffix] for example in examples])
+                for name, suffix in line_names(config).items()
+                if all(key + suffix in example for example in examples)
+            }
+            own = next(iter(curves.values()))
+            averages[protocol][metric] = float(own.mean())
+            lines[protocol][metric] = {name: report.summary(values) for name, values in curves.items()}
             # The paper's protocol has the earlier codes' file names.
-            stem = name if protocol == "paper" else f"{name}_{protocol}"
+            stem = metric if protocol == "paper" else f"{metric}_{protocol}"
+            mean, stddev = own.mean(0), own.std(0)
             np.savez(directory / f"{stem}_mean.npz", mean)
             np.savez(directory / f"{stem}_stddev.npz", stddev)
-            unit = " (dB)" if name == "psnr" else ""
-            label = f"{name.upper()}{unit}, {protocol} protocol"
-            pictures.plot_range(mean, stddev, directory / f"{stem}_range.png", label)
-            averages[protocol][name] = float(mean.mean())
+            label = f"{report.METRICS[metric]}, {protocol} protocol"
+            drawn = report.drawn(lines[protocol][metric])
+            pictures.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label)
+            first = next(iter(drawn))
+            drawn = {first: pictures.Line(mean, mean - stddev, mean + stddev)} | {
+                name: line for name, line in drawn.items() if line.reference
+            }
+            pictures.plot_lines(drawn, directory / f"{stem}_range.png", label, "mean and standard deviation")
+            plots.append(f"{metric}_{protocol}.png")
     results = {
         "averages": averages,
         "num_examples": count,
-        "predicted_frames": len(mean),
+        "predicted_frames": own.shape[1],
         "checkpoint_step": checkpoint.step,
+        "protocols": tools.PROTOCOLS,
+        "lines": lines,
         "config": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         | {"python": sys.version.split()[0], "device": jax.devices()[0].device_kind},
     }
-    tools.replace_file(directory / "metrics.json", (json.dumps(results, indent=2) + "\n").encode())
+    order = np.argsort([-example["paper_ssim"].mean() for example in examples], kind="stable")
+    chosen = {"best": int(order[0]), "median": int(order[count // 2]), "worst": int(order[-1])}
+    gifs = {
+        f"{rank}: example {number}, {name.replace('_', ' ')}": f"sample{number}/{name}.gif"
+        for rank, number in chosen.items()
+        for name in gif_names(config)
+        if config.save_gifs
+    }
+    report.write(directory / "metrics.csv", report.to_csv(report.CSV_HEADER, report.csv_rows(lines)))
+    report.write(directory / "index.html", report.page(results, plots, gifs))
+    report.write(directory / "metrics.json", report.to_json(results))  # last: with it, the evaluation is finished
     return results
 
 
 def print_table(results: dict[str, Any]) -> None:
-    examples, frames, samples = results["num_examples"], results["predicted_frames"], results["config"]["num_samples"]
-    best = f", best of {samples} samples" if samples > 1 else ""
     print(
-        f"\nAverages over {examples} sequences and {frames} predicted frames{best}, step {results['checkpoint_step']}:"
+        f"\nAverages over {results['num_examples']} sequences and {results['predicted_frames']} predicted frames, "
+        f"step {results['checkpoint_step']}, with 95 % confidence intervals:\n"
     )
-    print(f"{'protocol':<10} {'SSIM':>7} {'PSNR':>9}")
-    for protocol, values in results["averages"].items():
-        print(f"{protocol:<10} {values['ssim']:7.4f} {values['psnr']:6.2f} dB")
-    print()
+    for protocol in results["protocols"]:
+        print(f"{protocol:<10} {'SSIM':>25} {'PSNR (dB)':>25}")
+        for line in results["lines"][protocol]["ssim"]:
+            ssim, psnr = (results["lines"][protocol][metric][line]["average"] for metric in report.METRICS)
+            print(f"  {line:<24} {report.with_interval(ssim, 4):>25} {report.with_interval(psnr, 2):>24}")
+        print()
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """Videos as pictures one can look at: grids, side-by-side comparisons, GIFs, and plots over time."""
 
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -50,18 +53,43 @@ def save_gif(video: np.ndarray, path: Path, frames_per_second: int = 15, scale: 
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // frames_per_second, loop=0)
 
 
-def plot_range(mean: np.ndarray, stddev: np.ndarray, path: Path, ylabel: str) -> None:
-    """Writes a plot of mean +- stddev over predicted frames, [T] each."""
+class Line(NamedTuple):
+    """A curve over predicted frames, [T] each, with a band around it; a reference is drawn dashed and grey."""
+
+    values: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    reference: bool = False
+
+
+def plot_lines(lines: Mapping[str, Line], path: Path, ylabel: str, title: str = "") -> None:
+    """Writes a plot of named lines over predicted frames."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    dashes = itertools.cycle(["--", ":", "-."])
+    for name, line in lines.items():
+        frames = np.arange(1, len(line.values) + 1)
+        style: dict[str, Any] = {"color": "0.35", "linestyle": next(dashes), "linewidth": 1.2} if line.reference else {}
+        (drawn,) = axes.plot(frames, line.values, label=name, marker="." if len(frames) == 1 else None, **style)
+        if line.low is not None and line.high is not None:
+            axes.fill_between(frames, line.low, line.high, alpha=0.2, color=drawn.get_color(), linewidth=0)
+    axes.set(xlabel="predicted frame", ylabel=ylabel, title=title)
+    tidy(axes)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=3)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def pyplot() -> Any:
+    """Matplotlib's pyplot, without a screen. Slow to import, and only evaluation plots."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # slow to import, and only evaluation plots
+    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
-    frames = np.arange(1, len(mean) + 1)
-    axes.plot(frames, mean)
-    axes.fill_between(frames, mean - stddev, mean + stddev, alpha=0.3)
-    axes.set(xlabel="predicted frame", ylabel=ylabel)
-    axes.grid(axis="y")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    return plt
+
+
+def tidy(axes: Any) -> None:
+    axes.grid(axis="y", alpha=0.4)
+    axes.spines[["top", "right"]].set_visible(False)

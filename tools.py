@@ -16,14 +16,14 @@ from config import Config
 
 # ---------------------------------------------------------------------------------------------- metrics
 
-PROTOCOLS = ("paper", "standard")
+PROTOCOLS = {
+    "paper": "SSIM with data range 2; PSNR with data range 1 per channel, then averaged; predictions as they are",
+    "standard": "SSIM with data range 1; PSNR with data range 1, over all channels; predictions clipped to [0, 1]",
+}
 """How predictions are compared with the truth. Figures of different protocols can't be compared.
 
-paper: what both earlier codes computed with scikit-image 0.18: predictions as they are, SSIM with data range 2, PSNR
-with data
-    range 1 per channel, then averaged.
-standard: predictions clipped to [0, 1], data range 1, PSNR over all channels together.
-Both: SSIM per channel with a uniform 7x7 window and sample covariance.
+paper is what both earlier codes computed, with scikit-image 0.18. In both protocols, SSIM is per channel with a uniform
+7x7 window and sample covariance.
 """
 
 PSNR_OF_EQUAL_FRAMES = 100.0

@@ -1,5 +1,7 @@
 """What the tests share: the import path, a tiny configuration."""
 
+import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,3 +39,21 @@ TINY = dict(
 def tiny(tmp_path) -> Config:
     """A configuration that compiles and trains in seconds."""
     return Config(**TINY, logdir=str(tmp_path / "logs"), datadir=str(tmp_path / "datasets"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The run directory of a tiny training, with checkpoints at steps 2 and 4. Not to be written to: see `run`."""
+    import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    c = Config(**TINY, logdir=str(folder / "logs"), datadir=str(folder / "datasets"))
+    c = dataclasses.replace(c, save_model_every=2, save_named_model_every=2)
+    train.train(c)
+    return train.run_directory(c)
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the trained run, in a root directory of its own."""
+    return Path(shutil.copytree(trained, tmp_path / "logs" / trained.parent.name / trained.name))

@@ -1,26 +1,24 @@
 """Evaluation as a user runs it: its files, their contents, which checkpoint it takes."""
 
+import csv
 import dataclasses
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import config as configuration
+import cwvae
 import data
 import eval as evaluation
-import train
+import report
+import tools
 from config import ConfigError
 from cwvae import CWVAE
 from interrupts import Interrupted
-
-
-@pytest.fixture
-def run(tiny):
-    c = dataclasses.replace(tiny, save_model_every=2, save_named_model_every=2)
-    train.train(c)
-    return train.run_directory(c)
 
 
 def arrays(directory):
@@ -40,7 +38,10 @@ def evaluate(run, *flags):
 def test_files_and_their_contents(run, capsys):
     directory, results = evaluate(run, "--num_samples=2", "--save_gifs")
     printed = capsys.readouterr().out
-    assert f"paper      {results['averages']['paper']['ssim']:7.4f}" in printed and str(directory) in printed
+    assert (
+        f"best of 2                {results['averages']['paper']['ssim']:.4f} (" in printed
+        and str(directory) in printed
+    )
     got = arrays(directory)
     samples = ["random_sample_1", "random_sample_2", "best_ssim_sample", "best_psnr_sample"]
     names = {f"sample{i}_gt/{name}.npz" for i in range(3) for name in ("gt_ctx", "gt_pred")}
@@ -55,7 +56,8 @@ def test_files_and_their_contents(run, capsys):
     pictures = {p.relative_to(directory).with_suffix(".npz").as_posix() for p in directory.glob("*/*.png")}
     assert pictures == names
     assert {p.name for p in directory.glob("*.png")} == {
-        f"{m}{p}_range.png" for m in ("ssim", "psnr") for p in ("", "_standard")
+        *(f"{m}{p}_range.png" for m in ("ssim", "psnr") for p in ("", "_standard")),
+        *(f"{m}_{p}.png" for m in ("ssim", "psnr") for p in ("paper", "standard")),
     }
     config = configuration.load(run / "config.yml")
     test = data.windows(config, "test")
@@ -65,8 +67,9 @@ def test_files_and_their_contents(run, capsys):
         for name in samples:
             frames = got[f"sample{i}/{name}.npz"]
             assert frames.shape == (8, 64, 64, 1) and frames.dtype == np.uint8
-        with Image.open(directory / f"sample{i}" / "random_sample_1.gif") as gif:
-            assert gif.n_frames == 8 and gif.size == (2 * 3 * 68, 2 * 68)
+        for name in "random_sample_1", "best_ssim_sample":
+            with Image.open(directory / f"sample{i}" / f"{name}.gif") as gif:
+                assert gif.n_frames == 8 and gif.size == (2 * 3 * 68, 2 * 68)
     assert not np.array_equal(got["sample0/random_sample_1.npz"], got["sample0/random_sample_2.npz"])
     for name in curves:
         assert got[name].shape == (8,)
@@ -103,7 +106,8 @@ def test_best_samples_by_average_over_time(tiny, tmp_path):
     """Of a batch of two rows, the second of which has the samples the other way round."""
     c = dataclasses.replace(tiny, num_samples=3)
     ssim, psnr = np.array([[0.1, 0.9], [0.4, 0.4], [0.6, 0.5]]), np.array([[20.0, 20], [10, 31], [15, 15]])
-    samples = evaluation.Samples()
+    copy = {protocol: {"ssim": np.full((2, 2), 0.3)} for protocol in ("paper", "standard")}
+    samples = evaluation.Samples({"copy": copy})
     for i in range(3):
         frames = np.full((2, 2, 64, 64, 1), i, np.uint8)
         metrics = {"ssim": np.stack([ssim[i], ssim[2 - i]]), "psnr": np.stack([psnr[i], psnr[2 - i]])}
@@ -119,6 +123,9 @@ def test_best_samples_by_average_over_time(tiny, tmp_path):
     with np.load(tmp_path / "sample7" / "metrics.npz") as file:
         assert file["paper_ssim"].tolist() == [0.6, 0.5] and file["paper_psnr"].tolist() == [10, 31]
         assert file["standard_ssim"].tolist() == [-0.4, -0.4] and file["standard_psnr"].tolist() == [-15, -15]
+        np.testing.assert_allclose(file["paper_ssim_mean"], [1.1 / 3, 1.8 / 3])
+        np.testing.assert_allclose(file["standard_psnr_mean"], [-45 / 3, -66 / 3])
+        assert file["paper_ssim_copy"].tolist() == [0.3, 0.3]
 
 
 def test_an_interrupted_evaluation_is_continued(run, monkeypatch, capsys):
@@ -144,7 +151,9 @@ def test_an_interrupted_evaluation_is_continued(run, monkeypatch, capsys):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
-    assert results["averages"] == json.loads((whole / "metrics.json").read_text())["averages"]
+    assert results["lines"] == json.loads((whole / "metrics.json").read_text())["lines"]
+    for name in "metrics.json", "metrics.csv", "index.html", "sample2/metrics.npz":
+        assert (whole / name).read_bytes() == (unfinished / name).read_bytes()
     # With other options, or another checkpoint, it isn't.
     (unfinished / "metrics.json").unlink()
     other, _ = evaluate(run, *flags, "--use_obs=TTF")
@@ -152,10 +161,103 @@ def test_an_interrupted_evaluation_is_continued(run, monkeypatch, capsys):
 
 
 def test_repeatable_for_any_batch_size(run):
-    a, b, c = (arrays(evaluate(run, *flags)[0]) for flags in ([], [], ["--batch_size=3"]))
+    (a, _), (b, _), (c, results) = (evaluate(run, *flags) for flags in ([], [], ["--batch_size=3"]))
+    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
+    lines = json.loads((a / "metrics.json").read_text())["lines"]
+    for protocol, metric, line in itertools.product(tools.PROTOCOLS, report.METRICS, lines["paper"]["ssim"]):
+        x, y = (found[protocol][metric][line]["curve"]["value"] for found in (lines, results["lines"]))
+        np.testing.assert_allclose(x, y, atol=1e-3)
+    a, b, c = arrays(a), arrays(b), arrays(c)
     for name, value in a.items():
         np.testing.assert_array_equal(value, b[name])
         np.testing.assert_allclose(value.astype(float), c[name], atol=1.01 if value.dtype == np.uint8 else 1e-3)
+
+
+def test_references_by_hand(run):
+    """Posterior, copy and random frames against numpy's mean squared error on frames put together here."""
+    _, results = evaluate(run)
+    config = configuration.load(run / "config.yml")
+    model = CWVAE(config)
+    params = evaluation.load_params(model, evaluation.find_checkpoint(run))
+    test, pool = data.windows(config, "test"), evaluation.random_frames(config)
+    train_frames = np.concatenate([data.windows(config, "train")[i] for i in range(3)])
+    assert pool.shape == (1000, 64, 64, 1) and len(train_frames) == 3 * 8
+    curves = {name: [] for name in report.REFERENCES.values()}
+    for i in range(3):
+        truth = test[i] / np.float32(255)
+        noise = cwvae.draw_noise(config, evaluation.example_keys(config, i, 1, 0), 12)
+        rollouts, _ = model.apply(params, truth[None], noise, method="observe")
+        stand_ins = {
+            "posterior reconstruction": np.asarray(model.apply(params, rollouts, method="decode"))[0, 4:],
+            "last context frame": np.repeat(truth[3:4], 8, axis=0),
+            "random training frame": pool[np.random.default_rng([1, i]).integers(1000, size=8)] / np.float32(255),
+        }
+        for name, frames in stand_ins.items():
+            curves[name].append(-10 * np.log10(((frames - truth[4:]) ** 2).mean((1, 2, 3))))
+    lines = results["lines"]["paper"]["psnr"]
+    assert list(lines) == ["prediction", *report.REFERENCES.values()]
+    for name in stand_ins:
+        np.testing.assert_allclose(lines[name]["curve"]["value"], np.mean(curves[name], 0), rtol=1e-4)
+
+
+def test_random_frames_are_the_training_sets(tiny, monkeypatch):
+    """Of training windows whose frames bear their numbers: from many windows and from all times."""
+    windows = np.zeros((20, 8, 64, 64, 1), np.uint8)
+    windows[:] = np.arange(160).reshape(20, 8, 1, 1, 1)
+    monkeypatch.setattr(data, "windows", lambda config, split: {"train": windows}[split])
+    pool = evaluation.random_frames(tiny)
+    assert pool.shape == (1000, 64, 64, 1) and (pool == pool[:, :1, :1]).all()
+    counts = np.bincount(pool[:, 0, 0, 0], minlength=160)
+    assert len(counts) == 160 and (counts == 0).sum() < 5 and counts.max() < 20  # 6.25 expected
+
+
+def test_without_training_data_there_is_no_random_line(run, tmp_path, monkeypatch, capsys):
+    windows = data.windows
+
+    def only_test(config, split):
+        if split == "train":
+            raise ConfigError("datadir: train is missing")
+        return windows(config, split)
+
+    monkeypatch.setattr(data, "windows", only_test)
+    _, results = evaluate(run, "--num_examples=1")
+    assert "Without the line of random training frames, since there are none: datadir" in capsys.readouterr().out
+    assert list(results["lines"]["paper"]["ssim"]) == ["prediction", "posterior reconstruction", "last context frame"]
+
+
+def test_page_and_tables(run):
+    """What the page shows is there, and nothing of it is elsewhere; the tables hold the JSON's figures."""
+    directory, results = evaluate(run, "--num_samples=2", "--save_gifs")
+    page = (directory / "index.html").read_text()
+    shown = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len([path for path in shown if path.endswith(".gif")]) == 3 * 2
+    assert len([path for path in shown if path.endswith(".png")]) == 4
+    assert all((directory / path).is_file() for path in shown) and "http" not in page and "url(" not in page
+    ssim = [np.load(directory / f"sample{i}" / "metrics.npz")["paper_ssim"].mean() for i in range(3)]
+    best, median, worst = np.argsort(ssim)[::-1]
+    for rank, number in ("best", best), ("median", median), ("worst", worst):
+        assert f"{rank}: example {number}, best ssim sample" in page
+    with (directory / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 5 * (8 + 1)
+    for row in rows:
+        figures = results["lines"][row["protocol"]][row["metric"]][row["line"]]
+        whole = row["frames"] == "1-8"
+        want = figures["average"] if whole else {k: v[int(row["frames"]) - 1] for k, v in figures["curve"].items()}
+        assert {key: float(row[key]) for key in want} == want
+        if whole and row["protocol"] == "paper" and row["metric"] == "ssim":
+            assert f"{want['value']:.4f} ({want['low']:.4f} to {want['high']:.4f})" in page
+    best, mean = (results["lines"]["paper"]["ssim"][name]["average"]["value"] for name in ("best of 2", "mean of 2"))
+    assert best > mean and best == pytest.approx(np.mean(ssim), rel=1e-5)
+    samples = [[np.load(directory / f"sample{i}/random_sample_{n}.npz")["arr_0"] for n in (1, 2)] for i in range(3)]
+    truth = [np.load(directory / f"sample{i}_gt/gt_pred.npz")["arr_0"] for i in range(3)]
+    psnr = [
+        [-10 * np.log10((((t - x.astype(float)) / 255) ** 2).mean((1, 2, 3))).mean() for x in pair]
+        for t, pair in zip(truth, samples, strict=True)
+    ]
+    lines = results["lines"]["standard"]["psnr"]
+    assert lines["mean of 2"]["average"]["value"] == pytest.approx(np.mean(psnr), abs=0.1)
+    assert lines["best of 2"]["average"]["value"] == pytest.approx(np.max(psnr, axis=1).mean(), abs=0.1)
 
 
 def test_options(run):

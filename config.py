@@ -328,7 +328,7 @@ def parse_flags(
         prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for key, help in special.items():
-        parser.add_argument(f"--{key}", help=help, metavar="PATH")
+        parser.add_argument(f"--{key}", help=help, metavar="VALUE")
     group = parser.add_argument_group("configuration (defaults < YAML < these < wandb)")
     for field in dataclasses.fields(Config):
         if field.name not in special:

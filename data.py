@@ -47,10 +47,11 @@ def windows(config: Config, split: str) -> Windows:
     c = config
     length = c.seq_len if split == "train" else c.eval_seq_len
     if c.dataset == "digits":
-        return MovingDigits(digits_of_scikit_learn, split, length or 1000, c.num_digits, c.digit_speed)
+        read, labels = digits_of_scikit_learn, labels_of_scikit_learn
+        return MovingDigits(read, split, length or 1000, c.num_digits, c.digit_speed, labels)
     if c.dataset == "mnist":
-        read = functools.partial(digits_of_mnist, c.datadir)
-        return MovingDigits(read, split, length or 1000, c.num_digits, c.digit_speed)
+        read, labels = (functools.partial(f, c.datadir) for f in (digits_of_mnist, labels_of_mnist))
+        return MovingDigits(read, split, length or 1000, c.num_digits, c.digit_speed, labels)
     return VideoWindows(decoded(c, split), length, split)
 
 
@@ -202,9 +203,12 @@ class MovingDigits:
         frames: int,
         digits: int = 2,
         speed: tuple[float, ...] = (2.0, 6.0),
+        read_labels: Callable[[str], np.ndarray] | None = None,
     ):
-        """`read_digits(split)` gives the images to draw from, uint8 [N, 28, 28]."""
+        """`read_digits(split)` gives the images to draw from, uint8 [N, 28, 28], and `read_labels(split)`, which only
+        `labels` needs, what they show, [N] from 0 to 9."""
         self.glyphs = read_digits(split)
+        self.read_labels = read_labels
         self.split, self.frames, self.digits, self.speed = split, frames, digits, speed
 
     def __len__(self) -> int:
@@ -212,23 +216,57 @@ class MovingDigits:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """uint8 [T, 64, 64, 1]"""
+        glyphs, paths = self.motion(index)
+        return compose(self.glyphs[glyphs][:, None], paths)[..., None]
+
+    def motion(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which glyphs video `index` shows, [digits], and where their upper left corners are, [digits, T, (y, x)]."""
         random = np.random.default_rng([index, int(self.split == "test")])
-        glyph_size = self.glyphs.shape[-1]
-        room = FRAME_SIZE - glyph_size
-        video = np.zeros((self.frames, FRAME_SIZE, FRAME_SIZE), np.uint8)
-        # patches[t, y, x] is a view of the pixels of frame t that a glyph at (y, x) covers.
-        patches = np.lib.stride_tricks.sliding_window_view(video, (glyph_size, glyph_size), axis=(1, 2), writeable=True)
+        room = FRAME_SIZE - self.glyphs.shape[-1]
         time = np.arange(self.frames)
+        glyphs, paths = [], []
         for _ in range(self.digits):
-            glyph = self.glyphs[random.integers(len(self.glyphs))]
+            glyphs.append(random.integers(len(self.glyphs)))
             angle, speed = random.uniform(0, 2 * np.pi), random.uniform(self.speed[0], self.speed[1])
             start = random.uniform(0, room, 2)
-            path = start[:, None] + speed * np.array([[np.sin(angle)], [np.cos(angle)]]) * time
+            path = start + speed * np.array([np.sin(angle), np.cos(angle)]) * time[:, None]
             # Reflection at both edges: a triangle wave of the straight path.
             path = room - np.abs(path % (2 * room) - room)
-            y, x = np.rint(path).astype(int)
-            patches[time, y, x] = np.maximum(patches[time, y, x], glyph)
-        return video[..., None]
+            paths.append(np.rint(path).astype(int))
+        return np.array(glyphs), np.array(paths)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """What each glyph shows, [N] from 0 to 9."""
+        assert self.read_labels
+        labels = self.read_labels(self.split)
+        if len(labels) != len(self.glyphs):
+            raise ConfigError(f"datadir: {len(self.glyphs)} {self.split} digits have {len(labels)} labels; they differ")
+        return labels
+
+    def digits_in(self, index: int) -> np.ndarray:
+        """The digits that video `index` shows, [digits] from 0 to 9."""
+        return self.labels[self.motion(index)[0]]
+
+    def overlaps(self, index: int) -> np.ndarray:
+        """In which frames of video `index` some pixel belongs to more than one digit, bool [T]."""
+        glyphs, paths = self.motion(index)
+        ink = [
+            compose((self.glyphs[[glyph]] > 0)[:, None], path[None]) for glyph, path in zip(glyphs, paths, strict=True)
+        ]
+        return (np.sum(ink, axis=0) > 1).any((1, 2))
+
+
+def compose(glyphs: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Frames [T, 64, 64] of glyphs [digits, T or 1, h, w] at corners [digits, T, (y, x)]; the brighter pixel shows."""
+    _, T, _ = corners.shape
+    frames = np.zeros((T, FRAME_SIZE, FRAME_SIZE), np.uint8)
+    # patches[t, y, x] is a view of the pixels of frame t that a glyph at (y, x) covers.
+    patches = np.lib.stride_tricks.sliding_window_view(frames, glyphs.shape[-2:], axis=(1, 2), writeable=True)
+    time = np.arange(T)
+    for glyph, (y, x) in zip(glyphs, corners.transpose(0, 2, 1), strict=True):
+        patches[time, y, x] = np.maximum(patches[time, y, x], glyph)
+    return frames
 
 
 @functools.cache
@@ -241,33 +279,62 @@ def digits_of_scikit_learn(split: str) -> np.ndarray:
     from sklearn.datasets import load_digits  # slow to import, and only this dataset needs it
 
     images = load_digits().images / 16
-    images = images[(np.arange(len(images)) % 6 == 5) == (split == "test")]
+    images = images[of_split(split, len(images))]
     images = scipy.ndimage.zoom(images, (1, 2.5, 2.5), order=3, mode="nearest", grid_mode=True)  # 8x8 -> 20x20
     images = np.pad(images, ((0, 0), (4, 4), (4, 4)))
     # Interpolated strokes are blurry; MNIST's are nearly black and white.
     return np.rint(np.clip((images - 0.5) * 2.2 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
+def labels_of_scikit_learn(split: str) -> np.ndarray:
+    """What the images of `digits_of_scikit_learn` show."""
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target
+    return labels[of_split(split, len(labels))]
+
+
+def of_split(split: str, count: int) -> np.ndarray:
+    """Which of scikit-learn's digits are a split's, bool [count]."""
+    return (np.arange(count) % 6 == 5) == (split == "test")
+
+
 @functools.cache
 def digits_of_mnist(datadir: str, split: str) -> np.ndarray:
-    """MNIST's training or test digits from its idx files, plain or gzipped.
+    """MNIST's training or test digits from its idx files, plain or gzipped, uint8 [N, 28, 28].
 
     Raises:
         ConfigError: the file is missing or something else.
     """
-    name = f"{'train' if split == 'train' else 't10k'}-images-idx3-ubyte"
+    return read_idx(datadir, split, "images-idx3", (28, 28))
+
+
+def labels_of_mnist(datadir: str, split: str) -> np.ndarray:
+    """What the images of `digits_of_mnist` show; raises ConfigError likewise."""
+    return read_idx(datadir, split, "labels-idx1", ())
+
+
+def read_idx(datadir: str, split: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One of MNIST's files, uint8 [N, *shape].
+
+    Raises:
+        ConfigError: the file is missing or something else.
+    """
+    name = f"{'train' if split == 'train' else 't10k'}-{kind}-ubyte"
     plain, zipped = Path(datadir) / name, Path(datadir) / f"{name}.gz"
     path = plain if plain.exists() else zipped
     if not path.exists():
-        raise ConfigError(f"datadir: {plain}[.gz] is missing; put MNIST's image files there")
+        raise ConfigError(f"datadir: {plain}[.gz] is missing; put MNIST's {kind.split('-')[0][:-1]} files there")
     try:
         content = plain.read_bytes() if path == plain else gzip.decompress(zipped.read_bytes())
-        magic, count, height, width = np.frombuffer(content[:16], ">u4").tolist()
-        if (magic, height, width) != (2051, 28, 28):
+        words = 2 + len(shape)
+        magic, count, *sizes = np.frombuffer(content[: 4 * words], ">u4").tolist()
+        if (magic, *sizes) != (2048 + 1 + len(shape), *shape):
             raise ValueError
-        return np.frombuffer(content[16:], np.uint8).reshape(count, 28, 28)
+        return np.frombuffer(content[4 * words :], np.uint8).reshape(count, *shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ConfigError(f"datadir: {path} isn't an idx file of 28x28 images; put MNIST's there") from error
+        what = f"{'x'.join(map(str, shape))} images" if shape else "labels"
+        raise ConfigError(f"datadir: {path} isn't an idx file of {what}; put MNIST's there") from error
 
 
 # ---------------------------------------------------------------------------------------------- looking at the data

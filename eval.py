@@ -41,28 +41,38 @@ class Checkpoint(NamedTuple):
 # ---------------------------------------------------------------------------------------------- what to evaluate
 
 
-def find_checkpoint(logdir: Path) -> Checkpoint:
-    """The checkpoint that `logdir` names: one itself, a run's newest, or that of the only run below a root directory.
+def find_run(logdir: Path) -> Path:
+    """The run directory that `logdir` is, or the only one below it.
 
     Raises:
-        ConfigError: there is none, or more than one run.
+        ConfigError: there is none, or more than one.
     """
     if not logdir.is_dir():
         raise ConfigError(
             f"logdir: {logdir} is no directory; name a run directory, one of its checkpoints, or a --logdir of train.py"
         )
-    if logdir.name.isdigit() and logdir.parent.name == "checkpoints":
-        return Checkpoint(logdir.parent.parent, int(logdir.name))
     own = logdir / "config.yml"
     runs = [logdir] if own.exists() else sorted(p.parent for i in (1, 2) for p in logdir.glob("*/" * i + "config.yml"))
     if not runs:
         raise ConfigError(f"logdir: {logdir} holds no run (no config.yml); name a run directory that train.py printed")
     if len(runs) > 1:
         raise ConfigError(f"logdir: {logdir} holds {len(runs)} runs; name one of {', '.join(map(str, runs))}")
-    steps = [int(path.name) for path in (runs[0] / "checkpoints").glob("*") if path.name.isdigit()]
+    return runs[0]
+
+
+def find_checkpoint(logdir: Path) -> Checkpoint:
+    """The checkpoint that `logdir` names: one itself, a run's newest, or that of the only run below a root directory.
+
+    Raises:
+        ConfigError: there is none, or more than one run.
+    """
+    if logdir.is_dir() and logdir.name.isdigit() and logdir.parent.name == "checkpoints":
+        return Checkpoint(logdir.parent.parent, int(logdir.name))
+    run = find_run(logdir)
+    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
     if not steps:
-        raise ConfigError(f"logdir: {runs[0]} holds no checkpoint yet; train longer, or lower --save_model_every")
-    return Checkpoint(runs[0], max(steps))
+        raise ConfigError(f"logdir: {run} holds no checkpoint yet; train longer, or lower --save_model_every")
+    return Checkpoint(run, max(steps))
 
 
 def parse(argv: list[str]) -> tuple[Config, Checkpoint]:
@@ -300,15 +310,21 @@ def results_directory(config: Config, checkpoint: Checkpoint) -> Path:
             if same and (directory / "checkpoint").read_text() == str(checkpoint.step):
                 print(f"Continuing {directory}")
                 return directory
-    name = f"eval_{datetime.datetime.now():%Y_%m_%d_%H_%M_%S}"
+    directory = new_directory(checkpoint.run, "eval")
+    (directory / "checkpoint").write_text(str(checkpoint.step))
+    config.save(directory / "evaluation.yml")
+    return directory
+
+
+def new_directory(run: Path, kind: str) -> Path:
+    """Makes `<run>/<kind>_<time>`."""
+    name = f"{kind}_{datetime.datetime.now():%Y_%m_%d_%H_%M_%S}"
     for suffix in ("", *(f"_{i}" for i in range(2, 100))):
-        directory = checkpoint.run / (name + suffix)
+        directory = run / (name + suffix)
         with contextlib.suppress(FileExistsError):
             directory.mkdir()
-            (directory / "checkpoint").write_text(str(checkpoint.step))
-            config.save(directory / "evaluation.yml")
             return directory
-    raise ConfigError(f"{checkpoint.run / name} and its successors exist; wait a second")
+    raise ConfigError(f"{run / name} and its successors exist; wait a second")
 
 
 def is_done(directory: Path, number: int) -> bool:

@@ -123,6 +123,12 @@ class Worker:
         chunks = [np.asarray(tools.to_uint8(chunk)) for name, chunk in parts if name == "prior_multistep"]
         return np.concatenate(chunks, axis=1)
 
+    def reconstructions(self, video: np.ndarray, first: int) -> np.ndarray:
+        """The same frames as the posterior reconstructs them, which sees them: what predictions are bounded by."""
+        inferred = cwvae.posterior(self.model, self.params, video, self.keys(first, len(video)), place=self.devices.put)
+        chunks = [np.asarray(tools.to_uint8(cwvae.decode(self.model, self.params, rollouts))) for rollouts in inferred]
+        return np.concatenate(chunks, axis=1)[:, self.config.open_loop_ctx :]
+
 
 # ---------------------------------------------------------------------------------------------- levels
 
@@ -271,7 +277,8 @@ def blind(arguments: Sequence[str]) -> None:
     times = np.unique(np.linspace(0, len(video) - 1, 16).astype(int))
     pictures.save_rows(rows, directory / "blind.png", times, context)
     pictures.save_gif(pictures.side_by_side(rows, context), directory / "blind.gif")
-    np.savez(directory / "blind.npz", **{name.replace(" ", "_"): frames for name, frames in rows.items()})
+    arrays: Any = {name.replace(" ", "_"): frames for name, frames in rows.items()}
+    np.savez(directory / "blind.npz", **arrays)
     print(f"Results: {directory}")
 
 
@@ -312,7 +319,7 @@ def digits(arguments: Sequence[str]) -> None:
     results: dict[str, Any] = {}
     truth: list[np.ndarray] = []
     for run in runs:
-        worker, rights = Worker(run), []
+        worker, rights, upper = Worker(run), [], []
         for first, valid, video in worker.batches():
             labels = np.stack([test_set.digits_in(first + row) for row in range(valid)])
             if run is runs[0]:
@@ -322,19 +329,34 @@ def digits(arguments: Sequence[str]) -> None:
                 for sample in range(run.config.num_samples)
             )
             rights.append(np.mean(list(samples), axis=0))
+            upper.append(readouts.right_digits(read, worker.reconstructions(video, first)[:valid], labels))
         results[run.name] = report.summary(np.concatenate(rights))
-    lines = {name: accuracy_line(summary) for name, summary in results.items()}
+        results[f"{run.name}, {POSTERIOR}"] = report.summary(np.concatenate(upper))
+    lines = accuracy_lines(runs, results)
     results["true frames"] = report.summary(np.concatenate(truth))
     chance = readouts.chance(train_set)
-    lines["true frames"] = accuracy_line(results["true frames"])._replace(reference=True)
+    lines["true frames"] = pictures.Line(np.array(results["true frames"]["curve"]["value"]), reference=True)
     lines["chance"] = pictures.Line(np.full(len(lines["true frames"].values), chance), reference=True)
     pictures.plot_lines(lines, directory / "digits.png", "accuracy of the digits' identities")
     more = {"classifier_accuracy_on_clean_frames": clean, "clean_frames": total, "chance": chance}
     write_readout("digits", results, directory, more)
 
 
+POSTERIOR = report.REFERENCES["posterior"]
+
+
 def accuracy_line(summary: Mapping[str, Any]) -> pictures.Line:
-    return pictures.Line(*(np.array(summary["curve"][key]) for key in ("value", "low", "high")))
+    curve = {key: np.array(values) for key, values in summary["curve"].items()}
+    return pictures.Line(curve["value"], curve["low"], curve["high"])
+
+
+def accuracy_lines(runs: Sequence[Run], results: Mapping[str, Any]) -> dict[str, pictures.Line]:
+    """Each run's line, and dotted beside it the one of its posterior reconstruction."""
+    lines = {run.name: accuracy_line(results[run.name]) for run in runs}
+    for run in runs:
+        name = f"{run.name}, {POSTERIOR}"
+        lines[name] = pictures.Line(np.array(results[name]["curve"]["value"]), beside=run.name)
+    return lines
 
 
 def digit_windows(config: Config, split: str) -> data.MovingDigits:
@@ -370,28 +392,37 @@ def rooms(arguments: Sequence[str]) -> None:
         if run.config.channels != 3:
             raise ConfigError(f"dataset: {run.config.dataset} has no colours; rooms are read from those of mazes")
     directory = directory_for("rooms", runs, given)
-    curves, bars = {}, {}
+    found: dict[str, list[readouts.Rooms]] = {}
+    copies: list[readouts.Rooms] = []
     for run in runs:
         worker, context = Worker(run), run.config.open_loop_ctx
-        agreements, categories = [], []
+        own, upper = found.setdefault(run.name, []), found.setdefault(f"{run.name}, {POSTERIOR}", [])
         for first, valid, video in worker.batches():
-            predicted = [worker.predictions(video, first, sample) for sample in range(run.config.num_samples)]
+            samples = [worker.predictions(video, first, sample) for sample in range(run.config.num_samples)]
+            reconstruction = worker.reconstructions(video, first)
             for row in range(valid):
-                read = [readouts.compare_rooms(video[row], frames[row], context) for frames in predicted]
-                agreements.append(np.mean([found.agreement for found in read], axis=0))
-                categories.append([(found.truth, found.prediction) for found in read])
-        curves[run.name] = report.summary(np.array(agreements))
-        bars[run.name] = readouts.category_accuracy(np.array(categories))
+                own.append(readouts.compare_rooms(video[row], [frames[row] for frames in samples], context))
+                upper.append(readouts.compare_rooms(video[row], [reconstruction[row]], context))
+                if run is runs[0]:
+                    last = np.broadcast_to(video[row, context - 1], video[row, context:].shape)
+                    copies.append(readouts.compare_rooms(video[row], [last], context))
+    found[report.REFERENCES["copy"]] = copies
+    curves = {name: report.summary(np.stack([read.agreement for read in reads])) for name, reads in found.items()}
+    shares = {name: readouts.category_accuracy(reads) for name, reads in found.items()}
     groups = {
-        category: {name: tuple(found[category].values())[:3] for name, found in bars.items() if category in found}
-        for category in readouts.CATEGORIES
+        f"{category} ({copied['sequences']})": {
+            name: (share[category]["value"], share[category]["low"], share[category]["high"])
+            for name, share in shares.items()
+        }
+        for category, copied in shares[report.REFERENCES["copy"]].items()
     }
-    pictures.plot_bars(
-        {k: v for k, v in groups.items() if v}, directory / "rooms.png", "accuracy of the sequence of rooms"
+    pictures.plot_bars(groups, directory / "rooms.png", "accuracy of the sequence of rooms")
+    lines = accuracy_lines(runs, curves)
+    lines[report.REFERENCES["copy"]] = pictures.Line(
+        np.array(curves[report.REFERENCES["copy"]]["curve"]["value"]), reference=True
     )
-    lines = {name: accuracy_line(summary) for name, summary in curves.items()}
-    pictures.plot_lines(lines, directory / "rooms_over_time.png", "frames in the true room")
-    write_readout("rooms", curves, directory, {"sequences": bars})
+    pictures.plot_lines(lines, directory / "rooms_over_time.png", "share of frames in the true room")
+    write_readout("rooms", curves, directory, {"sequences": shares})
 
 
 def write_readout(kind: str, results: Mapping[str, Any], directory: Path, more: Mapping[str, Any]) -> None:

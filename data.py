@@ -47,11 +47,11 @@ def windows(config: Config, split: str) -> Windows:
     c = config
     length = c.seq_len if split == "train" else c.eval_seq_len
     if c.dataset == "digits":
-        read, labels = digits_of_scikit_learn, labels_of_scikit_learn
-        return MovingDigits(read, split, length or 1000, c.num_digits, c.digit_speed, labels)
+        images, labels = digits_of_scikit_learn, labels_of_scikit_learn
+        return MovingDigits(images, labels, split, length or 1000, c.num_digits, c.digit_speed)
     if c.dataset == "mnist":
-        read, labels = (functools.partial(f, c.datadir) for f in (digits_of_mnist, labels_of_mnist))
-        return MovingDigits(read, split, length or 1000, c.num_digits, c.digit_speed, labels)
+        idx_images, idx_labels = (functools.partial(read, c.datadir) for read in (digits_of_mnist, labels_of_mnist))
+        return MovingDigits(idx_images, idx_labels, split, length or 1000, c.num_digits, c.digit_speed)
     return VideoWindows(decoded(c, split), length, split)
 
 
@@ -199,11 +199,11 @@ class MovingDigits:
     def __init__(
         self,
         read_digits: Callable[[str], np.ndarray],
+        read_labels: Callable[[str], np.ndarray],
         split: str,
         frames: int,
         digits: int = 2,
         speed: tuple[float, ...] = (2.0, 6.0),
-        read_labels: Callable[[str], np.ndarray] | None = None,
     ):
         """`read_digits(split)` gives the images to draw from, uint8 [N, 28, 28], and `read_labels(split)`, which only
         `labels` needs, what they show, [N] from 0 to 9."""
@@ -238,7 +238,6 @@ class MovingDigits:
     @property
     def labels(self) -> np.ndarray:
         """What each glyph shows, [N] from 0 to 9."""
-        assert self.read_labels
         labels = self.read_labels(self.split)
         if len(labels) != len(self.glyphs):
             raise ConfigError(f"datadir: {len(self.glyphs)} {self.split} digits have {len(labels)} labels; they differ")

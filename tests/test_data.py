@@ -81,7 +81,7 @@ def test_digits_are_what_training_and_evaluation_ask_for(tiny):
 
 
 def digits(split, frames, digits=2):
-    return data.MovingDigits(data.digits_of_scikit_learn, split, frames, digits)
+    return data.MovingDigits(data.digits_of_scikit_learn, data.labels_of_scikit_learn, split, frames, digits)
 
 
 def test_digits_repeat_and_differ():

@@ -1,0 +1,430 @@
+"""Each analysis as a user runs it, on a tiny model, and on models and figures with planted behaviour."""
+
+import csv
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_readouts import easy_glyphs, easy_labels, walk
+
+import analysis
+import comparisons
+import config as configuration
+import cwvae
+import data
+import eval as evaluation
+import readouts
+import report
+import tools
+from config import ConfigError
+from cwvae import CWVAE
+
+
+def call(command, *arguments):
+    """Runs a command that writes below the first run, or to --out; returns that directory."""
+    analysis.COMMANDS[command][0](list(map(str, arguments)))
+    out = [a for a in map(str, arguments) if a.startswith("--out=")]
+    return (
+        arguments[0].__class__(out[0][6:])
+        if out
+        else max(arguments[0].glob(f"{command}_*"), key=lambda p: p.stat().st_mtime_ns)
+    )
+
+
+def latents(directory, level):
+    parts = [dict(np.load(path)) for path in sorted((directory / "latents").glob(f"level_{level}_*.npz"))]
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+# ---------------------------------------------------------------------------------------------- levels
+
+
+def test_levels_are_those_of_the_objective_and_of_the_latents(run):
+    """KL and entropies against the model's own terms, and KL once more by hand from the exported latents."""
+    directory = call("levels", run)
+    (results,) = json.loads((directory / "levels.json").read_text()).values()
+    c = configuration.load(run / "config.yml")
+    model, test = CWVAE(c), data.windows(c, "test")
+    params = evaluation.load_params(model, evaluation.find_checkpoint(run))
+    video = np.stack([test[i][:8] for i in range(3)])
+    terms = cwvae.long_elbo(model, params, video, evaluation.example_keys(c, 0, 3, 0), chunk=4)
+    assert results["frames"] == 8 and [level["ticks"] for level in results["levels"]] == [8, 4, 2]
+    for number, level in enumerate(results["levels"]):
+        for term in "kl", "entropy_prior", "entropy_posterior":
+            want = float(terms[term][number].mean())
+            assert level["per_sequence"][term]["value"] == pytest.approx(want, rel=1e-3, abs=1e-4)
+            assert level["per_tick"][term]["value"] == pytest.approx(want / level["ticks"], rel=1e-3, abs=1e-4)
+        found = latents(directory, number)
+        assert found["example"].tolist() == [0, 1, 2] and found["deter"].shape == (3, level["ticks"], 5)
+        q, s, p, r = (found[f"{kind}_{x}"].astype(float) for kind in ("posterior", "prior") for x in ("mean", "stddev"))
+        assert q.shape == found["stoch"].shape == (3, level["ticks"], 3)
+        kl = (np.log(r / s) + (s**2 + (q - p) ** 2) / (2 * r**2) - 0.5).sum((1, 2)).mean()
+        assert level["per_sequence"]["kl"]["value"] == pytest.approx(kl, rel=1e-3, abs=1e-4)
+    with (directory / "levels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 3 * 2 and rows[0]["model"] == "digits" and rows[0]["term"] == "kl"
+    assert (
+        f"| digits | 8 | {report.with_interval(results['levels'][0]['per_sequence']['kl'], 2)} |"
+        in (directory / "levels.md").read_text()
+    )
+    assert (directory / "kl.png").stat().st_size > 1000
+
+
+def test_levels_in_other_batches_and_of_several_runs(run, tmp_path):
+    whole, parts = call("levels", run), call("levels", run, "--batch_size=3")
+    for level in range(3):
+        a, b = latents(whole, level), latents(parts, level)
+        for key in a:
+            np.testing.assert_allclose(a[key], b[key], atol=1e-4)
+    out = tmp_path / "table"
+    call(
+        "levels",
+        f"first={run / 'checkpoints' / '2'}",
+        f"second={run}",
+        f"--out={out}",
+        "--num_examples=1",
+        "--frames=4",
+    )
+    results = json.loads((out / "levels.json").read_text())
+    assert list(results) == ["first", "second"] and {r["frames"] for r in results.values()} == {4}
+    assert results["first"]["levels"] != results["second"]["levels"]
+    assert len(list((out / "latents_1").glob("*.npz"))) == 3
+
+
+def test_a_blind_level_has_no_kl_and_does_not_see_the_frames(run, monkeypatch):
+    """The same noise with other frames: the blind level's states are the same, the others' differ."""
+    seen = call("levels", run, "--use_obs=TTF")
+    windows = data.windows
+    monkeypatch.setattr(data, "windows", lambda *a: [255 - windows(*a)[i] for i in range(3)])
+    other = call("levels", run, "--use_obs=TTF")
+    results = json.loads((seen / "levels.json").read_text())["digits"]["levels"]
+    assert results[2]["per_sequence"]["kl"]["value"] == 0 and results[0]["per_sequence"]["kl"]["value"] > 0
+    for level in range(3):
+        a, b = latents(seen, level), latents(other, level)
+        assert np.array_equal(a["stoch"], b["stoch"]) == np.array_equal(a["deter"], b["deter"]) == (level == 2)
+        assert np.array_equal(a["posterior_mean"], a["prior_mean"]) == (level == 2)
+
+
+def test_a_posterior_equal_to_the_prior_has_no_kl(run, monkeypatch):
+    """Planted: the posterior's layers ignore the features and do what the prior's do."""
+    load = evaluation.load_params
+
+    def planted(model, checkpoint):
+        tree = jax.tree.map(np.array, load(model, checkpoint))
+        D, E = model.config.cell_deter_size, model.config.cell_embed_size
+        for level in range(model.config.levels):
+            cell = tree["params"][f"cell_{level}"]
+            cell["posterior_in"]["kernel"][:] = 0
+            cell["posterior_in"]["kernel"][:D] = cell["prior_hidden"]["kernel"]
+            cell["posterior_in"]["bias"] = cell["prior_hidden"]["bias"]
+            cell["posterior_hidden"] = {"kernel": np.eye(E, dtype=np.float32), "bias": np.zeros(E, np.float32)}
+            cell["posterior_stats"] = cell["prior_stats"]
+        return jax.tree.map(jnp.asarray, tree)
+
+    monkeypatch.setattr(evaluation, "load_params", planted)
+    directory = call("levels", run)
+    for level in json.loads((directory / "levels.json").read_text())["digits"]["levels"]:
+        assert level["per_sequence"]["kl"]["value"] == pytest.approx(0, abs=1e-4)
+        assert level["per_tick"]["entropy_prior"] == level["per_tick"]["entropy_posterior"]
+
+
+# ---------------------------------------------------------------------------------------------- blind levels
+
+
+@pytest.mark.parametrize("use_obs", ["TTT", "TFT", "TTF"])
+def test_prediction_by_level_is_open_loop(run, use_obs):
+    """Where the context is whole ticks of the top level, as open_loop needs it."""
+    c = configuration.load(run / "config.yml")
+    model = CWVAE(c)
+    params = evaluation.load_params(model, evaluation.find_checkpoint(run))
+    video, keys = data.windows(c, "test")[0][None], jax.random.split(jax.random.key(0), 1)
+    parts = cwvae.open_loop(model, params, video[:, :4], keys, 8, use_obs)
+    want = np.concatenate([part for name, part in parts if name != "prior_onestep"], axis=1)
+    noise = cwvae.draw_noise(c, keys, 12)
+    got = model.apply(params, video[:, :4], 8, noise, use_obs, method="predict_by_level")
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_blind_levels_side_by_side(run):
+    directory = call("blind", run, "--blind_ctx=5", "--example=1")
+    frames = dict(np.load(directory / "blind.npz"))
+    names = ["sees_all", *("blind_" + x for x in ("0", "1", "2", "0_1", "0_2", "1_2", "0_1_2"))]
+    assert set(frames) == {"truth", *names} and all(x.shape == (12, 64, 64, 1) for x in frames.values())
+    evaluation.evaluate(*evaluation.parse(["--logdir", str(run), "--no_save_grid"]))
+    (sample,) = run.glob("eval_*/sample1/random_sample_1.npz")
+    difference = frames["sees_all"][4:].astype(int) - np.load(sample)["arr_0"]
+    assert np.abs(difference).max() <= 1
+    with Image.open(directory / "blind.gif") as gif:
+        assert gif.n_frames == 12 and gif.size == (2 * 9 * 68, 2 * (68 + 14))
+    with Image.open(directory / "blind.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_what_all_levels_are_blind_to_changes_nothing(run):
+    """From other frames as context, the prediction of a model that is blind at all levels is the same."""
+    c = configuration.load(run / "config.yml")
+    (test_run,), _ = analysis.parse_runs("blind", [str(run)])
+    worker, video = analysis.Worker(test_run), data.windows(c, "test")[0]
+    for use_obs, same in ("FFF", True), ("FFT", False), ("TFF", False):
+        a, b = (analysis.predict_blind(worker, 0, x, 5, use_obs) for x in (video, 255 - video))
+        assert np.array_equal(a, b) == same
+    assert not np.array_equal(a, analysis.predict_blind(worker, 1, video, 5, "TFF"))  # another example's noise
+
+
+# ---------------------------------------------------------------------------------------------- digits, rooms
+
+
+def test_digits(run, monkeypatch, tmp_path, capsys):
+    """On easy glyphs, with the real classifier: the truth is read, and an untrained model's frames aren't."""
+    monkeypatch.setattr(data, "digits_of_scikit_learn", easy_glyphs)
+    monkeypatch.setattr(data, "labels_of_scikit_learn", easy_labels)
+    train_reader = functools.partial(readouts.train_digit_reader, steps=400, copies=0)
+    monkeypatch.setattr(readouts, "train_digit_reader", train_reader)
+    directory = call(
+        "digits", f"a={run}", f"b={run / 'checkpoints' / '2'}", f"--out={tmp_path / 'digits'}", "--num_samples=2"
+    )
+    printed = capsys.readouterr().out
+    results = json.loads((directory / "digits.json").read_text())
+    assert results["classifier_accuracy_on_clean_frames"] >= 0.97 and results["chance"] == pytest.approx(0.019)
+    assert f"It reads {100 * results['classifier_accuracy_on_clean_frames']:.2f} % of" in printed
+    posterior = "posterior reconstruction"
+    assert list(results["lines"]) == ["a", f"a, {posterior}", "b", f"b, {posterior}", "true frames"]
+    assert results["lines"]["true frames"]["average"]["value"] > 0.6 > 0.3 > results["lines"]["a"]["average"]["value"]
+    assert len(results["lines"]["a"]["curve"]["value"]) == 8 and (directory / "digits.png").exists()
+
+
+def test_digits_are_not_drawn_by_a_poor_classifier(run, monkeypatch):
+    monkeypatch.setattr(
+        readouts, "train_digit_reader", functools.partial(readouts.train_digit_reader, steps=1, copies=0)
+    )
+    with pytest.raises(ConfigError, match="% of true frames; below 97 % nothing is drawn"):
+        call("digits", run)
+    assert not list(run.glob("digits_*"))
+
+
+def test_perfect_predictions_reach_the_ceiling(run, monkeypatch):
+    """Planted: predictions are the truth."""
+    monkeypatch.setattr(readouts, "train_digit_reader", lambda train: lambda frames: fake_counts(frames))
+    monkeypatch.setattr(readouts, "clean_accuracy", lambda read, test: (0.98, 10))
+    monkeypatch.setattr(analysis.Worker, "predictions", lambda self, video, first, sample: video[:, 4:])
+    results = json.loads((call("digits", run) / "digits.json").read_text())
+    assert results["lines"]["digits"] == results["lines"]["true frames"]
+
+
+def fake_counts(frames):
+    """Some function of the frames."""
+    sets = readouts.digit_sets(2)
+    return sets[frames.astype(int).sum((1, 2, 3)) % len(sets)]
+
+
+def test_datasets_without_labels_are_refused(run):
+    config = configuration.load(run / "config.yml")
+    with pytest.raises(ConfigError, match=r"mmnist doesn't say which digits .* with --dataset mnist --datadir"):
+        analysis.digit_windows(dataclasses.replace(config, dataset="mmnist"), "test")
+
+
+def test_rooms(run, monkeypatch, tmp_path):
+    """A colour model (untrained) on videos of rooms; then, planted, one that predicts the truth and one that stays."""
+    config = configuration.load(run / "config.yml")
+    config = dataclasses.replace(config, dataset="mazes", channels=3, eval_seq_len=80, open_loop_ctx=20, num_examples=2)
+    config.save(run / "config.yml")
+    videos = [walk(["a", "a", "hall", "b"]), walk(["a", "a", "hall", "hall"], seed=1)]
+    model = CWVAE(config)
+    noise = cwvae.draw_noise(config, jax.random.split(jax.random.key(0), 1), 4)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 64, 64, 3)), noise)
+    monkeypatch.setattr(evaluation, "load_params", lambda *_: params)
+    monkeypatch.setattr(data, "windows", lambda *_: videos)
+    directory = call("rooms", run)
+    results = json.loads((directory / "rooms.json").read_text())
+    assert (directory / "rooms.png").exists() and (directory / "rooms_over_time.png").exists()
+    copy = results["lines"]["last context frame"]
+    np.testing.assert_allclose(copy["curve"]["value"], [1] * 20 + [0] * 40)
+    assert results["lines"]["mazes"]["average"]["value"] < 0.6
+    assert results["sequences"]["last context frame"]["to the hallway"]["value"] == 0
+    monkeypatch.setattr(analysis.Worker, "predictions", lambda self, video, first, sample: video[:, 20:])
+    results = json.loads(
+        (call("rooms", f"oracle={run}", f"--out={tmp_path / 'rooms'}").joinpath("rooms.json")).read_text()
+    )
+    assert results["lines"]["oracle"]["average"]["value"] == 1
+    assert {c: s["value"] for c, s in results["sequences"]["oracle"].items()} == {
+        "to the hallway": 1,
+        "to another room": 1,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- comparisons
+
+
+def write_evaluation(directory, seed, quality=0.0, **keys):
+    """What eval.py writes, of planted curves."""
+    random = np.random.default_rng(seed)
+    names = ["prediction", *report.REFERENCES.values()]
+    lines = {
+        protocol: {
+            metric: {name: report.summary(quality + random.uniform(0, 0.01, size=(4, 12))) for name in names}
+            for metric in report.METRICS
+        }
+        for protocol in tools.PROTOCOLS
+    }
+    config = dataclasses.asdict(configuration.Config(dataset="digits", eval_seq_len=48)) | keys
+    results = {
+        "num_examples": 4,
+        "predicted_frames": 12,
+        "checkpoint_step": 1,
+        "protocols": tools.PROTOCOLS,
+        "lines": lines,
+        "config": config,
+    }
+    directory.mkdir(parents=True)
+    (directory / "metrics.json").write_text(report.to_json(results))
+    return directory
+
+
+def test_compare(tmp_path, capsys):
+    paths = [
+        write_evaluation(tmp_path / str(k), k, quality=q, tmp_abs_factor=k, open_loop_ctx=36)
+        for k, q in ((2, 0.3), (6, 0.5), (3, 0.4))
+    ]
+    out = tmp_path / "out"
+    call("compare", *paths, f"--out={out}")
+    assert {p.name for p in out.iterdir()} == {
+        *(f"{metric}_{protocol}.png" for metric in ("ssim", "psnr") for protocol in ("paper", "standard")),
+        *(f"comparison.{suffix}" for suffix in ("md", "csv", "json")),
+    }
+    summary = json.loads((out / "comparison.json").read_text())
+    names = ["tmp_abs_factor 2", "tmp_abs_factor 6", "tmp_abs_factor 3"]
+    for protocol in "paper", "standard":
+        assert summary["ranks"][protocol] == {
+            name: {"ssim": r, "psnr": r, "average": r} for name, r in zip(names, (3, 1, 2), strict=True)
+        }
+    table = [line.split(" | ") for line in (out / "comparison.md").read_text().splitlines() if line.startswith("| tmp")]
+    assert [row[1] for row in table[::2]] == ["3.00", "-", "1.00"]
+    with (out / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * (3 * 2 + 2) * (12 + 2)
+    with pytest.raises(ConfigError, match="isn't empty; name a new directory"):
+        call("compare", *paths, f"--out={out}")
+    with pytest.raises(ConfigError, match="name a new directory for the results of several runs with --out"):
+        call("compare", *paths)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(dataset="mmnist"), "dataset: a has digits, b mmnist; evaluate both with the same --dataset"),
+        (dict(open_loop_ctx=72), "open_loop_ctx: a has 36, b 72; evaluate both with the same --open_loop_ctx"),
+        (dict(num_samples=5), "num_samples: a has 1, b 5; evaluate both with the same --num_samples"),
+        (dict(digit_speed=[1, 3]), "digit_speed: a has .*, b .*; evaluate both"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, keys, message):
+    a, b = (
+        write_evaluation(tmp_path / "a", 0, eval_seq_len=1000),
+        write_evaluation(tmp_path / "b", 1, **{"eval_seq_len": 1000, **keys}),
+    )
+    with pytest.raises(ConfigError, match=message) as error:
+        call("compare", f"a={a}", f"b={b}", f"--out={tmp_path / 'out'}")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_protocols_are_not_mixed(tmp_path):
+    paths = [write_evaluation(tmp_path / name, 0) for name in "ab"]
+    file = paths[1] / "metrics.json"
+    file.write_text(file.read_text().replace("data range 2", "data range 255"))
+    with pytest.raises(ConfigError, match="protocols: a and b were measured by different ones"):
+        call("compare", f"a={paths[0]}", f"b={paths[1]}", f"--out={tmp_path / 'out'}")
+    with pytest.raises(ConfigError, match="two models have the same name, 'digits'; name them"):
+        call("compare", paths[0], paths[0], f"--out={tmp_path / 'out'}")
+    file.write_text('{"averages": {}}')
+    with pytest.raises(ConfigError, match="holds no lines, from an earlier version; evaluate again"):
+        call("compare", f"a={paths[0]}", f"b={paths[1]}", f"--out={tmp_path / 'out'}")
+
+
+def test_compare_reads_a_runs_newest_evaluation(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no finished evaluation; evaluate it with: python eval.py --logdir"):
+        call("compare", run, f"--out={tmp_path / 'out'}")
+    for flags in ["--num_samples=2"], ["--num_samples=2", "--num_examples=2"]:
+        evaluation.evaluate(*evaluation.parse(["--logdir", str(run), "--no_save_grid", *flags]))
+    newest = max(run.glob("eval_*"))
+    assert comparisons.find_results(run) == newest / "metrics.json"
+    out = call("compare", f"model={run}", f"again={newest}", f"--out={tmp_path / 'out'}")
+    assert (out / "ssim_paper_best_of_2.png").exists() and (out / "psnr_standard_mean_of_2.png").exists()
+    ranks = json.loads((out / "comparison.json").read_text())["ranks"]["paper"]
+    assert ranks["model"] == ranks["again"] == {"ssim": 1.5, "psnr": 1.5, "average": 1.5}
+    assert "| model, best of 2 | 1.50 |" in (out / "comparison.md").read_text()
+
+
+def test_ranks_over_datasets(tmp_path):
+    """By hand: A is 1st, 1st and 2nd, 2nd by SSIM and PSNR on two datasets; B the other way round; C always last."""
+    out = []
+    for dataset, order in ("digits", "ABC"), ("mmnist", "BAC"):
+        paths = [
+            write_evaluation(tmp_path / dataset / name, i, quality=1 - i / 4, dataset=dataset)
+            for i, name in enumerate(order)
+        ]
+        out.append(call("compare", *(f"{path.name}={path}" for path in paths), f"--out={tmp_path / dataset / 'out'}"))
+    directory = call("ranks", *out, f"--out={tmp_path / 'ranks'}")
+    with (directory / "ranks.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["protocol"] == "paper"]
+    assert {row["model"]: float(row["rank"]) for row in rows if row["dataset"] == "all"} == {"A": 1.5, "B": 1.5, "C": 3}
+    assert len(rows) == 3 * (2 * 2 + 1) and (directory / "ranks_standard.png").exists()
+    with pytest.raises(ConfigError, match="dataset: digits, digits have one twice"):
+        call("ranks", out[0], out[0], f"--out={tmp_path / 'x'}")
+    single = call("compare", f"A={tmp_path / 'mmnist' / 'A'}", f"--out={tmp_path / 'single'}")
+    with pytest.raises(ConfigError, match=r"compares A, and .* A, B, C; compare the same models"):
+        call("ranks", out[0], single, f"--out={tmp_path / 'x'}")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["level"],
+            "command: must be one of levels, blind, digits, rooms, compare, ranks, got 'level'; did you mean 'levels'?",
+        ),
+        (["levels"], "command line: no run is named; call analysis.py levels [NAME=]RUN ..."),
+        (["levels", "nowhere"], "logdir: nowhere is no directory"),
+        (["compare", "--levels=3"], "command line: no run is named"),
+        (["digits", "--frmaes=3"], "command line: unknown argument '--frmaes=3'"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["analysis.py", *arguments])
+    monkeypatch.setattr("train.use_compilation_cache", lambda: None)
+    with pytest.raises(SystemExit) as exit:
+        analysis.main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_flags_of_one_command(run):
+    for flags, message in (
+        (["--frames=0"], "frames: must be a whole number of at least 1, got '0'"),
+        (["--frames=x"], "frames: must be a whole number of at least 1, got 'x'"),
+        (["--frames=13"], "frames: test sequences of digits have eval_seq_len = 12 frames, fewer than 13"),
+        (["--open_loop_ctx=5"], "open_loop_ctx: must be a multiple of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call("levels", run, *flags)
+    with pytest.raises(ConfigError, match="example: there are 1000 test sequences; name one from 0, got 1000"):
+        call("blind", run, "--example=1000")
+    with pytest.raises(ConfigError, match="blind_ctx: must be less than the sequence's 12 frames, got 12"):
+        call("blind", run, "--blind_ctx=12")
+    assert not list(run.glob("levels_*")) and not list(run.glob("blind_*"))
+
+
+def test_help():
+    for arguments in [], ["--help"], ["rooms", "--help"]:
+        done = subprocess.run([sys.executable, ROOT / "analysis.py", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0 and "rooms" in done.stdout, done.stderr

@@ -168,7 +168,7 @@ def check_comparable(models: Mapping[str, Any]) -> None:
 
 def compared_lines(models: Mapping[str, Any]) -> dict[str, Any]:
     """All models' lines as one table's: those that don't depend on the model once, the others with its name."""
-    shared = {report.REFERENCES["copy"], report.REFERENCES["random"]}
+    shared = [report.REFERENCES["copy"], report.REFERENCES["random"]]
     single = {report.REFERENCES["posterior"]: ", posterior reconstruction", "prediction": ""}
     joined: dict[str, Any] = {}
     for protocol, metrics in next(iter(models.values()))["lines"].items():
@@ -178,8 +178,8 @@ def compared_lines(models: Mapping[str, Any]) -> dict[str, Any]:
                 for line, figures in results["lines"][protocol][metric].items():
                     if line not in shared:
                         joined[protocol][metric][name + single.get(line, f", {line}")] = figures
-            for results in models.values():
-                for line in shared & results["lines"][protocol][metric].keys():
+            for line, results in itertools.product(shared, models.values()):
+                if line in results["lines"][protocol][metric]:
                     joined[protocol][metric].setdefault(line, results["lines"][protocol][metric][line])
     return joined
 

@@ -282,7 +282,7 @@ def train(config: Config) -> TrainState:
                     check_finite(state, c, directory, train_windows, unreported)
                 if unreported:
                     report(unreported)
-                if due["gifs"] and first:
+                if due["gifs"] and c.save_gifs and first:
                     save_videos(model, state.params, train_windows, test_windows, directory, step, log)
                 if due["model"]:
                     save()
@@ -301,10 +301,9 @@ def train(config: Config) -> TrainState:
 def intervals(config: Config) -> dict[str, int]:
     """What is done every so many steps."""
     c = config
-    gifs = c.save_gifs_every if c.save_gifs else 2**62
     return {
         "scalars": c.save_scalars_every,
-        "gifs": gifs,
+        "gifs": c.save_gifs_every,
         "model": c.save_model_every,
         "named": c.save_named_model_every,
     }

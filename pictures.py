@@ -103,6 +103,7 @@ def pyplot() -> Any:
 
 def tidy(axes: Any) -> None:
     axes.grid(axis="y", alpha=0.4)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -134,6 +134,8 @@ class Config:
                 limit = field.metadata[bound]
                 if limit is not None and not all(n is None or holds(float(n), float(limit)) for n in numbers):
                     raise ConfigError(f"{field.name}: must be {bound.replace('_', ' ')} {limit}, got {value!r}")
+        if self.levels > 30:
+            raise ConfigError(f"levels: must be at most 30, got {self.levels}; the paper has 1 to 4")
         choose("cell_type", self.cell_type, ["RSSMCell"])
         choose("wandb", self.wandb, ["auto", "online", "offline", "disabled"])
         choose("dataset", self.dataset, list(CHANNELS))

@@ -27,6 +27,9 @@ from jax import Array
 
 from config import Config
 
+CHUNK = 50
+"""Frames that go through the convolutions together on a CPU."""
+
 lecun_normal = nn.initializers.lecun_normal()
 
 
@@ -148,12 +151,7 @@ class Encoder(nn.Module):
         """[B, T, H, W, C] floats -> features of each level, [B, T_l, F]. A last tick may have fewer frames to sum."""
         c = self.config
         B, T, *frame_shape = video.shape
-        x = video.reshape(B * T, *frame_shape)
-        channels = c.channels
-        for i, multiple in enumerate((1, 2, 4, 8)):  # 64 -> 31 -> 14 -> 6 -> 2
-            outputs = c.filters * c.channels_mult * multiple
-            x = nn.leaky_relu(Convolution(channels, outputs, 4, name=f"conv_{i}")(x), 0.2)
-            channels = outputs
+        x = frame_by_frame(Encoder._convolutions, self, video.reshape(B * T, *frame_shape))
         x = x.reshape(B, T, self.feature_size)
         features = [x]
         for level in range(1, c.levels):
@@ -173,6 +171,33 @@ class Encoder(nn.Module):
         return tuple(features)
 
 
+    def _convolutions(self, x: Array) -> Array:
+        """[N, H, W, C] -> [N, 2, 2, 8 filters]"""
+        channels = self.config.channels
+        for i, multiple in enumerate((1, 2, 4, 8)):  # 64 -> 31 -> 14 -> 6 -> 2
+            outputs = self.config.filters * self.config.channels_mult * multiple
+            x = nn.leaky_relu(Convolution(channels, outputs, 4, name=f"conv_{i}")(x), 0.2)
+            channels = outputs
+        return x
+
+
+def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x: Array) -> Array:
+    """function(module, x), where no frame of x [N, ...] matters to another.
+
+    On CPUs in chunks of a few dozen frames, whose activations are computed anew for the gradient: they fit into the
+    caches, which makes up for it, and take a small part of the memory.
+    """
+    N = x.shape[0]
+    count = -(-N // CHUNK)
+    if jax.default_backend() != "cpu" or count == 1:
+        return function(module, x)
+    size = -(-N // count)
+    x = jnp.pad(x, [(0, count * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
+    body = nn.remat(lambda module, carry, x: (carry, function(module, x)), prevent_cse=False)
+    _, y = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})(module, (), x)
+    return y.reshape(count * size, *y.shape[2:])[:N]
+
+
 def sum_blocks(x: Array, size: int) -> Array:
     """Sums over blocks of `size` along time: [B, T, F] -> [B, ceil(T / size), F]."""
     B, T, F = x.shape
@@ -188,17 +213,22 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, output: Array) -> Array:
         """[B, T, S + D] -> [B, T, H, W, C]; not clipped: tanh, hence within [-1, 1]."""
-        c = self.config
         B, T, F = output.shape
+        x = frame_by_frame(Decoder._frames, self, output.reshape(B * T, F))
+        return x.reshape(B, T, *x.shape[1:])
+
+    def _frames(self, x: Array) -> Array:
+        """[N, S + D] -> [N, H, W, C]"""
+        c = self.config
         base = c.filters * c.channels_mult
         channels = 1024 * c.channels_mult
-        x = Affine(F, channels, name="dense")(output.reshape(B * T, F)).reshape(B * T, 1, 1, channels)
+        x = Affine(x.shape[-1], channels, name="dense")(x).reshape(-1, 1, 1, channels)
         layers = (5, 4 * base), (5, 2 * base), (6, base), (6, c.channels)  # 1 -> 5 -> 13 -> 30 -> 64
         for i, (size, outputs) in enumerate(layers):
             x = Convolution(channels, outputs, size, transposed=True, name=f"conv_{i}")(x)
             x = nn.leaky_relu(x, 0.2) if i < 3 else jnp.tanh(x)
             channels = outputs
-        return x.reshape(B, T, *x.shape[1:])
+        return x
 
 
 # ---------------------------------------------------------------------------------------------- one level

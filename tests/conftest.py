@@ -1,5 +1,7 @@
 """What the tests share: the import path, a tiny configuration."""
 
+import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -8,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import eval  # noqa: E402
+import train  # noqa: E402
 from config import Config  # noqa: E402
+from cwvae import CWVAE  # noqa: E402
 
 TINY = dict(
     dataset="digits",
@@ -31,6 +36,22 @@ TINY = dict(
     save_gifs=False,
     wandb="disabled",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_once():
+    """Trainings that differ only in what the model and its training step don't depend on share what was compiled."""
+
+    def model(config: Config) -> CWVAE:
+        keys = "logdir", "datadir", "wandb", "num_epochs", "max_steps", "save_model_every", "save_scalars_every"
+        default = Config()
+        return CWVAE(dataclasses.replace(config, **{key: getattr(default, key) for key in keys}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for program in train, eval:
+            patch.setattr(program, "CWVAE", model)
+        patch.setattr(train, "make_train_step", functools.cache(train.make_train_step))
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import subprocess
 import sys
 
@@ -266,7 +267,11 @@ def programs(tmp_path_factory):
 def run_program(main, arguments):
     """Exit code and standard error of a program."""
     error = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(error),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         patch.setattr(sys, "argv", ["program.py", *arguments])
         try:
             main()
@@ -283,7 +288,7 @@ def assert_accepted_or_refused_in_one_line(main, arguments):
         assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, (arguments, code, error)
 
 
-@hypothesis.given(st.lists(FLAG, max_size=4).map(lambda flags: sum(flags, [])))
+@hypothesis.given(st.lists(FLAG, max_size=4).map(lambda flags: list(itertools.chain(*flags))))
 @hypothesis.settings(deadline=None, max_examples=300, suppress_health_check=list(hypothesis.HealthCheck))
 def test_any_command_line_works_or_is_refused_in_one_line(programs, flags):
     assert_accepted_or_refused_in_one_line(train.main, flags)

@@ -106,7 +106,9 @@ def test_random_faults_change_nothing(tmp_path, capsys):
         # Before train.py handles signals, Python does.
         assert process.returncode in (codes[name], -getattr(signal, name), 1 if name == "SIGINT" else None), output
         survived[name] += 1
-        saved = sorted((p for p in logdir.glob("digits/*/checkpoints/*") if p.name.isdigit()), key=lambda p: int(p.name))
+        saved = sorted(
+            (p for p in logdir.glob("digits/*/checkpoints/*") if p.name.isdigit()), key=lambda p: int(p.name)
+        )
         if len(saved) > 1 and chance.random() < 0.5:
             damage(chance.choice([p for p in saved[-1].rglob("*") if p.is_file() and p.stat().st_size]), chance)
             survived["damaged checkpoint"] += 1

@@ -409,22 +409,29 @@ def first_step(config: Config) -> list[Row]:
 
 
 def bench_train(config: Config) -> list[Row]:
-    """The steps of a whole training, with data, validation, logs, checkpoints, against the bare step."""
-    c = dataclasses.replace(config, seed=0, wandb="disabled", max_steps=config.max_steps or 1000)
+    """A whole training's steps from one log to the next, with data, validation, videos and checkpoint, against the bare
+    step. Up to the first log, things compile."""
+    every = config.save_scalars_every
+    c = dataclasses.replace(
+        config, seed=0, wandb="disabled", max_steps=2 * every, save_gifs_every=every, save_model_every=every
+    )
     times: list[float] = []
     update = train.Progress.update
 
     def timed_update(progress: Any, loss: Any) -> None:
-        if not times:
-            jax.block_until_ready(loss)  # the first step compiles
         times.append(time.perf_counter())
+        if len(times) == every + 1:
+            jax.block_until_ready(loss)
+            times[-1] = time.perf_counter()
         update(progress, loss)
 
+    step = Bench(c).stepper()
+    bare = in_turn({"bare step": step}, 100)["bare step"]  # and again afterwards: machines change their pace
     with tempfile.TemporaryDirectory() as logdir, mock.patch.object(train.Progress, "update", timed_update):
         state = train.train(dataclasses.replace(c, logdir=logdir))
         jax.block_until_ready(state)
-    whole = (time.perf_counter() - times[0]) / (len(times) - 1)
-    bare = in_turn({"bare step": Bench(c).stepper()}, 200)["bare step"]
+        whole = (time.perf_counter() - times[every]) / (every - 1)
+    bare += in_turn({"bare step": step}, 100)["bare step"]
     return [
         row("whole program", "ms per step", whole * 1e3, frames_per_s=c.batch_size * c.seq_len / whole),
         timed("bare step", bare),

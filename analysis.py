@@ -186,7 +186,7 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
         )
         for rollouts in chunks:
             terms.append(level_terms(rollouts))
-            parts.append(jax.device_get(rollouts))
+            parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32), rollouts))
         total = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(terms))
         totals.append(jax.tree.map(operator.itemgetter(slice(valid)), total))
         for level, rollout in enumerate(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)):

@@ -1,9 +1,15 @@
-"""Benchmarks, each a table and on request JSON: python bench.py data [--json FILE]. Not tests: machines are noisy."""
+"""Benchmarks: python bench.py step --config configs/mmnist.yml --batch_size 2 [--json FILE] [--key value ...]
 
-import argparse
+Not tests: machines are noisy. What is compared runs in turn in one process, each run waiting for the devices; medians.
+Compilation is measured apart.
+"""
+
 import dataclasses
+import functools
 import io
+import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -12,17 +18,431 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import config as configuration
+import cwvae
 import data
-from config import FRAME_SIZE, Config
+import tools
+import train
+from config import FRAME_SIZE, Config, ConfigError
+from cwvae import CWVAE
+from devices import Devices
+
+sys.path.append(str(Path(__file__).parent / "tests"))
+import textbook  # the textbook form, which the tests check too
+
+Row = dict[str, Any]
 
 
-def bench_data() -> list[dict[str, Any]]:
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - begin
+
+
+def in_turn(contenders: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
+    """Seconds of each run, the contenders taking turns; the first, which compiles, doesn't count."""
+    for run in contenders.values():
+        seconds(run)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            times[name].append(seconds(run))
+    return times
+
+
+def row(what: str, unit: str, value: float, **more: float) -> Row:
+    return {"what": what, "value": value, "unit": unit, **more}
+
+
+def timed(what: str, times: list[float], **more: float) -> Row:
+    return row(what, "ms", statistics.median(times) * 1e3, spread=(max(times) - min(times)) * 1e3, **more)
+
+
+# ---------------------------------------------------------------------------------------------- the floor
+
+
+def multiply_adds(config: Config) -> dict[str, float]:
+    """Multiply-adds per frame, forward, of the model as the paper states it."""
+    c = config
+    base, feature_size = c.filters * c.channels_mult, 2 * 2 * 8 * c.filters * c.channels_mult
+    S, D, E, width = c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size, c.enc_dense_embed_size
+    encoder, channels = 0.0, c.channels
+    for extent, outputs in (31, base), (14, 2 * base), (6, 4 * base), (2, 8 * base):
+        encoder += extent**2 * 16 * channels * outputs
+        channels = outputs
+    sizes = [feature_size, *[width] * (c.enc_dense_layers - 1), feature_size][: c.enc_dense_layers + 1]
+    tower = (c.levels - 1) * sum(a * b for a, b in itertools.pairwise(sizes))
+    channels = 1024 * c.channels_mult
+    decoder = float((S + D) * channels)
+    for extent, size, outputs in (1, 5, 4 * base), (5, 5, 2 * base), (13, 6, base), (30, 6, c.channels):
+        decoder += (extent * size) ** 2 * channels * outputs
+        channels = outputs
+    cell = (S + S + D) * E + 3 * D * (E + D) + D * E + 2 * E * S + (D + feature_size) * E + E * E + 2 * E * S
+    cells = cell * sum(c.tmp_abs_factor**-level for level in range(c.levels))
+    return {"encoder": encoder, "tower": float(tower), "decoder": decoder, "cells": cells}
+
+
+def training_flop(config: Config) -> float:
+    """Of a step: a multiplication and an addition each, forward once and backward twice."""
+    return 6 * sum(multiply_adds(config).values()) * config.batch_size * config.seq_len
+
+
+def floor(config: Config) -> tuple[float, list[Row]]:
+    """The seconds below which no step can come, and how they are made up: matmuls and dependent ticks as fast as this
+    machine does them by themselves."""
+    dtype = jnp.dtype(config.dtype)
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    matrix = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda a: a @ a)
+    rate = 2 * size**3 / statistics.median(in_turn({"": lambda: multiply(matrix)}, 10)[""])
+
+    length = 1000
+    kernel = jnp.ones((config.cell_deter_size,) * 2, dtype)
+    chain = jax.jit(lambda x: jax.lax.scan(lambda x, _: (jnp.tanh(x @ kernel), None), x, None, length)[0])
+    state = jnp.ones((1, config.cell_deter_size), dtype)
+    tick = statistics.median(in_turn({"": lambda: chain(state)}, 10)[""]) / length
+
+    count = sum(cwvae.ticks(config, config.seq_len))
+    arithmetic, sequence = training_flop(config) / rate, 2 * count * tick
+    return arithmetic + sequence, [
+        row("floor: arithmetic", "ms", arithmetic * 1e3, TFLOP=training_flop(config) / 1e12, TFLOP_per_s=rate / 1e12),
+        row("floor: dependent ticks, both ways", "ms", sequence * 1e3, ticks=count, us_per_tick=tick * 1e6),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- training step
+
+
+class Bench:
+    """A model with something to train on."""
+
+    def __init__(self, config: Config):
+        c = self.config = dataclasses.replace(config, seed=0)
+        self.model, self.devices = CWVAE(c), Devices()
+        self.host = jax.tree.map(np.asarray, train.make_state(self.model))
+        shape = (self.devices.rows(c.batch_size), c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels)
+        self.video = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        weight = (np.arange(shape[0]) < c.batch_size).astype(np.float32)
+        self.batch = next(self.devices.spread(iter([data.Batch(self.video, weight)])))
+        self.keys = train.sequence_keys(jax.random.key(0), 0, c.batch_size)
+
+    def stepper(self) -> Callable[[], Any]:
+        """Takes training steps, one a call."""
+        step, state = train.make_train_step(self.model), self.devices.replicate(self.host)
+
+        def run() -> Any:
+            nonlocal state
+            state, metrics = step(state, self.batch)
+            return metrics
+
+        return run
+
+    def textbook_stepper(self, **forms: Any) -> Callable[[], Any]:
+        """The same steps in the textbook form, on one device."""
+        c, optimizer = self.config, train.make_optimizer(self.config)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(state: Any, video: Any, step: Any) -> Any:
+            params, opt_state = state
+            keys = train.sequence_keys(jax.random.fold_in(jax.random.key(0), step), 0, c.batch_size)
+            noise = cwvae.draw_noise(c, keys, c.seq_len)
+
+            def loss(params: Any) -> Any:
+                terms = textbook.elbo(c, params, video, noise, **forms)
+                terms |= {"kl_prior": terms["kl"], "kl_posterior": terms["kl"]}
+                return cwvae.objective(c, terms, jnp.ones(c.batch_size), c.seq_len)
+
+            gradients, metrics = jax.grad(loss, has_aux=True)(params)
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            return (jax.tree.map(jnp.add, params, updates), opt_state), metrics
+
+        state = jax.tree.map(jnp.array, (self.host.params, self.host.opt_state))
+        number, video = 0, jnp.asarray(self.video[: c.batch_size])
+
+        def run() -> Any:
+            nonlocal state, number
+            state, metrics = step(state, video, number)
+            number += 1
+            return metrics
+
+        return run
+
+
+def bench_step(config: Config) -> list[Row]:
+    """A training step against the textbook form of the same model, and against the machine's floor."""
+    c, bench = config, Bench(config)
+    times = in_turn({"textbook form": bench.textbook_stepper(), "training step": bench.stepper()})
+    ours, textbooks = (statistics.median(times[name]) for name in ("training step", "textbook form"))
+    least, rows = floor(c)
+    frames = c.batch_size * c.seq_len
+    return [
+        *(
+            timed(
+                name,
+                values,
+                frames_per_s=frames / statistics.median(values),
+                TFLOP_per_s=training_flop(c) / statistics.median(values) / 1e12,
+                floor_share=least / statistics.median(values),
+            )
+            for name, values in times.items()
+        ),
+        row("speed-up", "times", textbooks / ours),
+        *rows,
+    ]
+
+
+def bench_tricks(config: Config) -> list[Row]:
+    """The training step from the textbook form to ours, one trick after the other."""
+    bench = Bench(config)
+    forms: dict[str, Any] = {}
+    contenders = {"textbook form": bench.textbook_stepper()}
+    for name, form in (
+        ("+ convolutions", {"conv": cwvae.conv}),
+        ("+ transposed convolutions", {"conv_transpose": cwvae.conv_transpose}),
+        ("+ sum before the last Dense", {"sum_first": True}),
+    ):
+        forms |= form
+        contenders[name] = bench.textbook_stepper(**forms)
+    with mock.patch.object(cwvae, "CHUNK", 10**9):
+        with mock.patch.object(cwvae, "scan", plain_scan):
+            contenders["+ projections, prior outside the scan, fused gates"] = traced(bench.stepper())
+        contenders["+ weight gradients outside the scan"] = traced(bench.stepper())
+    contenders["+ chunks of frames, patches made anew (training step)"] = bench.stepper()
+    times = in_turn(contenders)
+    rows, before = [], 0.0
+    for name, values in times.items():
+        median = statistics.median(values)
+        rows.append(timed(name, values, faster_than_before=before / median if before else 1.0))
+        before = median
+    return rows
+
+
+def traced(run: Callable[[], Any]) -> Callable[[], Any]:
+    """After its first call a program stays as it is."""
+    run()
+    return run
+
+
+def plain_scan(tick: Any, weights: Any, state: Any, inputs: Any, cast: Any) -> Any:
+    """`cwvae.scan` as JAX differentiates it."""
+
+    def dense(name: str, x: Any) -> Any:
+        kernel, bias = weights[name]
+        return cwvae.dot(x, cast(kernel)) + bias
+
+    return jax.lax.scan(functools.partial(tick, dense), state, inputs)
+
+
+def bench_parts(config: Config) -> list[Row]:
+    """Where a training step's time goes: each part by itself, forward, and forward with backward."""
+    c = config
+    B, T, S, D = c.batch_size, c.seq_len, c.cell_stoch_size, c.cell_deter_size
+    random = np.random.default_rng(0)
+    video = jnp.asarray(random.uniform(size=(B, T, FRAME_SIZE, FRAME_SIZE, c.channels)), jnp.float32)
+    output = jnp.asarray(random.normal(size=(B, T, S + D)), jnp.float32)
+    state = cwvae.LevelState(jnp.zeros((B, S)), jnp.zeros((B, D)))
+    parts: dict[str, tuple[Any, tuple]] = {
+        "encoder, convolutions": (cwvae.Encoder(dataclasses.replace(c, levels=1, open_loop_ctx=1)), (video,)),
+        "encoder, with Dense layers": (cwvae.Encoder(c), (video,)),
+        "decoder": (cwvae.Decoder(c), (output,)),
+    }
+    feature_size = cwvae.Encoder(c).feature_size
+    for level, count in enumerate(cwvae.ticks(c, T)):
+        context, features, noise = (
+            jnp.asarray(random.normal(size=(B, count, size)), jnp.float32) for size in (S + D, feature_size, S)
+        )
+        arguments = state, context, features, noise, jnp.ones(count)
+        parts[f"cell of level {level}"] = cwvae.RSSMCell(c, S + D, feature_size), arguments
+
+    contenders: dict[str, Callable[[], Any]] = {}
+    for name, (module, arguments) in parts.items():
+        params = jax.jit(module.init)(jax.random.key(0), *arguments)
+
+        def total(params: Any, *arguments: Any, module: Any = module) -> Any:
+            return sum(x.sum() for x in jax.tree.leaves(module.apply(params, *arguments)))
+
+        wanted = (0,) if "convolutions" in name or "Dense" in name else (0, 1)  # the video needs no gradient
+        contenders[f"{name}, forward"] = functools.partial(jax.jit(total), params, *arguments)
+        contenders[f"{name}, with backward"] = functools.partial(jax.jit(jax.grad(total, wanted)), params, *arguments)
+    params = train.make_state(CWVAE(dataclasses.replace(c, seed=0))).params
+    optimizer = train.make_optimizer(c)
+    update = jax.jit(lambda gradients, opt_state: optimizer.update(gradients, opt_state, gradients))
+    contenders["optimizer"] = functools.partial(update, params, optimizer.init(params))
+    return [timed(name, times) for name, times in in_turn(contenders).items()]
+
+
+# ---------------------------------------------------------------------------------------------- rollout, metrics
+
+
+def bench_rollout(config: Config) -> list[Row]:
+    """Open-loop prediction up to `eval_seq_len` frames, against the textbook form, which encodes all frames."""
+    c = config
+    model = CWVAE(dataclasses.replace(c, seed=0))
+    params = train.make_state(model).params
+    T, context = c.eval_seq_len, c.open_loop_ctx
+    video = np.random.default_rng(0).integers(0, 256, (c.batch_size, T, FRAME_SIZE, FRAME_SIZE, c.channels), np.uint8)
+    keys = train.sequence_keys(jax.random.key(0), 0, c.batch_size)
+    slow = jax.jit(functools.partial(textbook.open_loop, c))
+    times = in_turn(
+        {
+            "textbook form": lambda: slow(params, video, cwvae.draw_noise(c, keys, T)),
+            "open_loop": lambda: list(cwvae.open_loop(model, params, video[:, :context], keys, T - context)),
+        },
+        3,
+    )
+    frames = c.batch_size * (T - context)
+    return [
+        *(timed(name, values, frames_per_s=frames / statistics.median(values)) for name, values in times.items()),
+        row("speed-up", "times", *ratio(times)),
+    ]
+
+
+def ratio(times: dict[str, list[float]]) -> tuple[float]:
+    first, second = (statistics.median(values) for values in times.values())
+    return (first / second,)
+
+
+def bench_metrics(config: Config) -> list[Row]:
+    """SSIM and PSNR of `batch_size` videos of 100 frames, both protocols, against scikit-image frame by frame."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    random = np.random.default_rng(0)
+    shape = (config.batch_size, 100, FRAME_SIZE, FRAME_SIZE, config.channels)
+    truth, prediction = (random.uniform(size=shape).astype(np.float32) for _ in range(2))
+
+    def host() -> Any:
+        for a, b in zip(truth.reshape(-1, *shape[2:]), prediction.reshape(-1, *shape[2:]), strict=True):
+            for data_range in 1, 2:
+                structural_similarity(a, b, data_range=data_range, channel_axis=-1)
+                peak_signal_noise_ratio(a, b, data_range=data_range)
+
+    on_device = jax.jit(lambda a, b: [tools.frame_metrics(a, b, protocol) for protocol in tools.PROTOCOLS])
+    times = in_turn({"scikit-image": host, "frame_metrics": lambda: on_device(truth, prediction)}, 3)
+    frames = math.prod(shape[:2])
+    return [
+        *(timed(name, values, frames_per_s=frames / statistics.median(values)) for name, values in times.items()),
+        row("speed-up", "times", *ratio(times)),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def bench_memory(config: Config) -> list[Row]:
+    """Device memory, as the compiler has laid it out, of each program; nothing is run."""
+    c, model = config, CWVAE(config)
+    state = jax.eval_shape(functools.partial(train.make_state, model))
+    B, frame, chunk = c.batch_size, (FRAME_SIZE, FRAME_SIZE, c.channels), cwvae.chunk_size(c)
+
+    def shaped(*shape: int, dtype: Any = np.uint8) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def noise(frames: int) -> Any:
+        return jax.eval_shape(lambda: cwvae.draw_noise(c, train.sequence_keys(jax.random.key(0), 0, B), frames))
+
+    reset = jax.eval_shape(lambda: cwvae.reset_masks(c, chunk))
+    carried = jax.eval_shape(lambda: model.apply({"params": {}}, B, method="initial_state"))
+    devices = Devices()
+    spread = devices.local, devices.rows(B) // devices.total
+    batch = data.Batch(shaped(*spread, c.seq_len, *frame), shaped(*spread, dtype=np.float32))
+    params, context = state.params, c.open_loop_ctx
+    step: Any = train.make_train_step(model)
+    programs = {
+        "training step": step.lower(state, batch),
+        "validation, a chunk": cwvae._elbo.lower(model, params, shaped(B, chunk, *frame), noise(chunk), carried, reset),
+        "context": cwvae._observe.lower(model, params, shaped(B, context, *frame), noise(context), c.use_obs),
+        "prediction, a chunk": cwvae._imagine.lower(model, params, chunk, noise(chunk), carried, reset),
+    }
+    measured = []
+    for name, lowered in programs.items():
+        memory = lowered.compile().memory_analysis()
+        arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+        total = arguments + outputs + memory.temp_size_in_bytes
+        measured.append(
+            row(name, "MB", total / 1e6, arguments=arguments / 1e6, temporary=memory.temp_size_in_bytes / 1e6)
+        )
+    return measured
+
+
+# ---------------------------------------------------------------------------------------------- whole programs
+
+
+def bench_compile(config: Config) -> list[Row]:
+    """From the start of Python to the end of the first step, without and with a warm compilation cache."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for cache in "empty", "warm":
+            c = dataclasses.replace(config, seed=0, wandb="disabled", logdir=str(Path(folder) / cache))
+            c.save(Path(folder) / "config.yml")
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "STARTED": str(time.time())}
+            program = [sys.executable, __file__, "first_step", "--config", f"{folder}/config.yml"]
+            output = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
+            rows.append(row(f"start to first step, {cache} compilation cache", "s", float(output.splitlines()[-1])))
+    return rows
+
+
+def first_step(config: Config) -> list[Row]:
+    """What `bench_compile` starts: trains for one step and ends."""
+
+    def update(progress: Any, loss: Any) -> None:
+        jax.block_until_ready(loss)
+        print(time.time() - float(os.environ["STARTED"]), flush=True)
+        os._exit(0)
+
+    with mock.patch.object(train.Progress, "update", update):
+        train.use_compilation_cache()
+        train.train(config)
+    raise AssertionError("not reached")
+
+
+def bench_train(config: Config) -> list[Row]:
+    """A whole training's steps from one log to the next, with data, validation, videos and checkpoint, against the bare
+    step. Up to the first log, things compile."""
+    every = config.save_scalars_every
+    c = dataclasses.replace(
+        config, seed=0, wandb="disabled", max_steps=2 * every, save_gifs_every=every, save_model_every=every
+    )
+    times: list[float] = []
+    update = train.Progress.update
+
+    def timed_update(progress: Any, loss: Any) -> None:
+        times.append(time.perf_counter())
+        if len(times) == every + 1:
+            jax.block_until_ready(loss)
+            times[-1] = time.perf_counter()
+        update(progress, loss)
+
+    step = Bench(c).stepper()
+    bare = in_turn({"bare step": step}, 100)["bare step"]  # and again afterwards: machines change their pace
+    with tempfile.TemporaryDirectory() as logdir, mock.patch.object(train.Progress, "update", timed_update):
+        state = train.train(dataclasses.replace(c, logdir=logdir))
+        jax.block_until_ready(state)
+        whole = (time.perf_counter() - times[every]) / (every - 1)
+    bare += in_turn({"bare step": step}, 100)["bare step"]
+    return [
+        row("whole program", "ms per step", whole * 1e3, frames_per_s=c.batch_size * c.seq_len / whole),
+        timed("bare step", bare),
+        row("whole program's throughput", "of the bare step's", statistics.median(bare) / whole),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def bench_data(config: Config) -> list[Row]:
     """From mp4 to frames, and from frames to batches of 50 windows of 100 colour frames (61 MB each)."""
     with tempfile.TemporaryDirectory() as folder:
         train = Path(folder) / "train"
@@ -32,7 +452,17 @@ def bench_data() -> list[dict[str, Any]]:
         for i in range(count):
             (train / f"{i:03}.mp4").write_bytes(content)
         (Path(folder) / "test").symlink_to(train)
-        c = Config(dataset="videos", channels=3, datadir=folder, num_epochs=100_000, seed=0, eval_seq_len=100)
+        c = dataclasses.replace(
+            config,
+            dataset="videos",
+            channels=3,
+            datadir=folder,
+            batch_size=50,
+            seq_len=100,
+            num_epochs=100_000,
+            seed=0,
+            eval_seq_len=100,
+        )
         begin, cpu = time.perf_counter(), time.process_time()
         windows = data.windows(c, "train")
         wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
@@ -91,32 +521,57 @@ def memory_besides_page_cache() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def row(what: str, unit: str, value: float, **more: float) -> dict[str, Any]:
-    return {"what": what, "value": value, "unit": unit, **more}
+# ---------------------------------------------------------------------------------------------- the command
 
 
-BENCHMARKS = {"data": bench_data}
+BENCHMARKS = {
+    "step": bench_step,
+    "tricks": bench_tricks,
+    "parts": bench_parts,
+    "rollout": bench_rollout,
+    "metrics": bench_metrics,
+    "memory": bench_memory,
+    "compile": bench_compile,
+    "train": bench_train,
+    "data": bench_data,
+    "first_step": first_step,
+}
+
+
+def machine() -> Row:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "commit": commit,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("benchmark", choices=BENCHMARKS)
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    arguments = parser.parse_args()
-    rows = BENCHMARKS[arguments.benchmark]()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = {
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": sys.version.split()[0],
-        "commit": commit,
-    }
-    print(f"\n{machine}\n")
+    try:
+        name, *argv = sys.argv[1:] or ["nothing"]
+        configuration.choose("command line", name, list(BENCHMARKS))
+        special, flags = configuration.parse_flags(
+            argv,
+            f"bench.py {name}",
+            str(BENCHMARKS[name].__doc__),
+            config="YAML file",
+            json="also write the results here",
+        )
+        values = configuration.read_yaml(special["config"]) if "config" in special else {}
+        config = Config(**values | configuration.typed(flags, "command line"))
+        rows = BENCHMARKS[name](config)
+    except ConfigError as error:
+        sys.exit(configuration.refuse(error))
+    results = {"benchmark": name, **machine(), "config": special.get("config"), **flags}
+    print("\n" + ", ".join(f"{key} {value}" for key, value in results.items() if value is not None) + "\n")
     for entry in rows:
         more = ", ".join(f"{key} {value:.3g}" for key, value in entry.items() if key not in ("what", "value", "unit"))
         print(f"{entry['what']:<55} {entry['value']:12.4g} {entry['unit']:<24} {more}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2))
+    if "json" in special:
+        Path(special["json"]).write_text(json.dumps(results | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

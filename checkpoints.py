@@ -1,8 +1,9 @@
-"""Checkpoints that are what was saved, or are said not to be: Orbax, plus a checksum of all leaves.
+"""Checkpoints that are what was saved, or are said not to be: Orbax, plus a checksum.
 
 Several processes make each call together, on a file system that they share; the first one writes.
 """
 
+import json
 import logging
 import zlib
 from pathlib import Path
@@ -55,7 +56,7 @@ class Checkpoints:
         earlier checkpoints stay.
         """
         host = jax.tree.map(lambda x: np.array(x), state)  # a copy: the devices' memory is donated to the next step
-        metadata = {"checksum": checksum(host), "notes": notes}
+        metadata = {"checksum": checksum(host, notes), "notes": notes}
         for _ in range(2):  # the failure of the save before comes up in the first try
             try:
                 self.orbax.save_async(step, host, force=True, overwrite=True, custom_metadata=metadata)
@@ -80,7 +81,7 @@ class Checkpoints:
             raise DamagedCheckpoint(
                 f"checkpoint: {path} is damaged or of another model ({type(error).__name__}); choose another"
             ) from error
-        if checksum(state) != expected:
+        if checksum(state, notes) != expected:
             raise DamagedCheckpoint(f"checkpoint: {path} is damaged (its checksum isn't the saved one); choose another")
         return state, notes
 
@@ -98,9 +99,9 @@ def tell(error: Exception) -> None:
     print(f"Warning: a checkpoint couldn't be saved ({' '.join(str(error).split())[:200]}); training goes on")
 
 
-def checksum(tree: Any) -> int:
-    """Of the bytes of all leaves and their places in the tree."""
-    crc = 0
+def checksum(tree: Any, notes: dict[str, Any]) -> int:
+    """Of the bytes of all leaves, their places in the tree, and the notes."""
+    crc = zlib.crc32(json.dumps(notes, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         crc = zlib.crc32(
             np.ascontiguousarray(leaf).view(np.uint8).data, zlib.crc32(jax.tree_util.keystr(path).encode(), crc)

@@ -59,6 +59,10 @@ class Config:
         32, "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many", at_least=1
     )
 
+    dtype: str = option(
+        "float32", "arithmetic of the layers, float32 or bfloat16; parameters, states and losses are float32"
+    )
+
     # DATASET
     dataset: str = option(
         "mmnist",
@@ -133,7 +137,10 @@ class Config:
                 limit = field.metadata[bound]
                 if limit is not None and not all(n is None or holds(float(n), float(limit)) for n in numbers):
                     raise ConfigError(f"{field.name}: must be {bound.replace('_', ' ')} {limit}, got {value!r}")
+        if self.levels > 30:
+            raise ConfigError(f"levels: must be at most 30, got {self.levels}; the paper has 1 to 4")
         choose("cell_type", self.cell_type, ["RSSMCell"])
+        choose("dtype", self.dtype, ["float32", "bfloat16"])
         choose("wandb", self.wandb, ["auto", "online", "offline", "disabled"])
         choose("dataset", self.dataset, list(CHANNELS))
         if self.channels not in CHANNELS[self.dataset]:
@@ -201,7 +208,16 @@ CHANNELS = {"minerl": (3,), "mazes": (3,), "mmnist": (1,), "kth": (1,), "digits"
 """The datasets, and the colour channels each can have."""
 
 NAMED_IF_SET = {
-    *("cell_min_stddev", "cell_mean_only", "cell_reset_state", "filters", "random_start", "num_digits", "digit_speed"),
+    *(
+        "cell_min_stddev",
+        "cell_mean_only",
+        "cell_reset_state",
+        "filters",
+        "dtype",
+        "random_start",
+        "num_digits",
+        "digit_speed",
+    ),
     *("clip_grad_norm_by", "kl_grad_post_perc", "free_nats", "beta", "seed"),
 }
 """Keys that set a training apart but aren't in the earlier codes' run names: part of ours unless at their defaults."""

@@ -24,13 +24,27 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from config import Config
+
+CHUNK = 25
+"""Frames that go through the convolutions together on a CPU."""
 
 lecun_normal = nn.initializers.lecun_normal()
 
 
 # ---------------------------------------------------------------------------------------------- layers
+
+
+def cast(config: Config, x: Array) -> Array:
+    """`x` in the precision that the layers compute in: they follow their input's."""
+    return x.astype(jnp.bfloat16) if config.dtype == "bfloat16" else x
+
+
+def dot(x: Array, kernel: Array) -> Array:
+    """x @ kernel in the kernel's precision, added up and returned in that of x."""
+    return jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=x.dtype)
 
 
 class Affine(nn.Module):
@@ -48,7 +62,7 @@ class Affine(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Array) -> Array:
-        return x @ self.kernel + self.bias
+        return x @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
 
     def split(self, n: int) -> tuple[Array, Array]:
         return self.kernel[:n], self.kernel[n:]
@@ -71,7 +85,8 @@ class Convolution(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", lecun_normal, (self.size, self.size, self.inputs, self.outputs))
         bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
-        return (conv_transpose if self.transposed else conv)(x, kernel) + bias
+        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+        return checkpoint_name((conv_transpose if self.transposed else conv)(x, kernel) + bias, "convolved")
 
 
 def conv(x: Array, kernel: Array) -> Array:
@@ -148,12 +163,7 @@ class Encoder(nn.Module):
         """[B, T, H, W, C] floats -> features of each level, [B, T_l, F]. A last tick may have fewer frames to sum."""
         c = self.config
         B, T, *frame_shape = video.shape
-        x = video.reshape(B * T, *frame_shape)
-        channels = c.channels
-        for i, multiple in enumerate((1, 2, 4, 8)):  # 64 -> 31 -> 14 -> 6 -> 2
-            outputs = c.filters * c.channels_mult * multiple
-            x = nn.leaky_relu(Convolution(channels, outputs, 4, name=f"conv_{i}")(x), 0.2)
-            channels = outputs
+        x = frame_by_frame(Encoder._convolutions, self, cast(c, video).reshape(B * T, *frame_shape))
         x = x.reshape(B, T, self.feature_size)
         features = [x]
         for level in range(1, c.levels):
@@ -167,10 +177,37 @@ class Encoder(nn.Module):
             last = Affine(x.shape[-1], self.feature_size, name=f"level_{level}_dense_{c.enc_dense_layers - 1}")
             # The last layer is linear, so it comes after the sum; its bias counts once per frame.
             frames = sum_blocks(jnp.ones((1, T, 1)), ticks)
-            features.append(sum_blocks(x, ticks) @ last.kernel + frames * last.bias)
+            features.append(dot(sum_blocks(x, ticks), last.kernel.astype(x.dtype)) + frames * last.bias)
             if level < c.levels - 1:
                 x = last(x)
-        return tuple(features)
+        return tuple(x.astype(video.dtype) for x in features)
+
+    def _convolutions(self, x: Array) -> Array:
+        """[N, H, W, C] -> [N, 2, 2, 8 filters]"""
+        channels = self.config.channels
+        for i, multiple in enumerate((1, 2, 4, 8)):  # 64 -> 31 -> 14 -> 6 -> 2
+            outputs = self.config.filters * self.config.channels_mult * multiple
+            x = nn.leaky_relu(Convolution(channels, outputs, 4, name=f"conv_{i}")(x), 0.2)
+            channels = outputs
+        return x
+
+
+def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x: Array) -> Array:
+    """function(module, x), where no frame of x [N, ...] matters to another.
+
+    On CPUs in chunks of a few dozen frames, which fit into the caches. For the gradient only the layers' outputs are
+    kept; what else a layer makes (patches, many times larger) is made anew: a fifth of the memory, and faster.
+    """
+    N = x.shape[0]
+    count = -(-N // CHUNK)
+    if jax.default_backend() != "cpu" or count == 1:
+        return function(module, x)
+    size = -(-N // count)
+    x = jnp.pad(x, [(0, count * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
+    keep = jax.checkpoint_policies.save_only_these_names("convolved")
+    body = nn.remat(lambda module, carry, x: (carry, function(module, x)), prevent_cse=False, policy=keep)
+    _, y = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})(module, (), x)
+    return y.reshape(count * size, *y.shape[2:])[:N]
 
 
 def sum_blocks(x: Array, size: int) -> Array:
@@ -188,17 +225,22 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, output: Array) -> Array:
         """[B, T, S + D] -> [B, T, H, W, C]; not clipped: tanh, hence within [-1, 1]."""
-        c = self.config
         B, T, F = output.shape
+        x = frame_by_frame(Decoder._frames, self, cast(self.config, output).reshape(B * T, F))
+        return x.reshape(B, T, *x.shape[1:]).astype(output.dtype)
+
+    def _frames(self, x: Array) -> Array:
+        """[N, S + D] -> [N, H, W, C]"""
+        c = self.config
         base = c.filters * c.channels_mult
         channels = 1024 * c.channels_mult
-        x = Affine(F, channels, name="dense")(output.reshape(B * T, F)).reshape(B * T, 1, 1, channels)
+        x = Affine(x.shape[-1], channels, name="dense")(x).reshape(-1, 1, 1, channels)
         layers = (5, 4 * base), (5, 2 * base), (6, base), (6, c.channels)  # 1 -> 5 -> 13 -> 30 -> 64
         for i, (size, outputs) in enumerate(layers):
             x = Convolution(channels, outputs, size, transposed=True, name=f"conv_{i}")(x)
             x = nn.leaky_relu(x, 0.2) if i < 3 else jnp.tanh(x)
             channels = outputs
-        return x.reshape(B, T, *x.shape[1:])
+        return x
 
 
 # ---------------------------------------------------------------------------------------------- one level
@@ -336,7 +378,7 @@ class RSSMCell(nn.Module):
         no_bias = jnp.zeros(E)
 
         from_stoch, from_context = self.transition.split(S)
-        context = jnp.zeros((B, T, E)) if context is None else context @ from_context
+        context = jnp.zeros((B, T, E)) if context is None else dot(context, cast(c, from_context))
         inputs = {"context": context + self.transition.bias, "noise": noise}
         weights = {"transition": (from_stoch, no_bias), **self.gru.weights()}
         prior_weights = {
@@ -347,7 +389,7 @@ class RSSMCell(nn.Module):
             weights |= prior_weights
         else:
             from_deter, from_features = self.posterior_in.split(D)
-            inputs["features"] = features @ from_features + self.posterior_in.bias
+            inputs["features"] = dot(features, cast(c, from_features)) + self.posterior_in.bias
             weights |= {
                 "posterior_in": (from_deter, no_bias),
                 "posterior_hidden": (self.posterior_hidden.kernel, self.posterior_hidden.bias),
@@ -356,11 +398,15 @@ class RSSMCell(nn.Module):
         inputs = {name: jnp.swapaxes(x, 0, 1) for name, x in inputs.items()}  # time first
         inputs["reset"] = reset
         tick = partial(self._tick, c, features is None)
-        state, (posterior, stoch, deter) = scan(tick, weights, state, inputs)
+        state, (posterior, stoch, deter) = scan(tick, weights, state, inputs, partial(cast, c))
         posterior, stoch, deter = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (posterior, stoch, deter))
         prior = posterior
         if features is not None:
-            prior = self._prior(c, lambda name, x: x @ prior_weights[name][0] + prior_weights[name][1], deter)
+
+            def dense(name: str, x: Array) -> Array:
+                return dot(x, cast(c, prior_weights[name][0])) + prior_weights[name][1]
+
+            prior = self._prior(c, dense, deter)
         return LevelRollout(prior, posterior, stoch, deter), state
 
     @staticmethod
@@ -398,8 +444,16 @@ def gaussian(stats: Array, min_stddev: float) -> Gaussian:
     return Gaussian(mean, nn.softplus(stddev) + min_stddev)
 
 
-def scan(tick: Callable[..., Any], weights: dict[str, tuple[Array, Array]], state: Any, inputs: Any) -> tuple[Any, Any]:
+def scan(
+    tick: Callable[..., Any],
+    weights: dict[str, tuple[Array, Array]],
+    state: Any,
+    inputs: Any,
+    cast: Callable[[Array], Array] = lambda x: x,
+) -> tuple[Any, Any]:
     """`lax.scan` of `tick(dense, state, inputs)` over time; dense(name, x) is x @ kernel + bias of `weights[name]`.
+
+    `cast` brings kernels to the precision of the matmuls.
 
     Differentiating a scan adds up the gradient of each weight tick by tick. Here the backward scan keeps the gradient
     at each dense layer's output instead, and afterwards one matmul per weight, over all ticks, gives the same sum:
@@ -407,13 +461,15 @@ def scan(tick: Callable[..., Any], weights: dict[str, tuple[Array, Array]], stat
     """
 
     def forward(state: Any, inputs: Any, probes: dict[str, Array], weights: dict) -> tuple[Any, Any]:
+        kernels = {name: cast(kernel) for name, (kernel, _) in weights.items()}
+
         def body(state: Any, slices: tuple[Any, Any]) -> tuple[Any, Any]:
             inputs, probes = slices
             seen = {}
 
             def dense(name: str, x: Array) -> Array:
-                seen[name] = x
-                return probed_dense(x, *weights[name], probes[name])
+                seen[name] = x.astype(kernels[name].dtype)
+                return probed_dense(x, kernels[name], probes[name]) + weights[name][1]
 
             state, outputs = tick(dense, state, inputs)
             return state, (outputs, seen)
@@ -440,7 +496,13 @@ def scan(tick: Callable[..., Any], weights: dict[str, tuple[Array, Array]], stat
         pullback, seen = residuals
         state_gradient, inputs_gradient, at_dense = pullback(gradient)
         weights_gradient = {
-            name: (jnp.einsum("tbi,tbo->io", seen[name], g), g.sum((0, 1))) for name, g in at_dense.items()
+            name: (
+                jnp.einsum(
+                    "tbi,tbo->io", x, at_dense[name].astype(x.dtype), preferred_element_type=at_dense[name].dtype
+                ),
+                at_dense[name].sum((0, 1)),
+            )
+            for name, x in seen.items()
         }
         return weights_gradient, state_gradient, inputs_gradient
 
@@ -449,14 +511,14 @@ def scan(tick: Callable[..., Any], weights: dict[str, tuple[Array, Array]], stat
 
 
 @jax.custom_vjp
-def probed_dense(x: Array, kernel: Array, bias: Array, probe: Array) -> Array:
-    """x @ kernel + bias, with the gradient at its output going to `probe` and none to the weights; see `scan`."""
-    return x @ kernel + bias
+def probed_dense(x: Array, kernel: Array, probe: Array) -> Array:
+    """x @ kernel, with the gradient at its output going to `probe` and none to the kernel; see `scan`."""
+    return dot(x, kernel)
 
 
 probed_dense.defvjp(
-    lambda x, kernel, bias, probe: (x @ kernel + bias, kernel),
-    lambda kernel, gradient: (gradient @ kernel.T, None, None, gradient),
+    lambda x, kernel, probe: (dot(x, kernel), kernel),
+    lambda kernel, gradient: (dot(gradient, kernel.T), None, gradient),
 )
 
 
@@ -604,10 +666,10 @@ class CWVAE(nn.Module):
         for level in range(c.levels - 1, -1, -1):
             seen = T // c.tmp_abs_factor**level if use_obs[level] == "T" else 0
             state, outputs = self.initial_state(B).levels[level], []
-            for ticks, sight in (slice(seen), features[level][:, :seen]), (slice(seen, None), None):
-                if noise[level][:, ticks].shape[1]:
-                    given = None if above is None else above[:, ticks]
-                    rollout, state = self.cells[level](state, given, sight, noise[level][:, ticks], reset[level][ticks])
+            for span, sight in (slice(seen), features[level][:, :seen]), (slice(seen, None), None):
+                if noise[level][:, span].shape[1]:
+                    given = None if above is None else above[:, span]
+                    rollout, state = self.cells[level](state, given, sight, noise[level][:, span], reset[level][span])
                     outputs.append(rollout.output)
             output = jnp.concatenate(outputs, axis=1)
             above = jnp.repeat(output, c.tmp_abs_factor, axis=1)[:, : noise[level - 1].shape[1]]

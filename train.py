@@ -246,7 +246,7 @@ def train(config: Config) -> TrainState:
         steps = data.training_steps(c, train_windows)
         checkpoints = resources.enter_context(Checkpoints(directory / "checkpoints", c.save_named_model_every))
         step, state, unreported = restore(model, checkpoints, devices)
-        log = tools.Log(directory, step, wandb_run[0]) if first else None
+        log = tools.Log(directory, step if unreported is None else step - 1, wandb_run[0]) if first else None
         if first:
             print(f"Run directory: {directory}" + (f", resumed at step {step}" if step else ""))
 
@@ -313,11 +313,10 @@ def restore(
     model: CWVAE, checkpoints: Checkpoints, devices: Devices
 ) -> tuple[int, TrainState, dict[str, float] | None]:
     """Step, state and metrics that weren't logged yet, of the newest intact checkpoint or of the beginning."""
-    host = jax.tree.map(np.asarray, make_state(model))
-    notes: dict[str, Any] = {}
-    if newest := checkpoints.load_newest(host):
-        _, host, notes = newest
-    return int(host.step), devices.replicate(host), notes.get("unreported")
+    if newest := checkpoints.load_newest(jax.eval_shape(partial(make_state, model))):
+        step, host, notes = newest
+        return step, devices.replicate(host), notes.get("unreported")
+    return 0, devices.replicate(make_state(model)), None
 
 
 def check_finite(

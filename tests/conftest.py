@@ -1,6 +1,7 @@
 """What the tests share: the import path, a tiny configuration."""
 
 import dataclasses
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import analysis  # noqa: E402
+import eval  # noqa: E402
+import train  # noqa: E402
 from config import Config  # noqa: E402
+from cwvae import CWVAE  # noqa: E402
 
 TINY = dict(
     dataset="digits",
@@ -35,6 +40,25 @@ TINY = dict(
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compile_once():
+    """Trainings that differ only in what the model and its training step don't depend on share what was compiled."""
+
+    def model(config: Config) -> CWVAE:
+        keys = [
+            *("logdir", "datadir", "wandb", "num_epochs", "max_steps", "save_model_every", "save_scalars_every"),
+            *("save_named_model_every", "save_gifs", "num_examples", "num_samples", "no_save_grid"),
+        ]
+        default = Config()
+        return CWVAE(dataclasses.replace(config, **{key: getattr(default, key) for key in keys}))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for program in train, eval, analysis:
+            patch.setattr(program, "CWVAE", model)
+        patch.setattr(train, "make_train_step", functools.cache(train.make_train_step))
+        yield
+
+
 @pytest.fixture
 def tiny(tmp_path) -> Config:
     """A configuration that compiles and trains in seconds."""
@@ -44,8 +68,6 @@ def tiny(tmp_path) -> Config:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """The run directory of a tiny training, with checkpoints at steps 2 and 4. Not to be written to: see `run`."""
-    import train
-
     folder = tmp_path_factory.mktemp("trained")
     c = Config(**TINY, logdir=str(folder / "logs"), datadir=str(folder / "datasets"))
     c = dataclasses.replace(c, save_model_every=2, save_named_model_every=2)

@@ -203,7 +203,7 @@ def test_digits(run, monkeypatch, tmp_path, capsys):
 
 def test_digits_are_not_drawn_by_a_poor_classifier(run, monkeypatch):
     monkeypatch.setattr(
-        readouts, "train_digit_reader", functools.partial(readouts.train_digit_reader, steps=1, copies=0)
+        readouts, "train_digit_reader", functools.partial(readouts.train_digit_reader, steps=1, batch_size=2, copies=0)
     )
     with pytest.raises(ConfigError, match="% of true frames; below 97 % nothing is drawn"):
         call("digits", run)

@@ -73,10 +73,14 @@ def test_no_checkpoint(tmp_path):
 
 def test_notes_come_back(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(3, STATE, unreported={"loss": 0.1})
+        checkpoints.save(3, STATE, unreported={"loss": 0.125})
         checkpoints.save(4, STATE)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.load(3, STATE)[1] == {"unreported": {"loss": 0.1}} and checkpoints.load(4, STATE)[1] == {}
+        assert checkpoints.load(3, STATE)[1] == {"unreported": {"loss": 0.125}} and checkpoints.load(4, STATE)[1] == {}
+    (file,) = [p for p in (tmp_path / "3").rglob("*") if p.is_file() and b"0.125" in p.read_bytes()]
+    file.write_bytes(file.read_bytes().replace(b"0.125", b"0.124"))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(DamagedCheckpoint, match="checksum"):
+        checkpoints.load(3, STATE)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's thread, on its failed write

@@ -1,6 +1,9 @@
 """Every way a value gets into the configuration, and every message about one that can't."""
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import subprocess
 import sys
 
@@ -11,6 +14,9 @@ from conftest import ROOT, TINY
 from hypothesis import strategies as st
 
 import config as configuration
+import data
+import eval
+import train
 from config import Config, ConfigError
 
 
@@ -183,6 +189,7 @@ def test_yaml_round_trip(tmp_path_factory, data):
             "open_loop_ctx",
             "eval_seq_len",
             "digit_speed",
+            "dtype",
         )
     ]
     values = {}
@@ -227,3 +234,91 @@ def test_readme_lists_every_key():
     text = (ROOT / "README.md").read_text()
     for field in dataclasses.fields(Config):
         assert f"| `{field.name}` | " in text and f" | {field.metadata['help']} |" in text, field.name
+
+
+KEYS = [field.name for field in dataclasses.fields(Config)]
+ANYTHING = st.one_of(
+    st.text(max_size=8),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        ["", "-1", "0", "1e-4", "1e400", "nan", "[1, 2]", "[]", "{}", "[[1]]", "null", "true", "TTF", "'", "{a: *b}"]
+    ),
+)
+FLAG = st.one_of(st.sampled_from(KEYS), st.text(max_size=5)).flatmap(
+    lambda key: st.one_of(
+        ANYTHING.map(lambda value: [f"--{key}={value}"]), ANYTHING.map(lambda value: [f"--{key}", value])
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """What reads a command line, up to where the work begins; and a directory."""
+    directory = tmp_path_factory.mktemp("fuzz")
+    run = directory / "run"
+    (run / "checkpoints" / "1").mkdir(parents=True)
+    Config().save(run / "config.yml")
+    with pytest.MonkeyPatch.context() as patch:
+        for program, work in (train, "train"), (eval, "evaluate"), (data, "look"):
+            patch.setattr(program, work, lambda *_: None)
+        yield directory
+
+
+def run_program(main, arguments):
+    """Exit code and standard error of a program."""
+    error = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(error),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        patch.setattr(sys, "argv", ["program.py", *arguments])
+        try:
+            main()
+        except SystemExit as exit:
+            return exit.code, error.getvalue()
+    return 0, error.getvalue()
+
+
+def assert_accepted_or_refused_in_one_line(main, arguments):
+    code, error = run_program(main, arguments)
+    if code == 0:
+        assert error == ""
+    else:
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, (arguments, code, error)
+
+
+@hypothesis.given(st.lists(FLAG, max_size=4).map(lambda flags: list(itertools.chain(*flags))))
+@hypothesis.settings(deadline=None, max_examples=300, suppress_health_check=list(hypothesis.HealthCheck))
+def test_any_command_line_works_or_is_refused_in_one_line(programs, flags):
+    assert_accepted_or_refused_in_one_line(train.main, flags)
+    assert_accepted_or_refused_in_one_line(data.main, flags)
+    assert_accepted_or_refused_in_one_line(eval.main, ["--logdir", str(programs / "run"), *flags])
+
+
+VALUE = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.dates()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+YAML = st.one_of(
+    st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=4), st.integers()), VALUE, max_size=4).map(
+        lambda values: yaml.safe_dump(values).encode()
+    ),
+    st.text(max_size=40).map(str.encode),
+    st.binary(max_size=40),
+)
+
+
+@hypothesis.given(YAML)
+@hypothesis.settings(deadline=None, max_examples=300, suppress_health_check=list(hypothesis.HealthCheck))
+def test_any_file_works_or_is_refused_in_one_line(programs, content):
+    file = programs / "config.yml"
+    file.write_bytes(content)
+    assert_accepted_or_refused_in_one_line(train.main, ["--config", str(file)])
+    (programs / "run" / "config.yml").write_bytes(content)
+    try:
+        assert_accepted_or_refused_in_one_line(eval.main, ["--logdir", str(programs / "run")])
+    finally:
+        Config().save(programs / "run" / "config.yml")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import scipy.stats
+import textbook
 from conftest import ROOT, TINY
 
 import config as configuration
@@ -58,6 +59,7 @@ class Compiled:
 
 GRID = [
     dict(T=7, levels=3, tmp_abs_factor=2),
+    dict(T=7, levels=3, tmp_abs_factor=2, chunk=3),
     dict(T=3, levels=1, tmp_abs_factor=6),
     dict(T=5, levels=1, tmp_abs_factor=1, enc_dense_layers=0),
     dict(T=7, levels=2, tmp_abs_factor=6, enc_dense_layers=3),
@@ -78,8 +80,10 @@ GRID = [
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda case: "-".join(f"{k}{v}" for k, v in case.items()))
-def test_equals_the_textbook_form(case):
+def test_equals_the_textbook_form(case, monkeypatch):
     """Every output, term and gradient, in double precision."""
+    case = dict(case)
+    monkeypatch.setattr(cwvae, "CHUNK", case.pop("chunk", cwvae.CHUNK))
     with jax.enable_x64(True):
         c, model, params, video, noise, actions = make(dtype=np.float64, **case)
 
@@ -134,6 +138,49 @@ def test_single_precision_equals_the_textbook_form():
     want = oracle.elbo(c, params["params"], video, noise)
     for name in ("nll", "kl", "entropy_prior", "entropy_posterior"):
         np.testing.assert_allclose(terms[name], want[name], rtol=1e-5, atol=1e-5)
+
+
+def test_textbook_form_of_the_benchmarks():
+    """What bench.py compares with is the model, with each of its switches."""
+    c, model, params, video, noise, _ = make(T=13, levels=3, tmp_abs_factor=2, filters=2)
+    terms = model.apply(params, video, noise)
+    for forms in (
+        {},
+        dict(conv=cwvae.conv),
+        dict(conv_transpose=cwvae.conv_transpose, sum_first=True),
+    ):
+        slow = jax.jit(partial(textbook.elbo, c, **forms))(params, video, noise)
+        for name, values in slow.items():
+            np.testing.assert_allclose(values, terms[name], rtol=1e-5, atol=1e-4)
+    c = dataclasses.replace(c, open_loop_ctx=8)
+    keys = jax.random.split(jax.random.key(0), 2)
+    want = jax.jit(partial(textbook.open_loop, c))(params, video, cwvae.draw_noise(c, keys, 13))
+    parts = cwvae.open_loop(CWVAE(c), params, video[:, :8], keys, 5)
+    got = jnp.concatenate([frames for name, frames in parts if name == "prior_multistep"], 1)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_close_and_its_results_single_precision():
+    keys = dict(T=13, levels=3, tmp_abs_factor=2, filters=2, cell_deter_size=20, cell_embed_size=20)
+    results = {}
+    for dtype in "float32", "bfloat16":
+        c, model, params, video, noise, _ = make(**keys)
+        c = dataclasses.replace(c, dtype=dtype)
+
+        def loss(params, c=c):
+            terms = CWVAE(c).apply(params, video, noise)
+            return cwvae.objective(c, terms, jnp.ones(2), 13)[0], terms
+
+        results[dtype] = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (loss, terms), gradient = results["float32"]
+    (low_loss, low_terms), low_gradient = results["bfloat16"]
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((low_loss, low_terms, low_gradient)))
+    assert low_loss == pytest.approx(float(loss), rel=1e-2) and low_loss != loss
+    np.testing.assert_allclose(low_terms["kl"], terms["kl"], rtol=0.05, atol=0.1)
+    for path, g in jax.tree_util.tree_leaves_with_path(gradient):
+        low = reduce(lambda tree, key: tree[key.key], path, low_gradient)
+        cosine = (g * low).sum() / jnp.sqrt((g**2).sum() * (low**2).sum())
+        assert cosine > 0.95, (jax.tree_util.keystr(path), cosine)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -36,7 +36,7 @@ def moving(split, frames=20, digits=2):
 @functools.cache
 def easy_reader():
     """A classifier of the easy glyphs, trained as the command does, but shortly."""
-    return readouts.train_digit_reader(moving("train"), steps=400, copies=0)
+    return readouts.train_digit_reader(moving("train"), steps=500, batch_size=24, copies=0)
 
 
 def test_labels_belong_to_their_glyphs():

@@ -1,0 +1,50 @@
+"""What the benchmarks say about sizes; not what they say about time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY
+
+import bench
+import config as configuration
+from config import Config
+
+
+@pytest.mark.parametrize(
+    "name, millions, flop",
+    [
+        ("mmnist", {"encoder": 13.7, "tower": 6.1, "decoder": 22.1, "cells": 0.75}, 1.28e12),
+        ("minerl", {"encoder": 14.7, "tower": 6.1, "decoder": 24.9, "cells": 9.2}, 1.65e12),
+    ],
+)
+def test_arithmetic_of_the_published_configurations(name, millions, flop):
+    c = configuration.load(ROOT / "configs" / f"{name}.yml")
+    assert {part: x / 1e6 for part, x in bench.multiply_adds(c).items()} == pytest.approx(millions, rel=0.01)
+    assert bench.training_flop(c) == pytest.approx(flop, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, bound", [("mmnist", 3200), ("minerl", 4800)])
+def test_memory_at_published_sizes(name, bound):
+    """Megabytes of the training step's program, on a CPU; validation and evaluation, in chunks, take less."""
+    c = configuration.load(ROOT / "configs" / f"{name}.yml")
+    step, *others = (row["value"] for row in bench.bench_memory(c))
+    assert 100 < step < bound and max(others) < step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["step", "rollout", "metrics"])
+def test_benchmarks_run(name):
+    rows = bench.BENCHMARKS[name](Config(**TINY))
+    assert len(rows) >= 3 and all(row["value"] > 0 for row in rows)
+
+
+def test_the_command(tmp_path):
+    command = [sys.executable, ROOT / "bench.py", "metrics", "--batch_size=1", f"--json={tmp_path / 'out.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "frame_metrics" in done.stdout
+    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 3
+    done = subprocess.run([sys.executable, ROOT / "bench.py", "stp"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'step'?" in done.stderr

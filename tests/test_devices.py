@@ -1,0 +1,136 @@
+"""One device, many devices, many processes: the same numbers, the same files."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+
+import config as configuration
+import train
+from checkpoints import Checkpoints
+from cwvae import CWVAE
+
+
+def start(program, logdir, devices, *flags, **environment):
+    variables = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+    }
+    return subprocess.Popen(
+        [sys.executable, ROOT / program, f"--logdir={logdir}", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=variables | environment,
+    )
+
+
+def flags(**keys):
+    # Batches of 5: no number of devices here divides them.
+    keys = TINY | dict(batch_size=5, max_steps=5, save_scalars_every=1, kl_grad_post_perc=0.8, free_nats=0.5) | keys
+    return [f"--{key}={'null' if value is None else value}" for key, value in keys.items() if key != "logdir"]
+
+
+def finished(*processes):
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def cluster(count):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [[f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={i}"] for i in range(count)]
+
+
+def results(logdir):
+    (path,) = logdir.glob("digits/*/metrics.jsonl")
+    run = path.parent
+    c = configuration.load(run / "config.yml")
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: train.make_state(CWVAE(c))))
+    return [json.loads(line) for line in path.read_text().splitlines()], step, state
+
+
+def assert_close(a, b):
+    """Metrics of each step, validation among them, and the last parameters."""
+    (lines, step, state), (other_lines, other_step, other_state) = a, b
+    assert step == other_step and [x["step"] for x in lines] == [x["step"] for x in other_lines]
+    for line, other in zip(lines, other_lines, strict=True):
+        assert line.keys() == other.keys()
+        for name, value in line.items():
+            assert other[name] == pytest.approx(value, rel=2e-4, abs=1e-4), (line["step"], name)
+    for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(other_state.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_the_same_on_one_and_eight_devices_and_in_two_processes(tmp_path):
+    """Also evaluation, and going on elsewhere from a checkpoint of another number of devices."""
+    finished(start("train.py", tmp_path / "one", 1, *flags()))
+    finished(start("train.py", tmp_path / "eight", 8, *flags()))
+    finished(*(start("train.py", tmp_path / "two", 2, *flags(), *keys) for keys in cluster(2)))
+    one = results(tmp_path / "one")
+    assert_close(one, results(tmp_path / "eight"))
+    assert_close(one, results(tmp_path / "two"))
+
+    # Two processes go on where eight devices stopped, and one device where two processes stopped.
+    finished(*(start("train.py", tmp_path / "eight", 2, *flags(max_steps=7), *keys) for keys in cluster(2)))
+    finished(start("train.py", tmp_path / "two", 1, *flags(max_steps=7)))
+    assert_close(results(tmp_path / "eight"), results(tmp_path / "two"))
+
+    # Evaluation of the same checkpoint.
+    outputs = finished(start("eval.py", tmp_path / "one", 1), *())
+    finished(start("eval.py", tmp_path / "one", 8, "--num_samples=1"))
+    finished(*(start("eval.py", tmp_path / "one", 2, "--num_examples=3", *keys) for keys in cluster(2)))
+    assert "Averages over 3 sequences" in outputs[0]
+    found = sorted(tmp_path.glob("one/digits/*/eval_*/metrics.json"))
+    assert len(found) == 3
+    averages = [json.loads(path.read_text())["averages"] for path in found]
+    for other in averages[1:]:
+        for protocol, values in averages[0].items():
+            for name, value in values.items():
+                assert other[protocol][name] == pytest.approx(value, rel=1e-3)
+    for path in found[1:]:
+        for i in range(3):
+            a, b = (
+                np.load(p.parent / f"sample{i}" / "random_sample_1.npz")["arr_0"].astype(int) for p in (found[0], path)
+            )
+            assert np.abs(a - b).max() <= 1
+
+
+@pytest.mark.slow
+def test_replicas_are_equal(tmp_path):
+    """After some steps on eight devices, each holds the same parameters, to the bit."""
+    program = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import jax, numpy as np, dataclasses
+from conftest import TINY
+import train
+from config import Config
+state = train.train(Config(**TINY | dict(logdir={logdir!r}, batch_size=5)))
+assert jax.device_count() == 8
+for leaf in jax.tree.leaves(state):
+    copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+    assert len(copies) == 8
+    for copy in copies[1:]:
+        np.testing.assert_array_equal(copies[0], copy)
+print("equal")
+"""
+    program = program.format(root=str(ROOT), tests=str(ROOT / "tests"), logdir=str(tmp_path))
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+
+
+def test_some_of_the_cluster_keys_are_refused(tiny):
+    with pytest.raises(configuration.ConfigError, match="set all three, or none"):
+        train.train(dataclasses.replace(tiny, coordinator_address="127.0.0.1:1"))

@@ -1,0 +1,238 @@
+"""Interruptions of all kinds: what was trained stays, and ends where it would have ended without them."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+
+import config as configuration
+import cwvae
+import train
+from checkpoints import Checkpoints
+from config import ConfigError
+from cwvae import CWVAE
+from interrupts import Interrupted, Interrupts
+
+
+def start(logdir, **keys):
+    keys = TINY | dict(max_steps=60, save_scalars_every=3, save_model_every=5, save_named_model_every=20) | keys
+    flags = [f"--{key}={'null' if value is None else value}" for key, value in keys.items()]
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", f"--logdir={logdir}", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")},
+    )
+
+
+def run_of(logdir):
+    (path,) = logdir.glob("digits/*/config.yml")
+    return path.parent
+
+
+def outcome(logdir):
+    """The last state and the log."""
+    run = run_of(logdir)
+    c = configuration.load(run / "config.yml")
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: train.make_state(CWVAE(c))))
+    return step, state, (run / "metrics.jsonl").read_text()
+
+
+def assert_same(a, b):
+    assert a[0] == b[0] and a[2] == b[2]
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    logdir = tmp_path_factory.mktemp("whole")
+    output, _ = (process := start(logdir)).communicate()
+    assert process.returncode == 0, output
+    return outcome(logdir)
+
+
+def newest(run):
+    return max((int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+
+
+FAULTS = int(os.environ.get("FAULTS", "8"))
+"""How many to try; the short form is for every day."""
+
+
+def damage(file, chance):
+    """Cuts a file short, or flips one of its bits."""
+    content = bytearray(file.read_bytes())
+    position = chance.randrange(len(content))
+    if chance.random() < 0.5:
+        content = content[:position]
+    else:
+        content[position] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_random_faults_change_nothing(tmp_path, capsys):
+    """Signals at random moments, while starting, training, validating, saving; and damaged checkpoints in between."""
+    keys = dict(max_steps=60 * FAULTS, save_scalars_every=10, save_model_every=7, save_named_model_every=50)
+    whole = start(tmp_path / "whole", **keys)
+    output, _ = whole.communicate()
+    assert whole.returncode == 0, output
+
+    chance = random.Random(0)
+    codes = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130}
+    survived = dict.fromkeys([*codes, "damaged checkpoint"], 0)
+    logdir = tmp_path / "faults"
+    for _ in range(FAULTS):
+        process = start(logdir, **keys)
+        time.sleep(chance.uniform(2, 10))
+        name = chance.choice(list(codes))
+        process.send_signal(getattr(signal, name))
+        output, _ = process.communicate(timeout=60)
+        if process.returncode == 0:  # it was faster
+            break
+        # Before train.py handles signals, Python does.
+        assert process.returncode in (codes[name], -getattr(signal, name), 1 if name == "SIGINT" else None), output
+        survived[name] += 1
+        saved = sorted(
+            (p for p in logdir.glob("digits/*/checkpoints/*") if p.name.isdigit()), key=lambda p: int(p.name)
+        )
+        if len(saved) > 1 and chance.random() < 0.5:
+            damage(chance.choice([p for p in saved[-1].rglob("*") if p.is_file() and p.stat().st_size]), chance)
+            survived["damaged checkpoint"] += 1
+    output, _ = (process := start(logdir, **keys)).communicate()
+    assert process.returncode == 0, output
+    assert_same(outcome(logdir), outcome(tmp_path / "whole"))
+    assert sum(survived.values()) > FAULTS // 2
+    with capsys.disabled():
+        print(f"\nfaults survived: {survived}")
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_the_last_finished_step(tmp_path, uninterrupted, name, code):
+    process = start(tmp_path, save_model_every=1000)
+    while not list(tmp_path.glob("digits/*/metrics.jsonl")):
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()
+    begin = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate()
+    assert time.monotonic() - begin < 30
+    assert process.returncode == code, output
+    assert f"Interrupted by {name}; the same command goes on from here" in output
+    assert newest(run_of(tmp_path)) >= 3  # no interval asked for it
+    process = start(tmp_path)
+    process.communicate()
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+def test_signals_wait_for_what_is_deferred():
+    with pytest.raises(Interrupted) as caught, Interrupts() as interrupts:
+        done = False
+        with interrupts.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            done = True
+        raise AssertionError("not reached")
+    assert done and caught.value.exit_code == 143
+    with pytest.raises(Interrupted) as caught, Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert caught.value.exit_code == 130 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with Interrupts() as interrupts:
+        interrupts.hold()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    assert interrupts.received == signal.SIGTERM
+
+
+def test_interrupted_validation_is_logged_on_resume(tiny, monkeypatch):
+    """The step was taken, its line not written: the checkpoint keeps its metrics, and the line comes first."""
+    c = dataclasses.replace(tiny, save_scalars_every=2)
+    train.train(c)
+    want = (train.run_directory(c) / "metrics.jsonl").read_text()
+    again = dataclasses.replace(c, logdir=c.logdir + "2")
+
+    def interrupted(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validate", interrupted)
+        with pytest.raises(Interrupted):
+            train.train(again)
+    assert not (train.run_directory(again) / "metrics.jsonl").exists()
+    train.train(again)
+    assert (train.run_directory(again) / "metrics.jsonl").read_text() == want
+
+
+def test_two_trainings_in_one_directory(tmp_path):
+    first = start(tmp_path, max_steps=100_000, num_epochs=1000)
+    while not list(tmp_path.glob("digits/*/metrics.jsonl")):
+        time.sleep(0.05)
+        assert first.poll() is None, first.communicate()
+    second = start(tmp_path, max_steps=100_000, num_epochs=1000)
+    output, _ = second.communicate()
+    assert second.returncode == 2 and "is being trained by another process" in output
+    first.kill()
+    first.communicate()
+    third = start(tmp_path, max_steps=5)
+    output, _ = third.communicate()
+    assert third.returncode == 0, output
+
+
+def test_non_finite_steps_stop_the_training(tiny, monkeypatch, capsys):
+    c = dataclasses.replace(tiny, save_model_every=2, save_scalars_every=3, max_steps=9)
+    objective = cwvae.objective
+
+    def spoiled(config, terms, weight, frames, axis=None):
+        """The training's loss as it is, or NaN."""
+        loss, metrics = objective(config, terms, weight, frames, axis)
+        if axis is None:
+            return loss, metrics
+        return loss, metrics | {"loss": metrics["loss"] + (jnp.nan if spoiled.counter else 0.0)}
+
+    spoiled.counter = 0
+    monkeypatch.setattr(cwvae, "objective", spoiled)
+    train.train(dataclasses.replace(c, max_steps=4))
+    spoiled.counter = 1
+    jax.clear_caches()
+    with pytest.raises(
+        train.NonFinite, match=r"isn't finite since step 5; see .*nonfinite; the last good checkpoint stays"
+    ):
+        train.train(c)
+    run = train.run_directory(c)
+    found = json.loads((run / "nonfinite" / "step_5.json").read_text())
+    assert found["first_bad_step"] == 5 and found["seed"] == 0 and len(found["windows_of_its_batch"]) == 2
+    assert found["detected_at_step"] == 6 and "--max_steps 5 --save_scalars_every 1" in found["replay"]
+    assert found["metrics_at_detection"]["loss"] == "nan"
+    assert newest(run) == 4
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [3, 4]
+    # The replay goes from the last good checkpoint to the bad step and stops there.
+    with pytest.raises(train.NonFinite, match="since step 5"):
+        train.train(dataclasses.replace(c, max_steps=5, save_scalars_every=1))
+    # With the reason gone, training goes on.
+    spoiled.counter = 0
+    jax.clear_caches()
+    assert int(train.train(c).step) == 9
+
+
+def test_a_run_that_is_refused_is_left_alone(tiny):
+    train.train(dataclasses.replace(tiny, max_steps=1))
+    run = train.run_directory(tiny)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
+    (run / "config.yml").write_text((run / "config.yml").read_text().replace("lr: 0.001", "lr: 0.002"))
+    with pytest.raises(ConfigError):
+        train.train(tiny)
+    assert {p for p in run.rglob("*") if p.is_file() and p.name != "lock"} == set(before)

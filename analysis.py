@@ -145,11 +145,13 @@ def levels(arguments: Sequence[str]) -> None:
                 f"frames: test sequences of {run.name} have eval_seq_len = {run.config.eval_seq_len} frames, fewer "
                 f"than {T}; lower --frames or raise --eval_seq_len"
             )
+    workers = [Worker(run) for run in runs]
     directory = directory_for("levels", runs, given)
     results = {}
-    for i, (run, T) in enumerate(zip(runs, frames, strict=True)):
+    for i, (run, worker, T) in enumerate(zip(runs, workers, frames, strict=True)):
         latents = directory / ("latents" if len(runs) == 1 else f"latents_{i}")
-        results[run.name] = information(Worker(run), T, latents) | {"latents": latents.name, "run": str(run.checkpoint)}
+        found = {"latents": latents.name, "run": str(run.checkpoint.run), "checkpoint_step": run.checkpoint.step}
+        results[run.name] = found | information(worker, T, latents)
     write_levels(results, directory)
 
 
@@ -306,6 +308,7 @@ def digits(arguments: Sequence[str]) -> None:
     train_set, test_set = (digit_windows(run.config, split) for run, split in ((runs[0], "train"), (runs[0], "test")))
     for run in runs[1:]:
         same_readout(runs[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
+    workers = [Worker(run) for run in runs]
     print(f"Training a classifier of {runs[0].config.num_digits} digits")
     read = readouts.train_digit_reader(train_set)
     clean, total = readouts.clean_accuracy(read, test_set)
@@ -318,8 +321,8 @@ def digits(arguments: Sequence[str]) -> None:
     directory = directory_for("digits", runs, given)
     results: dict[str, Any] = {}
     truth: list[np.ndarray] = []
-    for run in runs:
-        worker, rights, upper = Worker(run), [], []
+    for run, worker in zip(runs, workers, strict=True):
+        rights, upper = [], []
         for first, valid, video in worker.batches():
             labels = np.stack([test_set.digits_in(first + row) for row in range(valid)])
             if run is runs[0]:
@@ -391,11 +394,12 @@ def rooms(arguments: Sequence[str]) -> None:
         same_readout(runs[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
         if run.config.channels != 3:
             raise ConfigError(f"dataset: {run.config.dataset} has no colours; rooms are read from those of mazes")
+    workers = [Worker(run) for run in runs]
     directory = directory_for("rooms", runs, given)
     found: dict[str, list[readouts.Rooms]] = {}
     copies: list[readouts.Rooms] = []
-    for run in runs:
-        worker, context = Worker(run), run.config.open_loop_ctx
+    for run, worker in zip(runs, workers, strict=True):
+        context = run.config.open_loop_ctx
         own, upper = found.setdefault(run.name, []), found.setdefault(f"{run.name}, {POSTERIOR}", [])
         for first, valid, video in worker.batches():
             samples = [worker.predictions(video, first, sample) for sample in range(run.config.num_samples)]

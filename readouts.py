@@ -101,7 +101,7 @@ def distorted(glyphs: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def train_digit_reader(
-    train: MovingDigits, steps: int = 4000, batch_size: int = 64, copies: int = 15, seed: int = 0
+    train: MovingDigits, steps: int = 5000, batch_size: int = 64, copies: int = 15, seed: int = 0
 ) -> Reader:
     """Trains a `DigitClassifier` on frames of the training digits with Adam, the rate falling to zero as a cosine.
 

@@ -425,6 +425,16 @@ def test_flags_of_one_command(run):
     assert not list(run.glob("levels_*")) and not list(run.glob("blind_*"))
 
 
+def test_a_damaged_checkpoint_is_refused_before_anything_is_made(run):
+    for file in (run / "checkpoints" / "4" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for command in "levels", "blind", "digits":
+        with pytest.raises(ConfigError, match="4 is damaged"):
+            call(command, run)
+        assert not list(run.glob(f"{command}_*"))
+
+
 def test_help():
     for arguments in [], ["--help"], ["rooms", "--help"]:
         done = subprocess.run([sys.executable, ROOT / "analysis.py", *arguments], capture_output=True, text=True)

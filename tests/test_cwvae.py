@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -177,10 +177,8 @@ def test_bfloat16_is_close_and_its_results_single_precision():
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((low_loss, low_terms, low_gradient)))
     assert low_loss == pytest.approx(float(loss), rel=1e-2) and low_loss != loss
     np.testing.assert_allclose(low_terms["kl"], terms["kl"], rtol=0.05, atol=0.1)
-    for path, g in jax.tree_util.tree_leaves_with_path(gradient):
-        low = reduce(lambda tree, key: tree[key.key], path, low_gradient)
-        cosine = (g * low).sum() / jnp.sqrt((g**2).sum() * (low**2).sum())
-        assert cosine > 0.95, (jax.tree_util.keystr(path), cosine)
+    g, low = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)]) for tree in (gradient, low_gradient))
+    assert (g * low).sum() / jnp.sqrt((g**2).sum() * (low**2).sum()) > 0.99
 
 
 @pytest.mark.parametrize("channels", [1, 3])

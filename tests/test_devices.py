@@ -39,7 +39,12 @@ def flags(**keys):
 
 
 def finished(*processes):
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
     return outputs
 
@@ -72,39 +77,44 @@ def assert_close(a, b):
         np.testing.assert_allclose(x, y, atol=2e-4)
 
 
+def assert_same_evaluations(logdir):
+    """All evaluations of the run, of three sequences each."""
+    found = sorted(logdir.glob("digits/*/eval_*/metrics.json"))
+    assert len(found) == 2
+    first, second = (json.loads(path.read_text())["averages"] for path in found)
+    flat, other = ([float(x) for x in jax.tree.leaves(tree) if isinstance(x, float)] for tree in (first, second))
+    assert len(flat) > 3 and flat == pytest.approx(other, rel=1e-3)
+    for i in range(3):
+        a, b = (np.load(path.parent / f"sample{i}" / "random_sample_1.npz")["arr_0"].astype(int) for path in found)
+        assert np.abs(a - b).max() <= 1
+
+
 @pytest.mark.slow
-def test_the_same_on_one_and_eight_devices_and_in_two_processes(tmp_path):
-    """Also evaluation, and going on elsewhere from a checkpoint of another number of devices."""
+def test_the_same_on_one_and_eight_devices(tmp_path):
+    """Also evaluation, and going on from the other's checkpoint."""
     finished(start("train.py", tmp_path / "one", 1, *flags()))
     finished(start("train.py", tmp_path / "eight", 8, *flags()))
+    assert_close(results(tmp_path / "one"), results(tmp_path / "eight"))
+    finished(start("train.py", tmp_path / "eight", 1, *flags(max_steps=7)))
+    finished(start("train.py", tmp_path / "one", 8, *flags(max_steps=7)))
+    assert_close(results(tmp_path / "one"), results(tmp_path / "eight"))
+    finished(start("eval.py", tmp_path / "one", 1))
+    finished(start("eval.py", tmp_path / "one", 8))
+    assert_same_evaluations(tmp_path / "one")
+
+
+@pytest.mark.multiprocess
+def test_the_same_in_two_processes(tmp_path):
+    """Also evaluation, and going on from the other's checkpoint."""
+    finished(start("train.py", tmp_path / "one", 1, *flags()))
     finished(*(start("train.py", tmp_path / "two", 2, *flags(), *keys) for keys in cluster(2)))
-    one = results(tmp_path / "one")
-    assert_close(one, results(tmp_path / "eight"))
-    assert_close(one, results(tmp_path / "two"))
-
-    # Two processes go on where eight devices stopped, and one device where two processes stopped.
-    finished(*(start("train.py", tmp_path / "eight", 2, *flags(max_steps=7), *keys) for keys in cluster(2)))
+    assert_close(results(tmp_path / "one"), results(tmp_path / "two"))
+    finished(*(start("train.py", tmp_path / "one", 2, *flags(max_steps=7), *keys) for keys in cluster(2)))
     finished(start("train.py", tmp_path / "two", 1, *flags(max_steps=7)))
-    assert_close(results(tmp_path / "eight"), results(tmp_path / "two"))
-
-    # Evaluation of the same checkpoint.
-    outputs = finished(start("eval.py", tmp_path / "one", 1), *())
-    finished(start("eval.py", tmp_path / "one", 8, "--num_samples=1"))
-    finished(*(start("eval.py", tmp_path / "one", 2, "--num_examples=3", *keys) for keys in cluster(2)))
-    assert "Averages over 3 sequences" in outputs[0]
-    found = sorted(tmp_path.glob("one/digits/*/eval_*/metrics.json"))
-    assert len(found) == 3
-    averages = [json.loads(path.read_text())["averages"] for path in found]
-    for other in averages[1:]:
-        for protocol, values in averages[0].items():
-            for name, value in values.items():
-                assert other[protocol][name] == pytest.approx(value, rel=1e-3)
-    for path in found[1:]:
-        for i in range(3):
-            a, b = (
-                np.load(p.parent / f"sample{i}" / "random_sample_1.npz")["arr_0"].astype(int) for p in (found[0], path)
-            )
-            assert np.abs(a - b).max() <= 1
+    assert_close(results(tmp_path / "one"), results(tmp_path / "two"))
+    finished(start("eval.py", tmp_path / "one", 1))
+    finished(*(start("eval.py", tmp_path / "one", 2, *keys) for keys in cluster(2)))
+    assert_same_evaluations(tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def finished(*processes):
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
     return outputs
 

@@ -62,7 +62,7 @@ class Affine(nn.Module):
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Array) -> Array:
-        return x @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
+        return (x @ self.kernel.astype(x.dtype) + self.bias).astype(x.dtype)  # the bias's gradient is a long sum
 
     def split(self, n: int) -> tuple[Array, Array]:
         return self.kernel[:n], self.kernel[n:]
@@ -85,8 +85,8 @@ class Convolution(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", lecun_normal, (self.size, self.size, self.inputs, self.outputs))
         bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
-        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-        return checkpoint_name((conv_transpose if self.transposed else conv)(x, kernel) + bias, "convolved")
+        y = (conv_transpose if self.transposed else conv)(x, kernel.astype(x.dtype)) + bias
+        return checkpoint_name(y.astype(x.dtype), "convolved")
 
 
 def conv(x: Array, kernel: Array) -> Array:

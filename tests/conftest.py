@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,15 @@ def compile_once():
             patch.setattr(program, "CWVAE", model)
         patch.setattr(train, "make_train_step", functools.cache(train.make_train_step))
         yield
+
+
+@pytest.fixture(autouse=True)
+def room_for_compiled_programs():
+    """Linux allows a process 65,530 memory mappings. What XLA compiles takes them, and without any left it crashes."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """All devices of this process and of the others: connecting, placing states and batches, exchanging small things."""
 
+import dataclasses
 import json
 import os
 from collections import deque
@@ -15,8 +16,11 @@ from config import Config, ConfigError
 from data import Batch
 
 
-def connect(config: Config) -> None:
+def connect(config: Config) -> Config:
     """Joins the other processes of a cluster: those that the configuration names, or that the environment announces.
+
+    Returns:
+        The configuration without the keys that name them, which are this start's and not the run's.
 
     Raises:
         ConfigError: only some of the keys are set, or the coordinator can't be reached.
@@ -32,6 +36,12 @@ def connect(config: Config) -> None:
             raise ConfigError(f"coordinator_address: can't reach {c.coordinator_address} ({error})") from error
     elif announced():
         jax.distributed.initialize()
+    if jax.process_count() > 1:
+        # Links between CPUs are made at the first exchange, which fails where one process comes 30 s after another: now
+        # that all are here they are made, for exchanges between processes and for those between all devices.
+        multihost_utils.sync_global_devices("connected")
+        jax.pmap(lambda x: jax.lax.psum(x, "data"), axis_name="data")(np.ones(jax.local_device_count()))
+    return dataclasses.replace(c, coordinator_address=None, num_processes=None, process_id=None)
 
 
 def announced() -> bool:

@@ -258,8 +258,7 @@ def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         ConfigError: what is asked for can't work.
     """
-    c = config
-    connect(c)
+    c = connect(config)
     devices = Devices()
     model = CWVAE(c)
     test = data.windows(c, "test")

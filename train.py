@@ -219,7 +219,7 @@ def train(config: Config) -> TrainState:
         Interrupted: by SIGTERM or Ctrl-C, after saving the last finished step.
     """
     with Interrupts() as interrupts, contextlib.ExitStack() as resources:
-        connect(config)
+        config = connect(config)
         devices = Devices()
         first = devices.process == 0
         wandb_run: list[Any] = [None]

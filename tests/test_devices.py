@@ -103,7 +103,7 @@ def test_the_same_on_one_and_eight_devices(tmp_path):
     assert_same_evaluations(tmp_path / "one")
 
 
-@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_the_same_in_two_processes(tmp_path):
     """Also evaluation, and going on from the other's checkpoint."""
     finished(start("train.py", tmp_path / "one", 1, *flags()))

@@ -35,7 +35,7 @@ import train
 from config import Config, ConfigError
 from cwvae import CWVAE
 from devices import Devices
-from interrupts import Interrupted, Interrupts
+from interrupts import Interrupts, exit_codes
 
 
 class Run(NamedTuple):
@@ -55,16 +55,12 @@ def parse_runs(command: str, arguments: Sequence[str], **special: str) -> tuple[
     Raises:
         ConfigError: as `eval.parse` does.
     """
-    named, flags = comparisons.split_names(arguments)
-    program = f"analysis.py {command} [NAME=]RUN ..."
-    given, values = configuration.parse_flags(
-        flags, program, f"{COMMANDS[command][1]}. RUN is as eval.py's --logdir.", out=comparisons.OUT, **special
+    description = f"{COMMANDS[command][1]}. RUN is as eval.py's --logdir."
+    named, given, values = comparisons.parse_named(
+        arguments, f"analysis.py {command} [NAME=]RUN ...", description, True, **special
     )
-    if not named:
-        raise ConfigError(f"command line: no run is named; call {program}")
-    overrides = configuration.typed(values, "command line")
     checkpoints = [evaluation.find_checkpoint(path) for _, path in named]
-    configs = [Config(**configuration.read_yaml(found.run / "config.yml") | overrides) for found in checkpoints]
+    configs = [configuration.merged(found.run / "config.yml", values) for found in checkpoints]
     names = comparisons.with_names([name for name, _ in named], configs)
     return [Run(*run) for run in zip(names, configs, checkpoints, strict=True)], given
 
@@ -116,18 +112,16 @@ class Worker:
 
     def predictions(self, video: np.ndarray, first: int, sample: int) -> np.ndarray:
         """The frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
-        c = self.config
-        keys, context = self.keys(first, len(video), sample), video[:, : c.open_loop_ctx]
-        frames = video.shape[1] - c.open_loop_ctx
-        parts = cwvae.open_loop(self.model, self.params, context, keys, frames, c.use_obs, place=self.devices.put)
-        chunks = [np.asarray(tools.to_uint8(chunk)) for name, chunk in parts if name == "prior_multistep"]
-        return np.concatenate(chunks, axis=1)
+        keys = self.keys(first, len(video), sample)
+        chunks = evaluation.predicted(self.model, self.params, video, keys, self.devices.put)
+        return np.concatenate([np.asarray(tools.to_uint8(chunk)) for chunk in chunks], axis=1)
 
     def reconstructions(self, video: np.ndarray, first: int) -> np.ndarray:
         """The same frames as the posterior reconstructs them, which sees them: what predictions are bounded by."""
-        inferred = cwvae.posterior(self.model, self.params, video, self.keys(first, len(video)), place=self.devices.put)
-        chunks = [np.asarray(tools.to_uint8(cwvae.decode(self.model, self.params, rollouts))) for rollouts in inferred]
-        return np.concatenate(chunks, axis=1)[:, self.config.open_loop_ctx :]
+        keys = self.keys(first, len(video))
+        chunks = evaluation.reconstructed(self.model, self.params, video, keys, self.devices.put)
+        frames = np.concatenate([np.asarray(tools.to_uint8(chunk)) for chunk in chunks], axis=1)
+        return frames[:, self.config.open_loop_ctx :]
 
 
 # ---------------------------------------------------------------------------------------------- levels
@@ -452,7 +446,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def main() -> None:
-    try:
+    with exit_codes(), Interrupts():
         train.use_compilation_cache()
         command, *arguments = sys.argv[1:] or ["--help"]
         if command in ("-h", "--help"):
@@ -460,13 +454,7 @@ def main() -> None:
             print("python analysis.py <command> --help lists a command's flags.")
             return
         configuration.choose("command", command, list(COMMANDS))
-        with Interrupts():
-            COMMANDS[command][0](arguments)
-    except ConfigError as error:
-        sys.exit(configuration.refuse(error))
-    except Interrupted as interrupt:
-        print(f"Interrupted by {interrupt}", file=sys.stderr)
-        sys.exit(interrupt.exit_code)
+        COMMANDS[command][0](arguments)
 
 
 if __name__ == "__main__":

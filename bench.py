@@ -33,9 +33,10 @@ import cwvae
 import data
 import tools
 import train
-from config import FRAME_SIZE, Config, ConfigError
+from config import FRAME_SIZE, Config
 from cwvae import CWVAE
 from devices import Devices
+from interrupts import exit_codes
 
 sys.path.append(str(Path(__file__).parent / "tests"))
 import textbook  # the textbook form, which the tests check too
@@ -306,13 +307,13 @@ def bench_rollout(config: Config) -> list[Row]:
     frames = c.batch_size * (T - context)
     return [
         *(timed(name, values, frames_per_s=frames / statistics.median(values)) for name, values in times.items()),
-        row("speed-up", "times", *ratio(times)),
+        row("speed-up", "times", ratio(times)),
     ]
 
 
-def ratio(times: dict[str, list[float]]) -> tuple[float]:
+def ratio(times: dict[str, list[float]]) -> float:
     first, second = (statistics.median(values) for values in times.values())
-    return (first / second,)
+    return first / second
 
 
 def bench_metrics(config: Config) -> list[Row]:
@@ -334,7 +335,7 @@ def bench_metrics(config: Config) -> list[Row]:
     frames = math.prod(shape[:2])
     return [
         *(timed(name, values, frames_per_s=frames / statistics.median(values)) for name, values in times.items()),
-        row("speed-up", "times", *ratio(times)),
+        row("speed-up", "times", ratio(times)),
     ]
 
 
@@ -445,13 +446,13 @@ def bench_train(config: Config) -> list[Row]:
 def bench_data(config: Config) -> list[Row]:
     """From mp4 to frames, and from frames to batches of 50 windows of 100 colour frames (61 MB each)."""
     with tempfile.TemporaryDirectory() as folder:
-        train = Path(folder) / "train"
-        train.mkdir()
+        videos = Path(folder) / "train"
+        videos.mkdir()
         content = encode(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), frames=500)
         count = 120
         for i in range(count):
-            (train / f"{i:03}.mp4").write_bytes(content)
-        (Path(folder) / "test").symlink_to(train)
+            (videos / f"{i:03}.mp4").write_bytes(content)
+        (Path(folder) / "test").symlink_to(videos)
         c = dataclasses.replace(
             config,
             dataset="videos",
@@ -550,7 +551,7 @@ def machine() -> Row:
 
 
 def main() -> None:
-    try:
+    with exit_codes():
         name, *argv = sys.argv[1:] or ["nothing"]
         configuration.choose("command line", name, list(BENCHMARKS))
         special, flags = configuration.parse_flags(
@@ -560,11 +561,7 @@ def main() -> None:
             config="YAML file",
             json="also write the results here",
         )
-        values = configuration.read_yaml(special["config"]) if "config" in special else {}
-        config = Config(**values | configuration.typed(flags, "command line"))
-        rows = BENCHMARKS[name](config)
-    except ConfigError as error:
-        sys.exit(configuration.refuse(error))
+        rows = BENCHMARKS[name](configuration.merged(special.get("config"), flags))
     results = {"benchmark": name, **machine(), "config": special.get("config"), **flags}
     print("\n" + ", ".join(f"{key} {value}" for key, value in results.items() if value is not None) + "\n")
     for entry in rows:

@@ -22,14 +22,27 @@ from config import Config, ConfigError
 OUT = "new directory for the results; for a single run by default below its directory"
 
 
-def split_names(arguments: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
-    """The `[NAME=]DIRECTORY`s that a command line begins with, the name empty where there is none; and the rest."""
-    given = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+def parse_named(
+    arguments: Sequence[str], program: str, description: str, keys: bool = True, **special: str
+) -> tuple[list[tuple[str, Path]], dict[str, str], dict[str, str]]:
+    """The `[NAME=]DIRECTORY`s that a command line begins with, the name empty where there is none; then its flags.
+
+    Returns:
+        The directories by name, and what `config.parse_flags` returns, with `--out` among the special flags.
+
+    Raises:
+        ConfigError: no directory is named; or as `config.parse_flags`.
+    """
+    directories = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    flags = arguments[len(directories) :]
+    given, values = configuration.parse_flags(flags, program, description, keys, out=OUT, **special)
+    if not directories:
+        raise ConfigError(f"command line: no directory is named; call {program}")
     named = []
-    for argument in given:
-        name, equals, path = argument.partition("=")
-        named.append((name, Path(path)) if equals and not Path(argument).exists() else ("", Path(argument)))
-    return named, list(arguments[len(given) :])
+    for directory in directories:
+        name, equals, path = directory.partition("=")
+        named.append((name, Path(path)) if equals and not Path(directory).exists() else ("", Path(directory)))
+    return named, given, values
 
 
 def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
@@ -104,15 +117,12 @@ def compare(arguments: Sequence[str]) -> None:
 
     `<metric>_<protocol>.png`, comparison.md, comparison.csv, comparison.json.
     """
-    named, flags = split_names(arguments)
-    given, _ = configuration.parse_flags(
-        flags,
-        "analysis.py compare [NAME=]RUN ...",
+    named, given, _ = parse_named(
+        arguments,
+        "analysis.py compare [NAME=]RUN ... --out DIR",
         "Quality over distance of several evaluations (Figure 1). RUN may be one of its evaluations.",
-        out=OUT,
+        keys=False,
     )
-    if not named:
-        raise ConfigError("command line: no run is named; call analysis.py compare [NAME=]RUN ... --out DIR")
     paths = [find_results(path) for _, path in named]
     found = [read_json(path, "lines") for path in paths]
     values = [configuration.typed(results["config"], str(path)) for results, path in zip(found, paths, strict=True)]
@@ -213,15 +223,12 @@ def ranks(arguments: Sequence[str]) -> None:
 
     `ranks_<protocol>.png`, ranks.md, ranks.csv.
     """
-    named, flags = split_names(arguments)
-    given, _ = configuration.parse_flags(
-        flags,
-        "analysis.py ranks DIR ...",
+    named, given, _ = parse_named(
+        arguments,
+        "analysis.py ranks DIR ... --out DIR",
         "Average ranks over several comparisons (Figure 5c). DIR is a directory that compare wrote.",
-        out=OUT,
+        keys=False,
     )
-    if not named:
-        raise ConfigError("command line: no comparison is named; call analysis.py ranks DIR ... --out DIR")
     paths = [path / "comparison.json" for _, path in named]
     found = [read_json(path, "ranks") for path in paths]
     first = found[0]

@@ -11,7 +11,6 @@ import difflib
 import json
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -320,17 +319,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def load(path: str | Path) -> Config:
     """The configuration in a YAML file, over the defaults; raises ConfigError as `read_yaml` and `Config` do."""
-    return Config(**read_yaml(path))
+    return merged(path, {})
 
 
 def parse_flags(
-    argv: Sequence[str], program: str, description: str, **special: str
+    argv: Sequence[str], program: str, description: str, keys: bool = True, **special: str
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Reads `--key value`, `--key=value` and, for booleans, `--key`; dashes in keys count as underscores.
 
     Args:
         argv: the arguments, without the program's name.
         program, description: for `--help`.
+        keys: whether the program takes configuration keys.
         **special: flags of this program that aren't configuration keys, with their help; they hide keys of the same
         name.
 
@@ -345,20 +345,20 @@ def parse_flags(
     )
     for key, help in special.items():
         parser.add_argument(f"--{key}", help=help, metavar="VALUE")
-    group = parser.add_argument_group("configuration (defaults < YAML < these < wandb)")
-    for field in dataclasses.fields(Config):
-        if field.name not in special:
-            default = "null" if field.default is None else field.default
-            optional: Any = {"nargs": "?", "const": "true"} if field.type is bool else {}
-            group.add_argument(
-                f"--{field.name}", help=f"{field.metadata['help']} (default: {default})", metavar="VALUE", **optional
-            )
+    group = parser.add_argument_group("configuration (defaults < YAML < these < wandb)") if keys else parser
+    fields = [field for field in dataclasses.fields(Config) if keys and field.name not in special]
+    for field in fields:
+        default = "null" if field.default is None else field.default
+        optional: Any = {"nargs": "?", "const": "true"} if field.type is bool else {}
+        group.add_argument(
+            f"--{field.name}", help=f"{field.metadata['help']} (default: {default})", metavar="VALUE", **optional
+        )
     argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
     given, rest = parser.parse_known_args(argv)
     if rest:
-        keys = ["--" + key for key in [*special, *(field.name for field in dataclasses.fields(Config))]]
+        known = ["--" + key for key in [*special, *(field.name for field in fields)]]
         flag = rest[0].split("=")[0]
-        raise ConfigError(f"command line: unknown argument {rest[0]!r}{nearest(flag, keys)}")
+        raise ConfigError(f"command line: unknown argument {rest[0]!r}{nearest(flag, known)}")
     values = vars(given)
     return {k: v for k, v in values.items() if k in special}, {k: v for k, v in values.items() if k not in special}
 
@@ -370,6 +370,11 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ConfigError(f"command line: {message}")
 
 
+def merged(path: str | Path | None, flags: Mapping[str, str]) -> Config:
+    """Defaults < the YAML file, if any < flags; raises ConfigError as `read_yaml`, `typed` and `Config` do."""
+    return Config(**(read_yaml(path) if path is not None else {}) | typed(flags, "command line"))
+
+
 def parse(argv: Sequence[str], program: str = "train.py", description: str = "Train a Clockwork VAE.") -> Config:
     """The configuration from a command line: defaults < `--config` file < flags.
 
@@ -377,11 +382,4 @@ def parse(argv: Sequence[str], program: str = "train.py", description: str = "Tr
         ConfigError: as `load` and `parse_flags` do.
     """
     special, flags = parse_flags(argv, program, description, config="YAML file, e.g. configs/minerl.yml")
-    values = read_yaml(special["config"]) if "config" in special else {}
-    return Config(**values | typed(flags, "command line"))
-
-
-def refuse(error: ConfigError) -> int:
-    """Prints the error in one line; returns the exit code for bad input."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    return merged(special.get("config"), flags)

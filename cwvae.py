@@ -449,7 +449,7 @@ def scan(
     weights: dict[str, tuple[Array, Array]],
     state: Any,
     inputs: Any,
-    cast: Callable[[Array], Array] = lambda x: x,
+    cast: Callable[[Array], Array],
 ) -> tuple[Any, Any]:
     """`lax.scan` of `tick(dense, state, inputs)` over time; dense(name, x) is x @ kernel + bias of `weights[name]`.
 

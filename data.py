@@ -18,6 +18,7 @@ import config as config_module
 import pictures
 import videos
 from config import FRAME_SIZE, Config, ConfigError
+from interrupts import exit_codes
 
 
 class Windows(Protocol):
@@ -361,10 +362,8 @@ def look(config: Config) -> None:
 
 
 def main() -> None:
-    try:
+    with exit_codes():
         look(config_module.parse(sys.argv[1:], "data.py", "Prepare a dataset, and look at it."))
-    except ConfigError as error:
-        sys.exit(config_module.refuse(error))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from checkpoints import Checkpoints
 from config import Config, ConfigError
 from cwvae import CWVAE
 from devices import Devices, connect
-from interrupts import Interrupted, Interrupts
+from interrupts import Interrupts, exit_codes
 
 
 class Checkpoint(NamedTuple):
@@ -90,8 +90,7 @@ def parse(argv: list[str]) -> tuple[Config, Checkpoint]:
     if "logdir" not in special:
         raise ConfigError("command line: --logdir is missing; name a run directory that train.py printed")
     checkpoint = find_checkpoint(Path(special["logdir"]))
-    values = configuration.read_yaml(checkpoint.run / "config.yml")
-    return Config(**values | configuration.typed(flags, "command line")), checkpoint
+    return configuration.merged(checkpoint.run / "config.yml", flags), checkpoint
 
 
 def load_params(model: CWVAE, checkpoint: Checkpoint) -> Any:
@@ -134,22 +133,36 @@ def compare(truth: np.ndarray, chunks: Iterable[Any], place: Callable[[Any], Any
     return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *jax.device_get(metrics))
 
 
+def predicted(
+    model: CWVAE, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
+) -> Iterator[Array]:
+    """One sample of the frames of video uint8 [B, T, H, W, C] after its context, in chunks of time."""
+    c = model.config
+    context, frames = video[:, : c.open_loop_ctx], video.shape[1] - c.open_loop_ctx
+    parts = cwvae.open_loop(model, params, context, keys, frames, c.use_obs, place=place)
+    return (chunk for name, chunk in parts if name == "prior_multistep")
+
+
+def reconstructed(
+    model: CWVAE, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
+) -> Iterator[Array]:
+    """All frames of video uint8 [B, T, H, W, C], from a posterior that sees them, in chunks of time."""
+    inferred = cwvae.posterior(model, params, video, keys, place=place)
+    return (cwvae.decode(model, params, rollouts) for rollouts in inferred)
+
+
 def predict(
     model: CWVAE, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
 ) -> Prediction:
     """Predicts the frames of video uint8 [B, T, H, W, C] after its context, and compares them with it."""
-    c = model.config
-    start = c.open_loop_ctx
     frames = []
 
     def chunks() -> Iterator[Array]:
-        parts = cwvae.open_loop(model, params, video[:, :start], keys, video.shape[1] - start, c.use_obs, place=place)
-        for name, chunk in parts:
-            if name == "prior_multistep":
-                frames.append(np.asarray(tools.to_uint8(chunk)))
-                yield chunk
+        for chunk in predicted(model, params, video, keys, place):
+            frames.append(np.asarray(tools.to_uint8(chunk)))
+            yield chunk
 
-    metrics = compare(video[:, start:], chunks(), place)
+    metrics = compare(video[:, model.config.open_loop_ctx :], chunks(), place)
     return Prediction(np.concatenate(frames, axis=1), metrics)
 
 
@@ -176,8 +189,7 @@ def references(
     future = video[:, context:]
     B, T = future.shape[:2]
     parts = [slice(start, start + chunk) for start in range(0, T, chunk)]
-    inferred = cwvae.posterior(model, params, video, keys, place=place)
-    reconstruction = compare(video, (cwvae.decode(model, params, rollouts) for rollouts in inferred), place)
+    reconstruction = compare(video, reconstructed(model, params, video, keys, place), place)
     last = np.broadcast_to(video[:, context - 1 : context], future.shape)
     found = {
         "posterior": jax.tree.map(lambda values: values[:, context:], reconstruction),
@@ -443,15 +455,9 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    try:
+    with exit_codes(), Interrupts():
         train.use_compilation_cache()
-        with Interrupts():
-            evaluate(*parse(sys.argv[1:]))
-    except ConfigError as error:
-        sys.exit(configuration.refuse(error))
-    except Interrupted as interrupt:
-        print(f"Interrupted by {interrupt}; the same command goes on from here", file=sys.stderr)
-        sys.exit(interrupt.exit_code)
+        evaluate(*parse(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""SIGINT and SIGTERM as an exception that comes at a safe moment."""
+"""How programs end: SIGINT and SIGTERM as an exception that comes at a safe moment, and exit codes."""
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+from config import ConfigError
 
 
 class Interrupted(BaseException):
@@ -59,3 +62,16 @@ class Interrupts:
             self.depth -= 1
         if self.received is not None and not self.depth:
             raise Interrupted(self.received)
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """For a program's `main`: a ConfigError ends it with one line and exit code 2, a signal with its own."""
+    try:
+        yield
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as interrupt:
+        print(f"Interrupted by {interrupt}; call the same command again to go on", file=sys.stderr)
+        sys.exit(interrupt.exit_code)

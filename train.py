@@ -32,7 +32,7 @@ from checkpoints import Checkpoints
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
 from devices import Devices, connect
-from interrupts import Interrupted, Interrupts
+from interrupts import Interrupted, Interrupts, exit_codes
 
 FREE_ON_RESUME = {
     *("datadir", "rebuild_frames", "logdir", "wandb", "coordinator_address", "num_processes", "process_id"),
@@ -410,16 +410,12 @@ def use_compilation_cache() -> None:
 
 
 def main() -> None:
-    try:
+    with exit_codes():
         use_compilation_cache()
-        train(configuration.parse(sys.argv[1:]))
-    except ConfigError as error:
-        sys.exit(configuration.refuse(error))
-    except NonFinite as error:
-        sys.exit(f"error: {error}")
-    except Interrupted as interrupt:
-        print(f"Interrupted by {interrupt}; the same command goes on from here", file=sys.stderr)
-        sys.exit(interrupt.exit_code)
+        try:
+            train(configuration.parse(sys.argv[1:]))
+        except NonFinite as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -394,9 +394,10 @@ def test_ranks_over_datasets(tmp_path):
             ["level"],
             "command: must be one of levels, blind, digits, rooms, compare, ranks, got 'level'; did you mean 'levels'?",
         ),
-        (["levels"], "command line: no run is named; call analysis.py levels [NAME=]RUN ..."),
+        (["levels"], "command line: no directory is named; call analysis.py levels [NAME=]RUN ..."),
         (["levels", "nowhere"], "logdir: nowhere is no directory"),
-        (["compare", "--levels=3"], "command line: no run is named"),
+        (["compare"], "command line: no directory is named"),
+        (["compare", "run", "--levels=3"], "command line: unknown argument '--levels=3'"),
         (["digits", "--frmaes=3"], "command line: unknown argument '--frmaes=3'"),
     ],
 )

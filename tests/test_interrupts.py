@@ -131,7 +131,7 @@ def test_a_signal_saves_the_last_finished_step(tmp_path, uninterrupted, name, co
     output, _ = process.communicate()
     assert time.monotonic() - begin < 30
     assert process.returncode == code, output
-    assert f"Interrupted by {name}; the same command goes on from here" in output
+    assert f"Interrupted by {name}; call the same command again to go on" in output
     assert newest(run_of(tmp_path)) >= 3  # no interval asked for it
     process = start(tmp_path)
     process.communicate()

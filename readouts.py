@@ -220,7 +220,7 @@ def visits(colors: np.ndarray, known: Sequence[np.ndarray] = ()) -> tuple[np.nda
         if found:
             overlaps = shared(np.array(found), frame)
             if overlaps.max() >= SAME_ROOM:
-                shown[t] = overlaps.argmax()
+                shown[t] = np.argmax(overlaps)
                 continue
         recent = colors[max(0, t - STAY + 1) : t + 1]
         if len(recent) == STAY and (shown[t - STAY + 1 : t] == -1).all():

@@ -72,6 +72,19 @@ def timed(what: str, times: list[float], **more: float) -> Row:
     return row(what, "ms", statistics.median(times) * 1e3, spread=(max(times) - min(times)) * 1e3, **more)
 
 
+def compared(times: dict[str, list[float]], **amounts: float) -> list[Row]:
+    """Two contenders' times, with each amount divided by their seconds, and how many times as fast the second is."""
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first, second = medians.values()
+    return [
+        *(
+            timed(name, times[name], **{key: amount / s for key, amount in amounts.items()})
+            for name, s in medians.items()
+        ),
+        row("speed-up", "times", first / second),
+    ]
+
+
 # ---------------------------------------------------------------------------------------------- the floor
 
 
@@ -186,23 +199,9 @@ def bench_step(config: Config) -> list[Row]:
     """A training step against the textbook form of the same model, and against the machine's floor."""
     c, bench = config, Bench(config)
     times = in_turn({"textbook form": bench.textbook_stepper(), "training step": bench.stepper()})
-    ours, textbooks = (statistics.median(times[name]) for name in ("training step", "textbook form"))
     least, rows = floor(c)
-    frames = c.batch_size * c.seq_len
-    return [
-        *(
-            timed(
-                name,
-                values,
-                frames_per_s=frames / statistics.median(values),
-                TFLOP_per_s=training_flop(c) / statistics.median(values) / 1e12,
-                floor_share=least / statistics.median(values),
-            )
-            for name, values in times.items()
-        ),
-        row("speed-up", "times", textbooks / ours),
-        *rows,
-    ]
+    frames, flop = c.batch_size * c.seq_len, training_flop(c)
+    return compared(times, frames_per_s=frames, TFLOP_per_s=flop / 1e12, floor_share=least) + rows
 
 
 def bench_tricks(config: Config) -> list[Row]:
@@ -304,16 +303,7 @@ def bench_rollout(config: Config) -> list[Row]:
         },
         3,
     )
-    frames = c.batch_size * (T - context)
-    return [
-        *(timed(name, values, frames_per_s=frames / statistics.median(values)) for name, values in times.items()),
-        row("speed-up", "times", ratio(times)),
-    ]
-
-
-def ratio(times: dict[str, list[float]]) -> float:
-    first, second = (statistics.median(values) for values in times.values())
-    return first / second
+    return compared(times, frames_per_s=c.batch_size * (T - context))
 
 
 def bench_metrics(config: Config) -> list[Row]:
@@ -332,11 +322,7 @@ def bench_metrics(config: Config) -> list[Row]:
 
     on_device = jax.jit(lambda a, b: [tools.frame_metrics(a, b, protocol) for protocol in tools.PROTOCOLS])
     times = in_turn({"scikit-image": host, "frame_metrics": lambda: on_device(truth, prediction)}, 3)
-    frames = math.prod(shape[:2])
-    return [
-        *(timed(name, values, frames_per_s=frames / statistics.median(values)) for name, values in times.items()),
-        row("speed-up", "times", ratio(times)),
-    ]
+    return compared(times, frames_per_s=math.prod(shape[:2]))
 
 
 # ---------------------------------------------------------------------------------------------- memory

@@ -41,6 +41,15 @@ TINY = dict(
 )
 
 
+COMPILED = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")}
+"""Part of the environment of programs: they share what they compile."""
+
+
+def flags(**keys) -> list[str]:
+    """A tiny configuration as a program's flags."""
+    return [f"--{key}={'null' if value is None else value}" for key, value in (TINY | keys).items()]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def compile_once():
     """Trainings that differ only in what the model and its training step don't depend on share what was compiled."""

@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from conftest import COMPILED, ROOT, flags
 
 import config as configuration
 import train
@@ -18,13 +18,10 @@ from checkpoints import Checkpoints
 from cwvae import CWVAE
 
 
-def start(program, logdir, devices, *flags, **environment):
-    variables = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-    }
+def start(program, logdir, devices, *arguments, **environment):
+    variables = os.environ | COMPILED | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen(
-        [sys.executable, ROOT / program, f"--logdir={logdir}", *flags],
+        [sys.executable, ROOT / program, f"--logdir={logdir}", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -32,10 +29,9 @@ def start(program, logdir, devices, *flags, **environment):
     )
 
 
-def flags(**keys):
+def training(**keys):
     # Batches of 5: no number of devices here divides them.
-    keys = TINY | dict(batch_size=5, max_steps=5, save_scalars_every=1, kl_grad_post_perc=0.8, free_nats=0.5) | keys
-    return [f"--{key}={'null' if value is None else value}" for key, value in keys.items() if key != "logdir"]
+    return flags(**dict(batch_size=5, max_steps=5, save_scalars_every=1, kl_grad_post_perc=0.8, free_nats=0.5) | keys)
 
 
 def finished(*processes):
@@ -92,11 +88,11 @@ def assert_same_evaluations(logdir):
 @pytest.mark.slow
 def test_the_same_on_one_and_eight_devices(tmp_path):
     """Also evaluation, and going on from the other's checkpoint."""
-    finished(start("train.py", tmp_path / "one", 1, *flags()))
-    finished(start("train.py", tmp_path / "eight", 8, *flags()))
+    finished(start("train.py", tmp_path / "one", 1, *training()))
+    finished(start("train.py", tmp_path / "eight", 8, *training()))
     assert_close(results(tmp_path / "one"), results(tmp_path / "eight"))
-    finished(start("train.py", tmp_path / "eight", 1, *flags(max_steps=7)))
-    finished(start("train.py", tmp_path / "one", 8, *flags(max_steps=7)))
+    finished(start("train.py", tmp_path / "eight", 1, *training(max_steps=7)))
+    finished(start("train.py", tmp_path / "one", 8, *training(max_steps=7)))
     assert_close(results(tmp_path / "one"), results(tmp_path / "eight"))
     finished(start("eval.py", tmp_path / "one", 1))
     finished(start("eval.py", tmp_path / "one", 8))
@@ -106,11 +102,11 @@ def test_the_same_on_one_and_eight_devices(tmp_path):
 @pytest.mark.slow
 def test_the_same_in_two_processes(tmp_path):
     """Also evaluation, and going on from the other's checkpoint."""
-    finished(start("train.py", tmp_path / "one", 1, *flags()))
-    finished(*(start("train.py", tmp_path / "two", 2, *flags(), *keys) for keys in cluster(2)))
+    finished(start("train.py", tmp_path / "one", 1, *training()))
+    finished(*(start("train.py", tmp_path / "two", 2, *training(), *keys) for keys in cluster(2)))
     assert_close(results(tmp_path / "one"), results(tmp_path / "two"))
-    finished(*(start("train.py", tmp_path / "one", 2, *flags(max_steps=7), *keys) for keys in cluster(2)))
-    finished(start("train.py", tmp_path / "two", 1, *flags(max_steps=7)))
+    finished(*(start("train.py", tmp_path / "one", 2, *training(max_steps=7), *keys) for keys in cluster(2)))
+    finished(start("train.py", tmp_path / "two", 1, *training(max_steps=7)))
     assert_close(results(tmp_path / "one"), results(tmp_path / "two"))
     finished(start("eval.py", tmp_path / "one", 1))
     finished(*(start("eval.py", tmp_path / "one", 2, *keys) for keys in cluster(2)))

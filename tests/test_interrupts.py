@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from conftest import COMPILED, ROOT, flags
 
 import config as configuration
 import cwvae
@@ -25,14 +25,13 @@ from interrupts import Interrupted, Interrupts
 
 
 def start(logdir, **keys):
-    keys = TINY | dict(max_steps=60, save_scalars_every=3, save_model_every=5, save_named_model_every=20) | keys
-    flags = [f"--{key}={'null' if value is None else value}" for key, value in keys.items()]
+    keys = dict(max_steps=60, save_scalars_every=3, save_model_every=5, save_named_model_every=20) | keys
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", f"--logdir={logdir}", *flags],
+        [sys.executable, ROOT / "train.py", f"--logdir={logdir}", *flags(**keys)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")},
+        env=os.environ | COMPILED,
     )
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import COMPILED, ROOT, TINY, flags
 
 import config as configuration
 import data
@@ -199,14 +199,9 @@ def test_learns(tmp_path):
 
 def run_program(program, arguments, home, **environment):
     variables = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(home)} | environment
-    variables["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
     return subprocess.run(
-        [sys.executable, ROOT / program, *arguments], capture_output=True, text=True, cwd=home, env=variables
+        [sys.executable, ROOT / program, *arguments], capture_output=True, text=True, cwd=home, env=variables | COMPILED
     )
-
-
-def flags(**keys):
-    return [f"--{key}={'null' if value is None else value}" for key, value in (TINY | keys).items()]
 
 
 def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):

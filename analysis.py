@@ -5,11 +5,14 @@ Of trained models, with the keys of the configuration as in eval.py:
     blind    open-loop predictions where some levels don't see the context (Figure 7)
     digits   which digits are in the predicted frames, read by a classifier (Figure 5b)
     rooms    which rooms the predicted videos visit, read from their colours (Figure 5a)
-Of what eval.py wrote:
+    export   writes a small copy of a run, to share
+Of what train.py and eval.py wrote:
     compare  quality over distance of several models on one dataset (Figure 1)
     ranks    average ranks over several comparisons (Figure 5c)
+    curves   losses over the steps of several trainings
 """
 
+import dataclasses
 import itertools
 import operator
 import sys
@@ -32,6 +35,7 @@ import readouts
 import report
 import tools
 import train
+from checkpoints import Checkpoints
 from config import Config, ConfigError
 from cwvae import CWVAE
 from devices import Devices
@@ -63,6 +67,12 @@ def parse_runs(command: str, arguments: Sequence[str], **special: str) -> tuple[
     configs = [configuration.merged(found.run / "config.yml", values) for found in checkpoints]
     names = comparisons.with_names([name for name, _ in named], configs)
     return [Run(*run) for run in zip(names, configs, checkpoints, strict=True)], given
+
+
+def single(command: str, runs: Sequence[Run]) -> Run:
+    if len(runs) > 1:
+        raise ConfigError(f"command line: {command} takes a single run")
+    return runs[0]
 
 
 def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
@@ -253,9 +263,7 @@ def blind(arguments: Sequence[str]) -> None:
         example="number of the test sequence (default: 0)",
         blind_ctx="context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)",
     )
-    if len(runs) > 1:
-        raise ConfigError("command line: blind takes a single run")
-    (run,) = runs
+    run = single("blind", runs)
     number, blind_context = whole(given, "example", 0, at_least=0), whole(given, "blind_ctx", 8)
     worker = Worker(run)
     if number >= len(worker.test):
@@ -435,13 +443,41 @@ def write_readout(kind: str, results: Mapping[str, Any], directory: Path, more: 
     print(f"Results: {directory}")
 
 
+# ---------------------------------------------------------------------------------------------- models to share
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Writes a run of the configuration and one checkpoint, for evaluation: a fifth of the size.
+
+    Parameters are rounded to half precision's digits and Adam's state is zero, which Orbax's compression makes use of.
+    """
+    runs, given = parse_runs("export", arguments)
+    run = single("export", runs)
+    state = evaluation.load_state(CWVAE(run.config), run.checkpoint)
+    with np.errstate(over="ignore"):  # refused below
+        params = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(x.dtype), state.params)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):
+        raise ConfigError(f"{run.checkpoint.run} has parameters beyond half precision's range; share the run itself")
+    directory = directory_for("export", runs, given)
+    default = Config()
+    dataclasses.replace(run.config, datadir=default.datadir, logdir=default.logdir).save(directory / "config.yml")
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(
+            run.checkpoint.step,
+            dataclasses.replace(state, params=params, opt_state=jax.tree.map(np.zeros_like, state.opt_state)),
+        )
+    print(f"Evaluate it with: python eval.py --logdir {directory}")
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "levels": (levels, "KL and entropies per level, and the latents (Table 1, Figure 8)"),
     "blind": (blind, "Open-loop predictions with levels that don't see the context (Figure 7)"),
     "digits": (digits, "Which digits predicted frames show (Figure 5b)"),
     "rooms": (rooms, "Which rooms predicted videos visit (Figure 5a)"),
+    "export": (export, "A small copy of a run, to share"),
     "compare": (comparisons.compare, "Quality over distance of several evaluations (Figure 1)"),
     "ranks": (comparisons.ranks, "Average ranks over several comparisons (Figure 5c)"),
+    "curves": (comparisons.curves, "Losses over the steps of several trainings"),
 }
 
 

@@ -93,15 +93,20 @@ def parse(argv: list[str]) -> tuple[Config, Checkpoint]:
     return configuration.merged(checkpoint.run / "config.yml", flags), checkpoint
 
 
-def load_params(model: CWVAE, checkpoint: Checkpoint) -> Any:
-    """The parameters in a checkpoint, on all devices of this process.
+def load_state(model: CWVAE, checkpoint: Checkpoint) -> train.TrainState:
+    """What a checkpoint holds, as numpy arrays.
 
     Raises:
         DamagedCheckpoint: the checkpoint isn't intact, or is another model's.
     """
     with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
         state, _ = checkpoints.load(checkpoint.step, jax.eval_shape(partial(train.make_state, model)))
-    return Devices().replicate(state.params)
+    return state
+
+
+def load_params(model: CWVAE, checkpoint: Checkpoint) -> Any:
+    """The parameters in a checkpoint, on all devices of this process. Raises as `load_state`."""
+    return Devices().replicate(load_state(model, checkpoint).params)
 
 
 # ---------------------------------------------------------------------------------------------- predictions

@@ -57,7 +57,7 @@ def save_gif(video: np.ndarray, path: Path, frames_per_second: int = 15, scale: 
 
 
 class Line(NamedTuple):
-    """A curve over predicted frames, [T] each, with a band around it.
+    """A curve, [T] each, with a band around it: over predicted frames from 1 on, or over `x`.
 
     A reference is drawn dashed and grey; a line `beside` another one dotted, in that one's colour.
     """
@@ -67,24 +67,27 @@ class Line(NamedTuple):
     high: np.ndarray | None = None
     reference: bool = False
     beside: str = ""
+    x: np.ndarray | None = None
 
 
-def plot_lines(lines: Mapping[str, Line], path: Path, ylabel: str, title: str = "") -> None:
-    """Writes a plot of named lines over predicted frames."""
+def plot_lines(
+    lines: Mapping[str, Line], path: Path, ylabel: str, title: str = "", xlabel: str = "predicted frame"
+) -> None:
+    """Writes a plot of named lines."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.5, 4))
     dashes = itertools.cycle(["--", ":", "-."])
     colors: dict[str, Any] = {}
     for name, line in lines.items():
-        frames = np.arange(1, len(line.values) + 1)
+        x = np.arange(1, len(line.values) + 1) if line.x is None else line.x
         style: dict[str, Any] = {"color": "0.35", "linestyle": next(dashes), "linewidth": 1.2} if line.reference else {}
         if line.beside:
             style = {"color": colors[line.beside], "linestyle": ":", "linewidth": 1}
-        (drawn,) = axes.plot(frames, line.values, label=name, marker="." if len(frames) == 1 else None, **style)
+        (drawn,) = axes.plot(x, line.values, label=name, marker="." if len(x) == 1 else None, **style)
         colors[name] = drawn.get_color()
         if line.low is not None and line.high is not None:
-            axes.fill_between(frames, line.low, line.high, alpha=0.2, color=drawn.get_color(), linewidth=0)
-    axes.set(xlabel="predicted frame", ylabel=ylabel, title=title)
+            axes.fill_between(x, line.low, line.high, alpha=0.2, color=drawn.get_color(), linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     tidy(axes)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.15), ncols=3)
     figure.savefig(path, dpi=150, bbox_inches="tight")

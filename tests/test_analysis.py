@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -384,6 +385,64 @@ def test_ranks_over_datasets(tmp_path):
         call("ranks", out[0], single, f"--out={tmp_path / 'x'}")
 
 
+def test_curves(run, tmp_path):
+    """A run's log with a planted line, and the same with that line cut; the table has the steps that both have."""
+    (line,) = (run / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line), {**json.loads(line), "step": 8, "validation/loss": 2.5}]
+    lines = [json.dumps(line) + "\n" for line in logged]
+    short = Path(shutil.copytree(run, tmp_path / "short"))
+    (run / "metrics.jsonl").write_text("".join(lines))
+    (short / "metrics.jsonl").write_text(lines[0] + lines[1][:40])
+    out = call("curves", f"whole={run}", f"short={short}", f"--out={tmp_path / 'out'}")
+    assert {path.name for path in out.iterdir()} == {"loss.png", "curves.md", "curves.csv"}
+    logged = [json.loads(line) for line in lines]
+    with (out / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == (len(logged) + 1) * (len(logged[0]) - 1)
+    found = {(row["model"], int(row["step"]), row["metric"]): float(row["value"]) for row in rows}
+    for line in logged:
+        assert all(found["whole", line["step"], key] == value for key, value in line.items() if key != "step")
+    table = [line.strip("| ").split(" | ") for line in (out / "curves.md").read_text().splitlines()]
+    assert table[0] == ["validation loss, nats per frame", "step 4", "last step", "nll", "kl"]
+    assert [row[2] for row in table[2:]] == ["8", "4"]
+    (short / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="has logged nothing yet; train longer"):
+        call("curves", short, f"--out={tmp_path / 'again'}")
+
+
+# ---------------------------------------------------------------------------------------------- models to share
+
+
+def test_export(run, tmp_path):
+    """A small run by itself, without this machine's paths, whose parameters are the run's but for their last digits."""
+    out = call("export", run, "--seed=7", f"--out={tmp_path / 'out'}")
+    c = configuration.load(out / "config.yml")
+    assert (c.logdir, c.datadir, c.seed) == ("logs", "datasets", 7)
+    model, (original, exported) = CWVAE(c), map(evaluation.find_checkpoint, (run, out))
+    assert exported.step == original.step
+    a, b = evaluation.load_params(model, original), evaluation.load_params(model, exported)
+    assert any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-11, atol=2**-25), a, b)
+    size = [sum(p.stat().st_size for p in (r / "checkpoints").rglob("*") if p.is_file()) for r in (run, out)]
+    assert size[1] < 0.4 * size[0]
+    evaluation.evaluate(*evaluation.parse(["--logdir", str(out), "--no_save_grid", "--num_examples=1"]))
+    with pytest.raises(ConfigError, match="export takes a single run"):
+        call("export", f"a={run}", f"b={run}")
+
+
+def test_parameters_that_half_precision_cannot_hold_are_not_exported(run, monkeypatch):
+    load_state = evaluation.load_state
+
+    def large(*arguments):
+        state = load_state(*arguments)
+        return state.replace(params=jax.tree.map(lambda x: x + np.float32(1e5), state.params))
+
+    monkeypatch.setattr(evaluation, "load_state", large)
+    with pytest.raises(ConfigError, match="beyond half precision's range"):
+        call("export", run)
+    assert not list(run.glob("export_*"))
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 
@@ -392,7 +451,7 @@ def test_ranks_over_datasets(tmp_path):
     [
         (
             ["level"],
-            "command: must be one of levels, blind, digits, rooms, compare, ranks, got 'level'; did you mean 'levels'?",
+            "command: must be one of levels, blind, digits, rooms, export, compare, ranks, curves, got 'level'; did you mean 'levels'?",
         ),
         (["levels"], "command line: no directory is named; call analysis.py levels [NAME=]RUN ..."),
         (["levels", "nowhere"], "logdir: nowhere is no directory"),

@@ -67,7 +67,7 @@ def newest(run):
     return max((int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()), default=0)
 
 
-FAULTS = int(os.environ.get("FAULTS", "8"))
+FAULTS = int(os.environ.get("FAULTS", "5"))
 """How many to try; the short form is for every day."""
 
 

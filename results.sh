@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Trains and evaluates the paper's models on one dataset, and draws its figures and tables. The same call goes on where it stopped.
+#
+#   bash results.sh CONFIG DIRECTORY [--key value ...]      # e.g. configs/small.yml results --seed 1
+#
+# Keys apply to every training. The models: cwvae (three levels, k = 6), k2, k4, k8, notmpabs (k = 1), rssm (one level), and
+# where the dataset is generated slow and fast digits. Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
+# Paths are those from here. With another Python than the active one: PYTHON=.venv/bin/python bash results.sh ...
+set -eo pipefail
+if [ $# -lt 2 ]; then
+    echo "error: call bash results.sh CONFIG DIRECTORY [--key value ...]" >&2
+    exit 2
+fi
+cd "$(dirname "$0")"
+config=$1 directory=$2
+keys=("${@:3}")
+python=${PYTHON:-python}
+
+timed() { # NAME COMMAND ...
+    local begin=$SECONDS
+    "${@:2}"
+    echo "$1: $((SECONDS - begin)) s" >>"$directory/times.txt"
+}
+
+model() { # NAME [--key value ...]
+    [ -e "$directory/$1/trained" ] && return
+    mkdir -p "$directory/$1"
+    timed "$1, training" "$python" train.py --config "$config" --logdir "$directory/$1" "${keys[@]}" "${@:2}"
+    touch "$directory/$1/trained"
+}
+
+evaluation() { # CONTEXT NAME ...: <name>/context<CONTEXT> leads to it
+    local name link
+    for name in "${@:2}"; do
+        link=$directory/$name/context$1
+        [ -e "$link" ] && continue
+        timed "$name, evaluation" "$python" eval.py --logdir "$directory/$name" --open_loop_ctx "$1" --no_save_grid
+        ln -sn "$(cd "$directory/$name" && ls -d */*/eval_* | tail -n 1)" "$link"
+    done
+}
+
+figure() { # NAME COMMAND ARGUMENT ...
+    local out=$directory/figures/$1
+    [ -e "$out/done" ] && return
+    rm -rf "$out"
+    timed "figure $1" "$python" analysis.py "${@:2}" --out "$out"
+    touch "$out/done"
+}
+
+named() { # [SUFFIX] NAME ...: NAME=RUN each, in the array `runs`
+    local suffix=$1 name
+    runs=()
+    for name in "${@:2}"; do runs+=("$name=$directory/$name$suffix"); done
+}
+
+# Figure 1, by what the contexts allow: the hierarchy against none, and the temporal abstraction factors.
+model cwvae
+model rssm --levels 1
+model notmpabs --tmp_abs_factor 1
+evaluation 36 cwvae rssm notmpabs
+model k2 --tmp_abs_factor 2
+model k4 --tmp_abs_factor 4 --open_loop_ctx 64
+model k8 --tmp_abs_factor 8 --open_loop_ctx 64
+evaluation 36 k2
+evaluation 64 rssm notmpabs k2 k4 k8
+named /context36 cwvae k2 notmpabs rssm
+figure quality compare "${runs[@]}"
+named /context64 k8 k4 k2 notmpabs rssm
+figure factors compare "${runs[@]}"
+
+# Figure 7: what is predicted where levels haven't seen the context.
+figure blind blind "$directory/cwvae" --eval_seq_len 200
+
+# Table 1: information per level. Four levels have k = 4, as in the paper.
+model levels2 --levels 2
+model levels4 --levels 4 --tmp_abs_factor 4 --open_loop_ctx 64
+named "" rssm levels2 cwvae levels4
+figure levels levels "${runs[@]}"
+
+# Figures 5b and 8, of digits alone: are they still the same, and where is their information if they are slower or faster?
+if grep -qE '^dataset: (digits|mnist)$' "$config"; then
+    named "" cwvae k2 notmpabs rssm
+    figure digits digits "${runs[@]}"
+    model slow --digit_speed '[1, 3]'
+    model fast --digit_speed '[4, 12]'
+    figure speed levels slow="$directory/slow" medium="$directory/cwvae" fast="$directory/fast"
+fi
+
+# The loss over the steps.
+runs=()
+for run in "$directory"/*/trained; do runs+=("$(basename "$(dirname "$run")")=$(dirname "$run")"); done
+figure curves curves "${runs[@]}"
+echo "Figures and tables: $directory/figures"

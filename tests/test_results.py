@@ -1,0 +1,91 @@
+"""results.sh, with a Python in its place that only notes how it is called: each call is valid, and none is repeated."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import analysis
+import comparisons
+import config as configuration
+
+NOTING = """#!{python}
+import json, pathlib, sys
+with open({notes!r}, "a") as file:
+    print(json.dumps(sys.argv[1:]), file=file)
+if sys.argv[1:] == {failing!r}:
+    sys.exit(3)
+if sys.argv[1] == "eval.py":
+    run = pathlib.Path(sys.argv[3], "dataset", "run")
+    (run / f"eval_{{len(list(run.glob('*')))}}").mkdir(parents=True)
+if "--out" in sys.argv:
+    pathlib.Path(sys.argv[sys.argv.index("--out") + 1]).mkdir(parents=True)
+"""
+
+
+def results(tmp_path, config, *keys, failing=None):
+    """Exit code of results.sh, and what it called."""
+    tmp_path.mkdir(exist_ok=True)
+    python, notes = tmp_path / "python", tmp_path / "notes"
+    python.write_text(NOTING.format(python=sys.executable, notes=str(notes), failing=failing))
+    python.chmod(0o755)
+    notes.write_text("")
+    script = ["bash", ROOT / "results.sh", config, tmp_path / "results", *keys]
+    done = subprocess.run(script, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    return done.returncode, [json.loads(line) for line in notes.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("config", ["small", "digits", "mmnist", "minerl"])
+def test_each_call_is_valid(tmp_path, config):
+    code, calls = results(tmp_path, f"configs/{config}.yml", "--seed", "3")
+    assert code == 0
+    models, evaluations = {}, {}
+    for program, *arguments in calls:
+        if program == "train.py":
+            c = configuration.parse(arguments)
+            assert c.seed == 3 and c.open_loop_ctx < c.seq_len
+            models[Path(c.logdir)] = c
+        elif program == "eval.py":
+            special, flags = configuration.parse_flags(arguments, program, "", logdir="")
+            logdir = Path(special["logdir"])
+            c = configuration.Config(**vars(models[logdir]) | configuration.typed(flags, program))
+            evaluations[logdir / f"context{c.open_loop_ctx}"] = c
+        else:
+            command, *arguments = arguments
+            assert program == "analysis.py" and command in analysis.COMMANDS
+            named, given, _ = comparisons.parse_named(arguments, program, "")
+            runs = [evaluations[path] if command == "compare" else models[path] for _, path in named]
+            assert given["out"] and len(runs) == len({c.run_name for c in runs})
+            if command == "compare":
+                assert len({tuple(getattr(c, key) for key in comparisons.SAME) for c in runs}) == 1
+    generated = config in ("small", "digits")
+    assert len(models) == (10 if generated else 8)
+    assert {model.tmp_abs_factor for model in models.values()} == {1, 2, 4, 6, 8}
+    assert {model.levels for model in models.values()} == {1, 2, 3, 4}
+    assert [call[1] for call in calls if call[0] == "analysis.py"] == [
+        *("compare", "compare", "blind", "levels"),
+        *(["digits", "levels"] if generated else []),
+        "curves",
+    ]
+    assert len({dataclasses.astuple(c) for c in models.values()}) == len(models)
+
+
+def test_the_same_call_goes_on(tmp_path):
+    """What failed is called again, what was done isn't."""
+    _, calls = results(tmp_path / "whole", "configs/small.yml")
+    failing = json.loads(json.dumps(calls[8]).replace(str(tmp_path / "whole"), str(tmp_path)))
+    code, first = results(tmp_path, "configs/small.yml", failing=failing)
+    assert code == 3 and len(first) == 9 and first[-1] == failing
+    code, second = results(tmp_path, "configs/small.yml")
+    assert code == 0 and second[0] == failing and len(second) == len(calls) - 8
+    assert results(tmp_path, "configs/small.yml") == (0, [])
+
+
+def test_usage():
+    done = subprocess.run(["bash", ROOT / "results.sh", "configs/small.yml"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: call bash results.sh CONFIG DIRECTORY")

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,14 +124,18 @@ class Worker:
         """The frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
         keys = self.keys(first, len(video), sample)
         chunks = evaluation.predicted(self.model, self.params, video, keys, self.devices.put)
-        return np.concatenate([np.asarray(tools.to_uint8(chunk)) for chunk in chunks], axis=1)
+        return joined(chunks)
 
     def reconstructions(self, video: np.ndarray, first: int) -> np.ndarray:
         """The same frames as the posterior reconstructs them, which sees them: what predictions are bounded by."""
         keys = self.keys(first, len(video))
         chunks = evaluation.reconstructed(self.model, self.params, video, keys, self.devices.put)
-        frames = np.concatenate([np.asarray(tools.to_uint8(chunk)) for chunk in chunks], axis=1)
-        return frames[:, self.config.open_loop_ctx :]
+        return joined(chunks)[:, self.config.open_loop_ctx :]
+
+
+def joined(chunks: Iterable[Array]) -> np.ndarray:
+    """Frames that come in chunks of time, as uint8 [B, T, H, W, C]."""
+    return np.concatenate([np.asarray(tools.to_uint8(chunk)) for chunk in chunks], axis=1)
 
 
 # ---------------------------------------------------------------------------------------------- levels

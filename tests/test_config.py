@@ -150,13 +150,15 @@ def test_bad_input_exits_with_one_line_and_code_2():
         assert "temporal abstraction factor k: level l ticks every k**l frames (default: 6)" in help
 
 
-@pytest.mark.parametrize("name", ["minerl", "mazes", "mmnist", "digits", "debug"])
+@pytest.mark.parametrize("name", ["minerl", "mazes", "mmnist", "digits", "small", "debug"])
 def test_shipped_configurations(name):
     """Each loads, and says what it is and how long it takes."""
     path = ROOT / "configs" / f"{name}.yml"
     c = configuration.load(path)
     if name != "debug":
-        assert (c.levels, c.tmp_abs_factor, c.seq_len, c.batch_size, c.enc_dense_layers) == (3, 6, 100, 50, 3)
+        assert (c.levels, c.tmp_abs_factor, c.seq_len) == (3, 6, 100)
+    if name not in ("debug", "small"):
+        assert (c.batch_size, c.enc_dense_layers) == (50, 3)
     header = path.read_text().split("\n\n")[0]
     assert f"train.py --config configs/{name}.yml" in header and "Runtime" in header and "Score" in header
 

@@ -96,6 +96,19 @@ def test_gif_holds_every_frame(tmp_path):
             np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[::2, ::2], video[t])
 
 
+def test_gif_of_all_greys_in_a_coloured_frame(tmp_path):
+    """Hardly differs from the video, and not in what says whether the model sees the frame."""
+    random = np.random.default_rng(0)
+    truth, prediction = random.integers(256, size=(2, 1, 50, 32, 32, 1), dtype=np.uint8)
+    video = pictures.comparison(truth, prediction, 25)
+    pictures.save_gif(video, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as image:
+        for t in range(50):
+            image.seek(t)
+            error = np.asarray(image.convert("RGB"))[::2, ::2].astype(int) - video[t]
+            assert abs(error).max() <= 8 and abs(error[0, 40]).max() <= 2
+
+
 def test_to_uint8_truncates():
     assert tools.to_uint8(jnp.array([-1.0, 0.0, 0.999, 1.0, 2.0])).tolist() == [0, 0, 254, 255, 255]
 

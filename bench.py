@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -27,13 +28,14 @@ import av
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import topologies
 
 import config as configuration
 import cwvae
 import data
 import tools
 import train
-from config import FRAME_SIZE, Config
+from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
 from devices import Devices
 from interrupts import exit_codes
@@ -219,7 +221,7 @@ def bench_tricks(config: Config) -> list[Row]:
     with mock.patch.object(cwvae, "CHUNK", 10**9):
         with mock.patch.object(cwvae, "scan", plain_scan):
             contenders["+ projections, prior outside the scan, fused gates"] = traced(bench.stepper())
-        contenders["+ weight gradients outside the scan"] = traced(bench.stepper())
+        contenders["+ nothing but states and their gradients inside the scan"] = traced(bench.stepper())
     contenders["+ chunks of frames, patches made anew (training step)"] = bench.stepper()
     times = in_turn(contenders)
     rows, before = [], 0.0
@@ -236,14 +238,18 @@ def traced(run: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def plain_scan(tick: Any, weights: Any, state: Any, inputs: Any, cast: Any) -> Any:
-    """`cwvae.scan` as JAX differentiates it."""
+def plain_scan(tick: Any, weights: Any, state: Any, inputs: Any, dtype: Any) -> Any:
+    """`cwvae.scan` as one would write it, and as JAX differentiates it."""
 
     def dense(name: str, x: Any) -> Any:
         kernel, bias = weights[name]
-        return cwvae.dot(x, cast(kernel)) + bias
+        return cwvae.dot(x, kernel, dtype) + bias
 
-    return jax.lax.scan(functools.partial(tick, dense), state, inputs)
+    def body(state: Any, inputs: Any) -> Any:
+        state, outputs = tick(dense, state, inputs)
+        return state, (state, outputs)
+
+    return jax.lax.scan(body, state, inputs)[1]
 
 
 def bench_parts(config: Config) -> list[Row]:
@@ -328,40 +334,119 @@ def bench_metrics(config: Config) -> list[Row]:
 # ---------------------------------------------------------------------------------------------- memory
 
 
+def lower_step(config: Config, devices: int, per_device: int) -> Any:
+    """The training step, traced for shapes alone."""
+    c, model = config, CWVAE(config)
+    state = jax.eval_shape(functools.partial(train.make_state, model))
+    shape = devices, per_device, c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels
+    video, weight = jax.ShapeDtypeStruct(shape, np.uint8), jax.ShapeDtypeStruct(shape[:2], np.float32)
+    step: Any = train.make_train_step(model)
+    return step.lower(state, data.Batch(video, weight))
+
+
+def memory_row(what: str, program: Any) -> Row:
+    memory = program.memory_analysis()
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = arguments + outputs + memory.temp_size_in_bytes
+    return row(what, "MB", total / 1e6, arguments=arguments / 1e6, temporary=memory.temp_size_in_bytes / 1e6)
+
+
 def bench_memory(config: Config) -> list[Row]:
     """Device memory, as the compiler has laid it out, of each program; nothing is run."""
     c, model = config, CWVAE(config)
-    state = jax.eval_shape(functools.partial(train.make_state, model))
     B, frame, chunk = c.batch_size, (FRAME_SIZE, FRAME_SIZE, c.channels), cwvae.chunk_size(c)
 
-    def shaped(*shape: int, dtype: Any = np.uint8) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
+    def shaped(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, np.uint8)
 
     def noise(frames: int) -> Any:
         return jax.eval_shape(lambda: cwvae.draw_noise(c, train.sequence_keys(jax.random.key(0), 0, B), frames))
 
     reset = jax.eval_shape(lambda: cwvae.reset_masks(c, chunk))
     carried = jax.eval_shape(lambda: model.apply({"params": {}}, B, method="initial_state"))
+    params, context = jax.eval_shape(functools.partial(train.make_state, model)).params, c.open_loop_ctx
     devices = Devices()
-    spread = devices.local, devices.rows(B) // devices.total
-    batch = data.Batch(shaped(*spread, c.seq_len, *frame), shaped(*spread, dtype=np.float32))
-    params, context = state.params, c.open_loop_ctx
-    step: Any = train.make_train_step(model)
     programs = {
-        "training step": step.lower(state, batch),
+        "training step": lower_step(c, devices.local, devices.rows(B) // devices.total),
         "validation, a chunk": cwvae._elbo.lower(model, params, shaped(B, chunk, *frame), noise(chunk), carried, reset),
         "context": cwvae._observe.lower(model, params, shaped(B, context, *frame), noise(context), c.use_obs),
         "prediction, a chunk": cwvae._imagine.lower(model, params, chunk, noise(chunk), carried, reset),
     }
-    measured = []
-    for name, lowered in programs.items():
-        memory = lowered.compile().memory_analysis()
-        arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
-        total = arguments + outputs + memory.temp_size_in_bytes
-        measured.append(
-            row(name, "MB", total / 1e6, arguments=arguments / 1e6, temporary=memory.temp_size_in_bytes / 1e6)
+    return [memory_row(name, lowered.compile()) for name, lowered in programs.items()]
+
+
+# ---------------------------------------------------------------------------------------------- absent accelerators
+
+
+H200 = """
+    platform_name: "CUDA" runtime_version { major: 12 minor: 9 } dnn_version_info { major: 9 minor: 8 }
+    device_description_str: "NVIDIA H200"
+    gpu_device_info {
+        cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+        threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+        shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+        registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        l2_cache_size: 62914560 memory_bandwidth: 4800000000000 device_memory_size: 150000000000
+    }
+"""
+TARGETS: dict[str, tuple[str, dict[str, str]]] = {
+    "H200": ("cuda", {"target_config": H200, "topology": "1x1x1"}),
+    "TPU v5e": ("tpu", {"topology_name": "v5e:2x2"}),
+}
+
+
+def bench_kernels(config: Config) -> list[Row]:
+    """What compilers make of a training step for accelerators that needn't be there: kernels on a GPU, and memory."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    rows = []
+    for target, (backend, description) in TARGETS.items():
+        try:
+            device = topologies.get_topology_desc(platform=backend, **description).devices[0]
+        except (NotImplementedError, RuntimeError) as error:
+            print(f"Without {target}: JAX's compiler for {backend} isn't installed ({error})")
+            continue
+        for name, scan in ("with JAX's scan", plain_scan), ("training step", cwvae.scan):
+            with (
+                mock.patch.object(jax, "default_backend", lambda backend=backend: backend),
+                mock.patch.object(jax, "pmap", functools.partial(jax.pmap, devices=[device])),
+                mock.patch.object(cwvae, "scan", scan),
+            ):
+                program = lower_step(config, 1, config.batch_size).compile()
+            rows.append(memory_row(f"{target}, {name}: memory", program))
+            if backend == "cuda":
+                outside, loops = kernels(program.as_text())
+                *_, (_, forward), (_, backward) = sorted(loops, key=lambda loop: loop[0])  # level 0 has the most ticks
+                total = outside + sum(ticks * count for ticks, count in loops)
+                more = {"outside_loops": outside, "forward_tick": forward, "backward_tick": backward}
+                rows.append(row(f"{target}, {name}: kernels", "per step", total, **more))
+    if not rows:
+        raise ConfigError(
+            "bench.py kernels: no accelerator's compiler is installed; pip install jax[cuda12] or jax[tpu]"
         )
-    return measured
+    return rows
+
+
+def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
+    """Kernels that a compiled GPU program launches outside its loops, and of each loop: ticks, kernels per tick."""
+    computations: dict[str, list[str]] = {}
+    for line in program.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            name = "ENTRY" if line.startswith("ENTRY") else line.split()[0].lstrip("%")
+            computations[name] = []
+        elif found := re.search(r" = (?:\(.*?\)|\S+) ([\w-]+)\(", line):
+            computations[name].append(found[1] if found[1] != "while" else line)
+
+    def launched(operations: list[str]) -> int:
+        free = "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "fusion-done", "partition-id"
+        return sum(operation not in free and " while(" not in operation for operation in operations)
+
+    loop = re.compile(r' while\(.*body=%?([\w.-]+).*known_trip_count":{"n":"(\d+)"')
+    loops = [found for operation in computations["ENTRY"] if (found := loop.search(operation))]
+    return launched(computations["ENTRY"]), [
+        (int(ticks), launched(computations[body])) for body, ticks in map(re.Match.groups, loops)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- whole programs
@@ -518,6 +603,7 @@ BENCHMARKS = {
     "rollout": bench_rollout,
     "metrics": bench_metrics,
     "memory": bench_memory,
+    "kernels": bench_kernels,
     "compile": bench_compile,
     "train": bench_train,
     "data": bench_data,

@@ -31,20 +31,35 @@ from config import Config
 CHUNK = 25
 """Frames that go through the convolutions together on a CPU."""
 
+UNROLL = 5
+"""Ticks per iteration of a loop on accelerators, where what ticks share is then done once for all of them."""
+
 lecun_normal = nn.initializers.lecun_normal()
 
 
 # ---------------------------------------------------------------------------------------------- layers
 
 
-def cast(config: Config, x: Array) -> Array:
-    """`x` in the precision that the layers compute in: they follow their input's."""
-    return x.astype(jnp.bfloat16) if config.dtype == "bfloat16" else x
+def precision(config: Config, x: Array) -> Any:
+    """The type that layers multiply in, where their input is x."""
+    return jnp.bfloat16 if config.dtype == "bfloat16" else x.dtype
 
 
-def dot(x: Array, kernel: Array) -> Array:
-    """x @ kernel in the kernel's precision, added up and returned in that of x."""
-    return jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dot(x: Array, kernel: Array, dtype: Any) -> Array:
+    """x @ kernel and its gradients, multiplied in `dtype`, added up and returned in the precision of x and kernel."""
+    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=x.dtype)
+
+
+def dot_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = operands
+    outer = "...i,...o->io"
+    return dot(gradient, kernel.T, dtype), jnp.einsum(
+        outer, x.astype(dtype), gradient.astype(dtype), preferred_element_type=kernel.dtype
+    )
+
+
+dot.defvjp(lambda x, kernel, dtype: (dot(x, kernel, dtype), (x, kernel)), dot_backward)
 
 
 class Affine(nn.Module):
@@ -163,7 +178,7 @@ class Encoder(nn.Module):
         """[B, T, H, W, C] floats -> features of each level, [B, T_l, F]. A last tick may have fewer frames to sum."""
         c = self.config
         B, T, *frame_shape = video.shape
-        x = frame_by_frame(Encoder._convolutions, self, cast(c, video).reshape(B * T, *frame_shape))
+        x = frame_by_frame(Encoder._convolutions, self, video.astype(precision(c, video)).reshape(B * T, *frame_shape))
         x = x.reshape(B, T, self.feature_size)
         features = [x]
         for level in range(1, c.levels):
@@ -177,7 +192,7 @@ class Encoder(nn.Module):
             last = Affine(x.shape[-1], self.feature_size, name=f"level_{level}_dense_{c.enc_dense_layers - 1}")
             # The last layer is linear, so it comes after the sum; its bias counts once per frame.
             frames = sum_blocks(jnp.ones((1, T, 1)), ticks)
-            features.append(dot(sum_blocks(x, ticks), last.kernel.astype(x.dtype)) + frames * last.bias)
+            features.append(dot(sum_blocks(x, ticks), last.kernel, x.dtype) + frames * last.bias)
             if level < c.levels - 1:
                 x = last(x)
         return tuple(x.astype(video.dtype) for x in features)
@@ -226,7 +241,7 @@ class Decoder(nn.Module):
     def __call__(self, output: Array) -> Array:
         """[B, T, S + D] -> [B, T, H, W, C]; not clipped: tanh, hence within [-1, 1]."""
         B, T, F = output.shape
-        x = frame_by_frame(Decoder._frames, self, cast(self.config, output).reshape(B * T, F))
+        x = frame_by_frame(Decoder._frames, self, output.astype(precision(self.config, output)).reshape(B * T, F))
         return x.reshape(B, T, *x.shape[1:]).astype(output.dtype)
 
     def _frames(self, x: Array) -> Array:
@@ -375,10 +390,11 @@ class RSSMCell(nn.Module):
         c = self.config
         S, D, E = c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size
         B, T, _ = noise.shape
+        dtype = precision(c, noise)
         no_bias = jnp.zeros(E)
 
         from_stoch, from_context = self.transition.split(S)
-        context = jnp.zeros((B, T, E)) if context is None else dot(context, cast(c, from_context))
+        context = jnp.zeros((B, T, E)) if context is None else dot(context, from_context, dtype)
         inputs = {"context": context + self.transition.bias, "noise": noise}
         weights = {"transition": (from_stoch, no_bias), **self.gru.weights()}
         prior_weights = {
@@ -389,30 +405,31 @@ class RSSMCell(nn.Module):
             weights |= prior_weights
         else:
             from_deter, from_features = self.posterior_in.split(D)
-            inputs["features"] = dot(features, cast(c, from_features)) + self.posterior_in.bias
+            inputs["features"] = dot(features, from_features, dtype) + self.posterior_in.bias
             weights |= {
                 "posterior_in": (from_deter, no_bias),
                 "posterior_hidden": (self.posterior_hidden.kernel, self.posterior_hidden.bias),
                 "posterior_stats": self.posterior_stats.weights(),
             }
         inputs = {name: jnp.swapaxes(x, 0, 1) for name, x in inputs.items()}  # time first
-        inputs["reset"] = reset
-        tick = partial(self._tick, c, features is None)
-        state, (posterior, stoch, deter) = scan(tick, weights, state, inputs, partial(cast, c))
-        posterior, stoch, deter = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (posterior, stoch, deter))
+        inputs["reset"] = reset[:, None, None]
+        states, posterior = scan(partial(self._tick, c, features is None), weights, state, inputs, dtype)
+        last = jax.tree.map(lambda x: x[-1], states)
+        states, posterior = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (states, posterior))
         prior = posterior
         if features is not None:
 
             def dense(name: str, x: Array) -> Array:
-                return dot(x, cast(c, prior_weights[name][0])) + prior_weights[name][1]
+                kernel, bias = prior_weights[name]
+                return dot(x, kernel, dtype) + bias
 
-            prior = self._prior(c, dense, deter)
-        return LevelRollout(prior, posterior, stoch, deter), state
+            prior = self._prior(c, dense, states.deter)
+        return LevelRollout(prior, posterior, *states), last
 
     @staticmethod
     def _tick(
         config: Config, blind: bool, dense: Callable[[str, Array], Array], state: LevelState, inputs: dict[str, Array]
-    ) -> tuple[LevelState, tuple[Gaussian, Array, Array]]:
+    ) -> tuple[LevelState, Gaussian]:
         hidden = nn.relu(dense("transition", state.stoch * inputs["reset"]) + inputs["context"])
         deter = gru(dense("gru_input", hidden), dense("gru_state", state.deter), state.deter)
         if blind:
@@ -422,7 +439,7 @@ class RSSMCell(nn.Module):
             hidden = nn.relu(dense("posterior_hidden", hidden))
             belief = gaussian(dense("posterior_stats", hidden), config.cell_min_stddev)
         stoch = belief.mean if config.cell_mean_only else belief.mean + belief.stddev * inputs["noise"]
-        return LevelState(stoch, deter), (belief, stoch, deter)
+        return LevelState(stoch, deter), belief
 
     @staticmethod
     def _prior(config: Config, dense: Callable[[str, Array], Array], deter: Array) -> Gaussian:
@@ -445,80 +462,86 @@ def gaussian(stats: Array, min_stddev: float) -> Gaussian:
 
 
 def scan(
-    tick: Callable[..., Any],
-    weights: dict[str, tuple[Array, Array]],
-    state: Any,
-    inputs: Any,
-    cast: Callable[[Array], Array],
+    tick: Callable[..., tuple[Any, Any]], weights: dict[str, tuple[Array, Array]], state: Any, inputs: Any, dtype: Any
 ) -> tuple[Any, Any]:
-    """`lax.scan` of `tick(dense, state, inputs)` over time; dense(name, x) is x @ kernel + bias of `weights[name]`.
+    """Unrolls tick(dense, state, inputs) -> (state, outputs) over time, where dense(name, x) is x @ kernel + bias of
+    `weights[name]`. Returns the states and outputs of all ticks.
 
-    `cast` brings kernels to the precision of the matmuls.
-
-    Differentiating a scan adds up the gradient of each weight tick by tick. Here the backward scan keeps the gradient
-    at each dense layer's output instead, and afterwards one matmul per weight, over all ticks, gives the same sum:
-    fewer, larger operations.
+    The same as `lax.scan`, with fewer operations per tick: on an accelerator each takes microseconds, however small.
+    The scan computes nothing but states; from these, one call of `tick` for all ticks gives the outputs. Likewise the
+    backward scan only hands the gradient from state to state, with the dense layers' outputs known, and then one
+    differentiated call of `tick` for all ticks gives the gradients of weights and inputs.
     """
+    unrolled = 1 if jax.default_backend() == "cpu" else UNROLL
 
-    def forward(state: Any, inputs: Any, probes: dict[str, Array], weights: dict) -> tuple[Any, Any]:
-        kernels = {name: cast(kernel) for name, (kernel, _) in weights.items()}
+    def in_matmul_precision(weights: dict) -> dict:
+        return {name: (kernel.astype(dtype), bias) for name, (kernel, bias) in weights.items()}
 
-        def body(state: Any, slices: tuple[Any, Any]) -> tuple[Any, Any]:
-            inputs, probes = slices
-            seen = {}
+    def call(weights: dict, before: Any, inputs: Any) -> tuple[Any, dict[str, Array]]:
+        """What `tick` returns, for one tick or all, and the outputs of its dense layers."""
+        computed = {}
 
-            def dense(name: str, x: Array) -> Array:
-                seen[name] = x.astype(kernels[name].dtype)
-                return probed_dense(x, kernels[name], probes[name]) + weights[name][1]
+        def dense(name: str, x: Array) -> Array:
+            kernel, bias = weights[name]
+            computed[name] = dot(x, kernel, dtype) + bias
+            return computed[name]
 
-            state, outputs = tick(dense, state, inputs)
-            return state, (outputs, seen)
+        return tick(dense, before, inputs), computed
 
-        state, (outputs, seen) = jax.lax.scan(body, state, (inputs, probes))
-        return (state, outputs), seen
+    def unroll(weights: dict, state: Any, inputs: Any) -> tuple[Any, Any]:
+        """The states before and after each tick."""
+        weights = in_matmul_precision(weights)
 
-    T, B = jax.tree.leaves(inputs)[0].shape[0], jax.tree.leaves(state)[0].shape[0]
+        def body(state: Any, inputs: Any) -> tuple[Any, Any]:
+            (state, _), _ = call(weights, state, inputs)
+            return state, state
 
-    def probes(weights: dict) -> dict[str, Array]:
-        return {name: jnp.zeros((T, B, bias.shape[0])) for name, (_, bias) in weights.items()}
+        _, after = jax.lax.scan(body, state, inputs, unroll=unrolled)
+        return jax.tree.map(lambda first, x: jnp.concatenate([first[None], x[:-1]]), state, after), after
 
     @jax.custom_vjp
-    def run(weights: dict, state: Any, inputs: Any) -> Any:
-        return forward(state, inputs, probes(weights), weights)[0]
+    def run(weights: dict, state: Any, inputs: Any) -> tuple[Any, Any]:
+        before, after = unroll(weights, state, inputs)
+        (_, outputs), _ = call(weights, before, inputs)
+        return after, outputs
 
-    def run_forward(weights: dict, state: Any, inputs: Any) -> tuple:
-        outputs, pullback, seen = jax.vjp(
-            partial(forward, weights=weights), state, inputs, probes(weights), has_aux=True
-        )
-        return outputs, (pullback, seen)
+    def forward(weights: dict, state: Any, inputs: Any) -> tuple:
+        before, after = unroll(weights, state, inputs)
+        (_, outputs), pullback, computed = jax.vjp(call, weights, before, inputs, has_aux=True)
+        return (after, outputs), (pullback, weights, (before, inputs, computed))
 
-    def run_backward(residuals: tuple, gradient: Any) -> tuple:
-        pullback, seen = residuals
-        state_gradient, inputs_gradient, at_dense = pullback(gradient)
-        weights_gradient = {
-            name: (
-                jnp.einsum(
-                    "tbi,tbo->io", x, at_dense[name].astype(x.dtype), preferred_element_type=at_dense[name].dtype
-                ),
-                at_dense[name].sum((0, 1)),
-            )
-            for name, x in seen.items()
-        }
-        return weights_gradient, state_gradient, inputs_gradient
+    def backward(residuals: tuple, gradient: Any) -> tuple:
+        pullback, weights, ticks = residuals
+        weights = in_matmul_precision(weights)
 
-    run.defvjp(run_forward, run_backward)
+        def body(later: Any, slices: tuple) -> tuple[Any, Any]:
+            (before, inputs, computed), (after, outputs) = slices
+            after = jax.tree.map(jnp.add, after, later)
+
+            def dense(name: str, x: Array) -> Array:
+                return known_dense(x, weights[name][0], computed[name], dtype)
+
+            _, to_state = jax.vjp(lambda before: tick(dense, before, inputs), before)
+            return *to_state((after, outputs)), after
+
+        end = jax.tree.map(lambda x: jnp.zeros_like(x[0]), gradient[0])
+        state, after = jax.lax.scan(body, end, (ticks, gradient), reverse=True, unroll=unrolled)
+        weights, _, inputs = pullback((after, gradient[1]))
+        return weights, state, inputs
+
+    run.defvjp(forward, backward)
     return run(weights, state, inputs)
 
 
-@jax.custom_vjp
-def probed_dense(x: Array, kernel: Array, probe: Array) -> Array:
-    """x @ kernel, with the gradient at its output going to `probe` and none to the kernel; see `scan`."""
-    return dot(x, kernel)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def known_dense(x: Array, kernel: Array, value: Array, dtype: Any) -> Array:
+    """`value`, computed before as dot(x, kernel, dtype) + bias. A gradient goes to x alone."""
+    return value
 
 
-probed_dense.defvjp(
-    lambda x, kernel, probe: (dot(x, kernel), kernel),
-    lambda kernel, gradient: (dot(gradient, kernel.T), None, gradient),
+known_dense.defvjp(
+    lambda x, kernel, value, dtype: (value, kernel),
+    lambda dtype, kernel, gradient: (dot(gradient, kernel.T, dtype), None, None),
 )
 
 

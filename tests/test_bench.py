@@ -41,6 +41,28 @@ def test_benchmarks_run(name):
     assert len(rows) >= 3 and all(row["value"] > 0 for row in rows)
 
 
+def test_kernels_of_a_program_are_counted():
+    program = """HloModule step, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
+
+%body.1 (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %state = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%state), index=1
+  %start = ((f32[4]{0}, s32[]), f32[4]{0}, u32[]) fusion-start(%x), kind=kLoop, calls=%fused.1
+  %product = (f32[4]{0}, u8[0]{0}) custom-call(%x, %x), custom_call_target="__cublas$gemm"
+  %done = f32[4]{0} fusion-done(%start)
+  ROOT %next = (s32[], f32[4]{0}) tuple(%x, %done)
+}
+
+ENTRY %main.2 (x: f32[4]) -> f32[4] {
+  %x.1 = f32[4]{0} parameter(0)
+  %copy = f32[4]{0} copy(%x.1)
+  %loop = (s32[], f32[4]{0}) while(%copy), condition=%until, body=%body.1, backend_config={"known_trip_count":{"n":"7"}}
+  ROOT %fusion = f32[4]{0} fusion(%loop), kind=kLoop, calls=%fused.2
+}
+"""
+    assert bench.kernels(program) == (2, [(7, 2)])
+
+
 def test_the_command(tmp_path):
     command = [sys.executable, ROOT / "bench.py", "metrics", "--batch_size=1", f"--json={tmp_path / 'out.json'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -60,6 +60,7 @@ class Compiled:
 GRID = [
     dict(T=7, levels=3, tmp_abs_factor=2),
     dict(T=7, levels=3, tmp_abs_factor=2, chunk=3),
+    dict(T=13, levels=3, tmp_abs_factor=2, backend="gpu"),
     dict(T=3, levels=1, tmp_abs_factor=6),
     dict(T=5, levels=1, tmp_abs_factor=1, enc_dense_layers=0),
     dict(T=7, levels=2, tmp_abs_factor=6, enc_dense_layers=3),
@@ -84,6 +85,8 @@ def test_equals_the_textbook_form(case, monkeypatch):
     """Every output, term and gradient, in double precision."""
     case = dict(case)
     monkeypatch.setattr(cwvae, "CHUNK", case.pop("chunk", cwvae.CHUNK))
+    backend = case.pop("backend", "cpu")  # whose forms are used; they are computed here all the same
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     with jax.enable_x64(True):
         c, model, params, video, noise, actions = make(dtype=np.float64, **case)
 

@@ -379,7 +379,7 @@ def bench_memory(config: Config) -> list[Row]:
 
 
 H200 = """
-    platform_name: "CUDA" runtime_version { major: 12 minor: 9 } dnn_version_info { major: 9 minor: 8 }
+    platform_name: "CUDA" runtime_version { major: 13 } dnn_version_info { major: 9 minor: 8 }
     device_description_str: "NVIDIA H200"
     gpu_device_info {
         cuda_compute_capability { major: 9 } core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
@@ -423,7 +423,7 @@ def bench_kernels(config: Config) -> list[Row]:
                 rows.append(row(f"{target}, {name}: kernels", "per step", total, **more))
     if not rows:
         raise ConfigError(
-            "bench.py kernels: no accelerator's compiler is installed; pip install jax[cuda12] or jax[tpu]"
+            "bench.py kernels: no accelerator's compiler is installed; pip install jax[cuda13] or jax[tpu]"
         )
     return rows
 

@@ -470,6 +470,9 @@ def export(arguments: Sequence[str]) -> None:
             run.checkpoint.step,
             dataclasses.replace(state, params=params, opt_state=jax.tree.map(np.zeros_like, state.opt_state)),
         )
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        if not checkpoints.steps:
+            raise ConfigError(f"{directory} couldn't be written; make room, or choose another --out")
     print(f"Evaluate it with: python eval.py --logdir {directory}")
 
 

@@ -407,20 +407,21 @@ def bench_kernels(config: Config) -> list[Row]:
         except (NotImplementedError, RuntimeError) as error:
             print(f"Without {target}: JAX's compiler for {backend} isn't installed ({error})")
             continue
-        for name, scan in ("with JAX's scan", plain_scan), ("training step", cwvae.scan):
+        forms = {"training step": cwvae.scan}
+        if backend == "cuda":
+            forms = {"with JAX's scan": plain_scan} | forms
+        for name, scan in forms.items():
             with (
                 mock.patch.object(jax, "default_backend", lambda backend=backend: backend),
                 mock.patch.object(jax, "pmap", functools.partial(jax.pmap, devices=[device])),
                 mock.patch.object(cwvae, "scan", scan),
             ):
                 program = lower_step(config, 1, config.batch_size).compile()
-            rows.append(memory_row(f"{target}, {name}: memory", program))
             if backend == "cuda":
                 outside, loops = kernels(program.as_text())
-                *_, (_, forward), (_, backward) = sorted(loops, key=lambda loop: loop[0])  # level 0 has the most ticks
-                total = outside + sum(ticks * count for ticks, count in loops)
-                more = {"outside_loops": outside, "forward_tick": forward, "backward_tick": backward}
-                rows.append(row(f"{target}, {name}: kernels", "per step", total, **more))
+                total = outside + sum(iterations * count for iterations, count in loops)
+                rows.append(row(f"{target}, {name}: kernels", "per step", total, in_loops=total - outside))
+            rows.append(memory_row(f"{target}, {name}: memory", program))
     if not rows:
         raise ConfigError(
             "bench.py kernels: no accelerator's compiler is installed; pip install jax[cuda13] or jax[tpu]"
@@ -429,7 +430,7 @@ def bench_kernels(config: Config) -> list[Row]:
 
 
 def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
-    """Kernels that a compiled GPU program launches outside its loops, and of each loop: ticks, kernels per tick."""
+    """Kernels that a compiled GPU program launches outside its loops, and of each loop: iterations, kernels in each."""
     computations: dict[str, list[str]] = {}
     for line in program.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -445,7 +446,7 @@ def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
     loop = re.compile(r' while\(.*body=%?([\w.-]+).*known_trip_count":{"n":"(\d+)"')
     loops = [found for operation in computations["ENTRY"] if (found := loop.search(operation))]
     return launched(computations["ENTRY"]), [
-        (int(ticks), launched(computations[body])) for body, ticks in map(re.Match.groups, loops)
+        (int(iterations), launched(computations[body])) for body, iterations in map(re.Match.groups, loops)
     ]
 
 

@@ -52,8 +52,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, **notes: Any) -> None:
         """Saves a pytree of arrays, and notes that JSON can hold. Returns once it is copied; a thread writes it.
 
-        Where a save fails (disk full, say), that is told in a line, here or at the next call: training goes on, and
-        earlier checkpoints stay.
+        Where a save fails (disk full, say), that is told in a line, here or at the next call; earlier checkpoints
+        stay.
         """
         host = jax.tree.map(lambda x: np.array(x), state)  # a copy: the devices' memory is donated to the next step
         metadata = {"checksum": checksum(host, notes), "notes": notes}
@@ -96,7 +96,7 @@ class Checkpoints:
 
 
 def tell(error: Exception) -> None:
-    print(f"Warning: a checkpoint couldn't be saved ({' '.join(str(error).split())[:200]}); training goes on")
+    print(f"Warning: a checkpoint couldn't be saved ({' '.join(str(error).split())[:200]}); earlier ones stay")
 
 
 def checksum(tree: Any, notes: dict[str, Any]) -> int:

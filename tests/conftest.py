@@ -1,8 +1,11 @@
 """What the tests share: the import path, a tiny configuration."""
 
+import contextlib
 import dataclasses
 import functools
+import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -48,6 +51,19 @@ COMPILED = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")}
 def flags(**keys) -> list[str]:
     """A tiny configuration as a program's flags."""
     return [f"--{key}={'null' if value is None else value}" for key, value in (TINY | keys).items()]
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Files can't grow beyond 20 kB: writes fail in the system, as they do on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, full_disk
 from PIL import Image
 from test_readouts import easy_glyphs, easy_labels, easy_reader, walk
 
@@ -428,6 +428,12 @@ def test_export(run, tmp_path):
     evaluation.evaluate(*evaluation.parse(["--logdir", str(out), "--no_save_grid", "--num_examples=1"]))
     with pytest.raises(ConfigError, match="export takes a single run"):
         call("export", f"a={run}", f"b={run}")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's thread, on its failed write
+def test_export_to_a_full_disk_fails(run, tmp_path):
+    with full_disk(), pytest.raises(ConfigError, match="couldn't be written; make room, or choose another --out"):
+        call("export", run, f"--out={tmp_path / 'out'}")
 
 
 def test_parameters_that_half_precision_cannot_hold_are_not_exported(run, monkeypatch):

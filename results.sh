@@ -87,7 +87,6 @@ if grep -qE '^dataset: (digits|mnist)$' "$config"; then
 fi
 
 # The loss over the steps.
-runs=()
-for run in "$directory"/*/trained; do runs+=("$(basename "$(dirname "$run")")=$(dirname "$run")"); done
+named "" $(cd "$directory" && dirname */trained)
 figure curves curves "${runs[@]}"
 echo "Figures and tables: $directory/figures"

@@ -61,6 +61,7 @@ def test_each_call_is_valid(tmp_path, config):
             named, given, _ = comparisons.parse_named(arguments, program, "")
             runs = [evaluations[path] if command == "compare" else models[path] for _, path in named]
             assert given["out"] and len(runs) == len({c.run_name for c in runs})
+            assert command != "curves" or len(runs) == len(models)
             if command == "compare":
                 assert len({tuple(getattr(c, key) for key in comparisons.SAME) for c in runs}) == 1
     generated = config in ("small", "digits")

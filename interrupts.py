@@ -1,12 +1,13 @@
 """How programs end: SIGINT and SIGTERM as an exception that comes at a safe moment, and exit codes."""
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from config import ConfigError
 
@@ -74,4 +75,15 @@ def exit_codes() -> Iterator[None]:
         sys.exit(2)
     except Interrupted as interrupt:
         print(f"Interrupted by {interrupt}; call the same command again to go on", file=sys.stderr)
-        sys.exit(interrupt.exit_code)
+        leave(interrupt.exit_code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process after its exit functions, without waiting for threads.
+
+    Python waits for all of them, and for ever where an exception came while a library's pool was starting one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -127,7 +127,7 @@ def test_a_signal_saves_the_last_finished_step(tmp_path, uninterrupted, name, co
         assert process.poll() is None, process.communicate()
     begin = time.monotonic()
     process.send_signal(getattr(signal, name))
-    output, _ = process.communicate()
+    output, _ = process.communicate(timeout=60)
     assert time.monotonic() - begin < 30
     assert process.returncode == code, output
     assert f"Interrupted by {name}; call the same command again to go on" in output
@@ -156,6 +156,24 @@ def test_signals_wait_for_what_is_deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
     assert interrupts.received == signal.SIGTERM
+
+
+def test_a_thread_that_waits_for_ever_holds_no_interrupted_program(tmp_path):
+    """As one does where a signal comes while grain's pool starts it."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import atexit, os, signal, threading
+from interrupts import Interrupts, exit_codes
+atexit.register(print, "exit functions ran")
+with exit_codes(), Interrupts():
+    threading.Thread(target=threading.Event().wait).start()
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait()
+"""
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 143 and "Interrupted by SIGTERM" in done.stderr and done.stdout == "exit functions ran\n"
 
 
 def test_interrupted_validation_is_logged_on_resume(tiny, monkeypatch):

@@ -85,6 +85,14 @@ def compile_once():
         yield
 
 
+@pytest.fixture(scope="module")
+def compile_fast():
+    """With fewer optimizations: compiling takes most of the time of tiny models."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def room_for_compiled_programs():
     """Linux allows a process 65,530 memory mappings. What XLA compiles takes them, and without any left it crashes."""

@@ -21,12 +21,7 @@ from cwvae import CWVAE, Gaussian
 TINY_MODEL = {key: TINY[key] for key in TINY if key.startswith(("cell", "enc", "filters", "dataset"))}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-    """Compiling takes most of the time here, and double precision computes the same with fewer optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def make(T, B=2, action_size=0, dtype=np.float32, **keys):

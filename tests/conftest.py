@@ -21,6 +21,9 @@ import train  # noqa: E402
 from config import Config  # noqa: E402
 from cwvae import CWVAE  # noqa: E402
 
+# Compiling takes most of the time of tiny models. Programs that tests start have all optimizations.
+jax.config.update("jax_disable_most_optimizations", True)
+
 TINY = dict(
     dataset="digits",
     levels=3,
@@ -83,14 +86,6 @@ def compile_once():
             patch.setattr(program, "CWVAE", model)
         patch.setattr(train, "make_train_step", functools.cache(train.make_train_step))
         yield
-
-
-@pytest.fixture(scope="module")
-def compile_fast():
-    """With fewer optimizations: compiling takes most of the time of tiny models."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

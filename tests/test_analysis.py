@@ -29,8 +29,6 @@ import tools
 from config import ConfigError
 from cwvae import CWVAE
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def call(command, *arguments):
     """Runs a command that writes below the first run, or to --out; returns that directory."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import ROOT, TINY
 
@@ -25,8 +26,16 @@ def test_arithmetic_of_the_published_configurations(name, millions, flop):
     assert bench.training_flop(c) == pytest.approx(flop, rel=0.01)
 
 
+@pytest.fixture
+def all_optimizations():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, bound", [("mmnist", 3200), ("minerl", 4800)])
+@pytest.mark.usefixtures("all_optimizations")
 def test_memory_at_published_sizes(name, bound):
     """Megabytes of the training step's program, on a CPU; validation and evaluation, in chunks, take less."""
     c = configuration.load(ROOT / "configs" / f"{name}.yml")

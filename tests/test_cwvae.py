@@ -21,9 +21,6 @@ from cwvae import CWVAE, Gaussian
 TINY_MODEL = {key: TINY[key] for key in TINY if key.startswith(("cell", "enc", "filters", "dataset"))}
 
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
-
 def make(T, B=2, action_size=0, dtype=np.float32, **keys):
     """A model, random parameters (biases too), a video, noise and actions."""
     c = Config(**{**TINY_MODEL, "open_loop_ctx": keys.get("tmp_abs_factor", 6) ** (keys.get("levels", 3) - 1), **keys})

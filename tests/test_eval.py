@@ -20,8 +20,6 @@ from config import ConfigError
 from cwvae import CWVAE
 from interrupts import Interrupted
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
-
 
 def arrays(directory):
     return {

@@ -151,7 +151,6 @@ def for_dataset(tiny, dataset, **keys):
 
 
 @pytest.mark.parametrize("dataset", ["minerl", "mazes", "mmnist", "kth"])
-@pytest.mark.usefixtures("compile_fast")
 def test_from_download_to_evaluation(tiny, server, dataset):
     import eval as evaluation
     import train

@@ -21,7 +21,7 @@ import train  # noqa: E402
 from config import Config  # noqa: E402
 from cwvae import CWVAE  # noqa: E402
 
-# Compiling takes most of the time of tiny models. Programs that tests start have all optimizations.
+# Compiling takes most of the time of tiny models. Programs that tests start have all optimizations, but for the sweeps'.
 jax.config.update("jax_disable_most_optimizations", True)
 
 TINY = dict(

@@ -158,11 +158,9 @@ def test_signals_wait_for_what_is_deferred():
     assert interrupts.received == signal.SIGTERM
 
 
-def test_a_thread_that_waits_for_ever_holds_no_interrupted_program(tmp_path):
+def test_a_thread_that_waits_for_ever_holds_no_interrupted_program():
     """As one does where a signal comes while grain's pool starts it."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+    program = """
 import atexit, os, signal, threading
 from interrupts import Interrupts, exit_codes
 atexit.register(print, "exit functions ran")
@@ -171,8 +169,7 @@ with exit_codes(), Interrupts():
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait()
 """
-    )
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=30)
     assert done.returncode == 143 and "Interrupted by SIGTERM" in done.stderr and done.stdout == "exit functions ran\n"
 
 

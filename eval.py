@@ -24,11 +24,11 @@ import pictures
 import report
 import tools
 import train
-from checkpoints import Checkpoints
+from system.checkpoints import Checkpoints
 from config import Config, ConfigError
 from cwvae import CWVAE
-from devices import Devices, connect
-from interrupts import Interrupts, exit_codes
+from system.devices import Devices, connect
+from system.interrupts import Interrupts, exit_codes
 
 
 class Checkpoint(NamedTuple):
@@ -180,7 +180,7 @@ def references(
     pool: np.ndarray | None,
     place: Callable[[Any], Any] = jnp.asarray,
 ) -> dict[str, Metrics]:
-    """Metrics of what predictions are measured by, see `report.REFERENCES`, in place of the frames after the context.
+    """Metrics of what predictions are measured by, see `statistics.REFERENCES`, in place of the frames after the context.
 
     Args:
         model, params: what reconstructs.
@@ -364,14 +364,14 @@ def save_example(c: Config, directory: Path, number: int, video: np.ndarray, sam
         path.parent.mkdir(exist_ok=True)
         np.savez(path.with_suffix(".npz"), frames)
         if not c.no_save_grid:
-            pictures.save_grid(frames, path.with_suffix(".png"))
+            tools.save_grid(frames, path.with_suffix(".png"))
     if c.save_gifs:
         for name in gif_names(c):
-            compared = pictures.comparison(video[None, context:], samples.frames[name][None, row], 0)
-            pictures.save_gif(compared, predictions / f"{name}.gif")
+            compared = tools.comparison(video[None, context:], samples.frames[name][None, row], 0)
+            tools.save_gif(compared, predictions / f"{name}.gif")
     buffer = io.BytesIO()
     np.savez(buffer, **{key: values[row] for key, values in samples.metrics.items()})
-    tools.replace_file(metrics_file(directory, number), buffer.getvalue())
+    replace_file(metrics_file(directory, number), buffer.getvalue())
 
 
 def gif_names(config: Config) -> list[str]:
@@ -383,7 +383,7 @@ def line_names(config: Config) -> dict[str, str]:
     """Names of the lines in plots and tables -> what ends their keys in an example's metrics."""
     N = config.num_samples
     own = {"prediction": ""} if N == 1 else {f"best of {N}": "", f"mean of {N}": "_mean"}
-    return own | {name: f"_{key}" for key, name in report.REFERENCES.items()}
+    return own | {name: f"_{key}" for key, name in statistics.REFERENCES.items()}
 
 
 def summarise(config: Config, checkpoint: Checkpoint, directory: Path, count: int) -> dict[str, Any]:
@@ -397,7 +397,7 @@ def summarise(config: Config, checkpoint: Checkpoint, directory: Path, count: in
     plots = []
     for protocol in tools.PROTOCOLS:
         averages[protocol], lines[protocol] = {}, {}
-        for metric in report.METRICS:
+        for metric in statistics.METRICS:
             key = f"{protocol}_{metric}"
             curves = {
                 name: np.stack([example[key + suffix] for example in examples])
@@ -406,20 +406,20 @@ def summarise(config: Config, checkpoint: Checkpoint, directory: Path, count: in
             }
             own = next(iter(curves.values()))
             averages[protocol][metric] = float(own.mean())
-            lines[protocol][metric] = {name: report.summary(values) for name, values in curves.items()}
+            lines[protocol][metric] = {name: statistics.summary(values) for name, values in curves.items()}
             # The paper's protocol has the earlier codes' file names.
             stem = metric if protocol == "paper" else f"{metric}_{protocol}"
             mean, stddev = own.mean(0), own.std(0)
             np.savez(directory / f"{stem}_mean.npz", mean)
             np.savez(directory / f"{stem}_stddev.npz", stddev)
-            label = f"{report.METRICS[metric]}, {protocol} protocol"
-            drawn = report.drawn(lines[protocol][metric])
-            pictures.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label)
+            label = f"{statistics.METRICS[metric]}, {protocol} protocol"
+            drawn = plots.drawn(lines[protocol][metric])
+            plots.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label)
             first = next(iter(drawn))
-            drawn = {first: pictures.Line(mean, mean - stddev, mean + stddev)} | {
+            drawn = {first: plots.Line(mean, mean - stddev, mean + stddev)} | {
                 name: line for name, line in drawn.items() if line.reference
             }
-            pictures.plot_lines(drawn, directory / f"{stem}_range.png", label, "mean and standard deviation")
+            plots.plot_lines(drawn, directory / f"{stem}_range.png", label, "mean and standard deviation")
             plots.append(f"{metric}_{protocol}.png")
     results = {
         "averages": averages,
@@ -440,9 +440,9 @@ def summarise(config: Config, checkpoint: Checkpoint, directory: Path, count: in
         for name in gif_names(config)
         if config.save_gifs
     }
-    report.write(directory / "metrics.csv", report.to_csv(report.CSV_HEADER, report.csv_rows(lines)))
-    report.write(directory / "index.html", report.page(results, plots, gifs))
-    report.write(directory / "metrics.json", report.to_json(results))  # last: with it, the evaluation is finished
+    tables.write(directory / "metrics.csv", tables.to_csv(tables.CSV_HEADER, tables.csv_rows(lines)))
+    tables.write(directory / "index.html", page.page(results, plots, gifs))
+    tables.write(directory / "metrics.json", tables.to_json(results))  # last: with it, the evaluation is finished
     return results
 
 
@@ -454,8 +454,8 @@ def print_table(results: dict[str, Any]) -> None:
     for protocol in results["protocols"]:
         print(f"{protocol:<10} {'SSIM':>25} {'PSNR (dB)':>25}")
         for line in results["lines"][protocol]["ssim"]:
-            ssim, psnr = (results["lines"][protocol][metric][line]["average"] for metric in report.METRICS)
-            print(f"  {line:<24} {report.with_interval(ssim, 4):>25} {report.with_interval(psnr, 2):>24}")
+            ssim, psnr = (results["lines"][protocol][metric][line]["average"] for metric in statistics.METRICS)
+            print(f"  {line:<24} {tables.with_interval(ssim, 4):>25} {tables.with_interval(psnr, 2):>24}")
         print()
 
 

@@ -1,18 +1,13 @@
-"""What training and evaluation share: image metrics and logs."""
+"""Frames: how good they are (SSIM, PSNR) and how they look (grids, GIFs)."""
 
-import dataclasses
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from PIL import Image, ImageDraw, ImageFont
 
-from config import Config
-
-# ---------------------------------------------------------------------------------------------- metrics
 
 PROTOCOLS = {
     "paper": "SSIM with data range 2; PSNR with data range 1 per channel, then averaged; predictions as they are",
@@ -23,6 +18,7 @@ PROTOCOLS = {
 paper is what both earlier codes computed, with scikit-image 0.18. In both protocols, SSIM is per channel with a uniform
 7x7 window and sample covariance.
 """
+
 
 PSNR_OF_EQUAL_FRAMES = 100.0
 """Bounds the PSNR, which is infinite for a frame that equals the truth, to keep averages finite."""
@@ -80,115 +76,74 @@ def to_uint8(video: Array) -> Array:
     return (jnp.clip(video, 0, 1) * 255).astype(jnp.uint8)
 
 
-# ---------------------------------------------------------------------------------------------- logs
+GREEN, RED = (0, 160, 80), (200, 40, 40)
+"""Around frames that the model sees and reconstructs; around those that it predicts on its own."""
 
 
-class Log:
-    """Metrics to `metrics.jsonl`, one line per log, and to wandb where it runs. Neither's failure stops training."""
-
-    def __init__(self, directory: Path, step: int, wandb_run: Any | None):
-        """Opens the log of a run that stands at `step`; drops lines of later steps, which will come again."""
-        self.path = directory / "metrics.jsonl"
-        self.wandb_run = wandb_run
-        self.unwritten: list[str] = []
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if before(line, step)]
-            replace_file(self.path, "".join(lines).encode())
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a") as file:
-                file.write("".join(self.unwritten))
-            self.unwritten.clear()
-        except OSError as error:  # disk full: these lines go with the next ones
-            os.truncate(self.path, size)
-            print(f"Warning: {self.path} couldn't be written ({error.strerror}); training goes on")
-        self._to_wandb(dict(values), step)
-
-    def gif(self, step: int, name: str, path: Path) -> None:
-        if self.wandb_run is not None:
-            import wandb
-
-            self._to_wandb({name: wandb.Video(str(path), format="gif")}, step)
-
-    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
-        if self.wandb_run is None:
-            return
-        try:
-            self.wandb_run.log(values, step=step)
-        except Exception as error:  # whatever happens there
-            print(f"Warning: wandb failed ({' '.join(str(error).split())}); training goes on without it")
-            self.wandb_run = None
-
-
-def finish(wandb_run: Any | None) -> Callable[..., None]:
-    """For an ExitStack: ends the wandb run as finished, or after an exception as failed."""
-
-    def exit(error: Any, *_: Any) -> None:
-        if wandb_run is not None:
-            wandb_run.finish(exit_code=0 if error is None else 1)
-
-    return exit
-
-
-def before(line: str, step: int) -> bool:
-    """Whether a line of `metrics.jsonl` is whole and of no later step."""
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file such that at any time the old or the new one is there, whole."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_bytes(content)
-    os.replace(aside, path)
-
-
-def start_wandb(config: Config, directory: Callable[[Config], Path]) -> tuple[Config, Any | None]:
-    """Starts a wandb run, or continues the one of the run directory; a sweep's values replace the configuration's.
-
-    Without a login, `auto` runs offline and says so: nobody is asked for a key. WANDB_MODE, if set, decides for `auto`.
-
-    Args:
-        config: the configuration so far.
-        directory: the run directory of a configuration.
-
-    Returns:
-        The configuration with the sweep's values, and the run, or None where wandb is disabled.
-
-    Raises:
-        ConfigError: a sweep's key or value can't work.
-    """
-    mode: Any = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE", "auto")
-    if mode == "disabled":
-        return config, None
-    import wandb  # slow to import
-
-    if mode == "auto":
-        try:
-            mode = "online" if wandb.login(prompt=False) else "offline"
-            reason = "no API key is configured"
-        except wandb.Error as error:
-            mode, reason = "offline", " ".join(str(error).split())
-        if mode == "offline":
-            print(f"wandb: offline, since {reason}; `wandb login` before a run, or `wandb sync` after it, uploads it")
-    saved_id = directory(config) / "wandb_id"
-    Path(config.logdir).mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project="cwvae",
-        mode=mode,
-        dir=config.logdir,
-        config=dataclasses.asdict(config),
-        id=saved_id.read_text() if saved_id.exists() and "WANDB_RUN_ID" not in os.environ else None,
-        resume="allow",
-        settings=wandb.Settings(silent=True),
+def save_grid(video: np.ndarray, path: Path, strip: int = 50) -> None:
+    """Writes uint8 [T, H, W, C] as a PNG: rows of `strip` frames, 1 pixel apart; the last row may be shorter."""
+    T, H, W, C = video.shape
+    columns, rows = min(T, strip), -(-T // strip)
+    grid = np.zeros((rows * columns, H + 1, W + 1, C), np.uint8)
+    grid[:T, :H, :W] = video
+    grid = (
+        grid.reshape(rows, columns, H + 1, W + 1, C)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(rows * (H + 1), columns * (W + 1), C)
     )
-    config = config.updated(dict(run.config), "wandb")
-    run.name = config.run_name
-    directory(config).mkdir(parents=True, exist_ok=True)
-    (directory(config) / "wandb_id").write_text(run.id)
-    return config, run
+    Image.fromarray(rgb(grid)[:-1, :-1]).save(path)
+
+
+def rgb(image: np.ndarray) -> np.ndarray:
+    """[..., C] as [..., 3]: colour as it is, else the first channel as grey."""
+    return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+
+
+def comparison(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.ndarray:
+    """Truth | prediction | absolute error side by side, one row per example, uint8 [B, T, H, W, C] -> [T, H', W', 3].
+
+    The frame around the prediction is green while the model sees the context and reconstructs it, then red.
+    """
+    B, T, H, W, _ = truth.shape
+    error = np.abs(truth.astype(np.int16) - prediction).astype(np.uint8)
+    border = 2
+    picture = np.zeros((T, B, H + 2 * border, 3, W + 2 * border, 3), np.uint8)
+    picture[:context, :, :, 1] = GREEN
+    picture[context:, :, :, 1] = RED
+    for column, video in enumerate((truth, prediction, error)):
+        picture[:, :, border:-border, column, border:-border] = rgb(video).swapaxes(0, 1)
+    return picture.reshape(T, B * (H + 2 * border), 3 * (W + 2 * border), 3)
+
+
+def save_gif(video: np.ndarray, path: Path | str, frames_per_second: int = 15, scale: int = 2) -> None:
+    """Writes uint8 [T, H, W, 3] as a GIF that repeats for ever, `scale` times enlarged.
+
+    All frames share a palette, of 32 of them: 4 times as fast as one for each, and half the size.
+    """
+    sample = video[:: -(-len(video) // 32)]
+    palette = Image.fromarray(sample.reshape(-1, *sample.shape[2:])).quantize(256)
+    frames = [
+        Image.fromarray(frame)
+        .quantize(palette=palette, dither=Image.Dither.NONE)
+        .resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.NEAREST)
+        for frame in video
+    ]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // frames_per_second, loop=0)
+
+
+def side_by_side(rows: Mapping[str, np.ndarray], context: Mapping[str, int]) -> np.ndarray:
+    """Named videos uint8 [T, H, W, C] beside each other under their names, framed as in `save_rows`: [T, H', W', 3]."""
+    border, top = 2, 14
+    panels = []
+    for name, video in rows.items():
+        T, H, W, _ = video.shape
+        panel = np.zeros((T, top + H + 2 * border, W + 2 * border, 3), np.uint8)
+        if name in context:
+            panel[: context[name], top:] = GREEN
+            panel[context[name] :, top:] = RED
+        panel[:, top + border : -border, border:-border] = rgb(video)
+        caption = Image.new("RGB", (W + 2 * border, top))
+        ImageDraw.Draw(caption).text((border, 1), name, font=ImageFont.load_default(9))
+        panel[:, :top] = np.asarray(caption)
+        panels.append(panel)
+    return np.concatenate(panels, axis=2)

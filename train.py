@@ -28,11 +28,11 @@ import cwvae
 import data
 import pictures
 import tools
-from checkpoints import Checkpoints
+from system.checkpoints import Checkpoints
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
-from devices import Devices, connect
-from interrupts import Interrupted, Interrupts, exit_codes
+from system.devices import Devices, connect
+from system.interrupts import Interrupted, Interrupts, exit_codes
 
 FREE_ON_RESUME = {
     *("datadir", "rebuild_frames", "logdir", "wandb", "coordinator_address", "num_processes", "process_id"),
@@ -151,7 +151,7 @@ def open_loop_video(model: CWVAE, params: Any, video: np.ndarray) -> np.ndarray:
     keys = sequence_keys(seeds(c)["videos"], 0, len(video))
     parts = cwvae.open_loop(model, params, video[:, :context], keys, video.shape[1] - context, c.use_obs)
     shown = [np.asarray(tools.to_uint8(frames)) for name, frames in parts if name != "prior_onestep"]
-    return pictures.comparison(video, np.concatenate(shown, axis=1), context)
+    return tools.comparison(video, np.concatenate(shown, axis=1), context)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -225,7 +225,7 @@ def train(config: Config) -> TrainState:
         wandb_run: list[Any] = [None]
 
         def with_sweep() -> str:
-            merged, wandb_run[0] = tools.start_wandb(config, run_directory)
+            merged, wandb_run[0] = logs.start_wandb(config, run_directory)
             return merged.to_json()
 
         def with_run() -> str:
@@ -233,7 +233,7 @@ def train(config: Config) -> TrainState:
             return open_run(c).to_json()
 
         c = Config(**json.loads(devices.first_decides(with_sweep)))
-        resources.push(tools.finish(wandb_run[0]))
+        resources.push(logs.finish(wandb_run[0]))
         if c.save_gifs and c.open_loop_ctx >= c.seq_len:
             raise ConfigError(
                 f"open_loop_ctx: must be less than seq_len = {c.seq_len} for videos of training sequences, "
@@ -246,7 +246,7 @@ def train(config: Config) -> TrainState:
         steps = data.training_steps(c, train_windows)
         checkpoints = resources.enter_context(Checkpoints(directory / "checkpoints", c.save_named_model_every))
         step, state, unreported = restore(model, checkpoints, devices)
-        log = tools.Log(directory, step if unreported is None else step - 1, wandb_run[0]) if first else None
+        log = logs.Log(directory, step if unreported is None else step - 1, wandb_run[0]) if first else None
         if first:
             print(f"Run directory: {directory}" + (f", resumed at step {step}" if step else ""))
 
@@ -348,7 +348,7 @@ def save_videos(
     test_windows: data.Windows,
     directory: Path,
     step: int,
-    log: tools.Log | None,
+    log: logs.Log | None,
 ) -> None:
     """Open-loop predictions of a few training and test videos, as `<run>/videos/{train,validation}_<step>.gif`."""
     for name, windows in ("train", train_windows), ("validation", test_windows):
@@ -357,7 +357,7 @@ def save_videos(
         path = directory / "videos" / f"{name}_{step:07}.gif"
         try:
             path.parent.mkdir(exist_ok=True)
-            pictures.save_gif(shown, path)
+            tools.save_gif(shown, path)
         except OSError as error:
             print(f"Warning: {path} couldn't be written ({error.strerror}); training goes on")
             continue

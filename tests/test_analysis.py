@@ -70,7 +70,7 @@ def test_levels_are_those_of_the_objective_and_of_the_latents(run):
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 3 * 2 and rows[0]["model"] == "digits" and rows[0]["term"] == "kl"
     assert (
-        f"| digits | 8 | {report.with_interval(results['levels'][0]['per_sequence']['kl'], 2)} |"
+        f"| digits | 8 | {tables.with_interval(results['levels'][0]['per_sequence']['kl'], 2)} |"
         in (directory / "levels.md").read_text()
     )
     assert (directory / "kl.png").stat().st_size > 1000
@@ -267,11 +267,11 @@ def test_rooms(run, monkeypatch, tmp_path):
 def write_evaluation(directory, seed, quality=0.0, **keys):
     """What eval.py writes, of planted curves."""
     random = np.random.default_rng(seed)
-    names = ["prediction", *report.REFERENCES.values()]
+    names = ["prediction", *statistics.REFERENCES.values()]
     lines = {
         protocol: {
-            metric: {name: report.summary(quality + random.uniform(0, 0.01, size=(4, 12))) for name in names}
-            for metric in report.METRICS
+            metric: {name: statistics.summary(quality + random.uniform(0, 0.01, size=(4, 12))) for name in names}
+            for metric in statistics.METRICS
         }
         for protocol in tools.PROTOCOLS
     }
@@ -285,7 +285,7 @@ def write_evaluation(directory, seed, quality=0.0, **keys):
         "config": config,
     }
     directory.mkdir(parents=True)
-    (directory / "metrics.json").write_text(report.to_json(results))
+    (directory / "metrics.json").write_text(tables.to_json(results))
     return directory
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import full_disk
 
-from checkpoints import Checkpoints, DamagedCheckpoint
+from system.checkpoints import Checkpoints, DamagedCheckpoint
 
 STATE = {"params": {"a": np.arange(1000.0, dtype=np.float32), "b": np.ones((3, 2), np.float32)}, "step": np.int32(1)}
 

@@ -14,7 +14,7 @@ from conftest import COMPILED, ROOT, flags
 
 import config as configuration
 import train
-from checkpoints import Checkpoints
+from system.checkpoints import Checkpoints
 from cwvae import CWVAE
 
 

@@ -18,7 +18,7 @@ import report
 import tools
 from config import ConfigError
 from cwvae import CWVAE
-from interrupts import Interrupted
+from system.interrupts import Interrupted
 
 
 def arrays(directory):
@@ -164,7 +164,7 @@ def test_repeatable_for_any_batch_size(run):
     (a, _), (b, _), (c, results) = (evaluate(run, *flags) for flags in ([], [], ["--batch_size=3"]))
     assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
     lines = json.loads((a / "metrics.json").read_text())["lines"]
-    for protocol, metric, line in itertools.product(tools.PROTOCOLS, report.METRICS, lines["paper"]["ssim"]):
+    for protocol, metric, line in itertools.product(tools.PROTOCOLS, statistics.METRICS, lines["paper"]["ssim"]):
         x, y = (found[protocol][metric][line]["curve"]["value"] for found in (lines, results["lines"]))
         np.testing.assert_allclose(x, y, atol=1e-3)
     a, b, c = arrays(a), arrays(b), arrays(c)
@@ -182,7 +182,7 @@ def test_references_by_hand(run):
     test, pool = data.windows(config, "test"), evaluation.random_frames(config)
     train_frames = np.concatenate([data.windows(config, "train")[i] for i in range(3)])
     assert pool.shape == (1000, 64, 64, 1) and len(train_frames) == 3 * 8
-    curves = {name: [] for name in report.REFERENCES.values()}
+    curves = {name: [] for name in statistics.REFERENCES.values()}
     for i in range(3):
         truth = test[i] / np.float32(255)
         noise = cwvae.draw_noise(config, evaluation.example_keys(config, i, 1, 0), 12)
@@ -195,7 +195,7 @@ def test_references_by_hand(run):
         for name, frames in stand_ins.items():
             curves[name].append(-10 * np.log10(((frames - truth[4:]) ** 2).mean((1, 2, 3))))
     lines = results["lines"]["paper"]["psnr"]
-    assert list(lines) == ["prediction", *report.REFERENCES.values()]
+    assert list(lines) == ["prediction", *statistics.REFERENCES.values()]
     for name in stand_ins:
         np.testing.assert_allclose(lines[name]["curve"]["value"], np.mean(curves[name], 0), rtol=1e-4)
 

@@ -18,10 +18,10 @@ from conftest import COMPILED, ROOT, flags
 import config as configuration
 import cwvae
 import train
-from checkpoints import Checkpoints
+from system.checkpoints import Checkpoints
 from config import ConfigError
 from cwvae import CWVAE
-from interrupts import Interrupted, Interrupts
+from system.interrupts import Interrupted, Interrupts
 
 
 def start(logdir, **keys):
@@ -162,7 +162,7 @@ def test_a_thread_that_waits_for_ever_holds_no_interrupted_program():
     """As one does where a signal comes while grain's pool starts it."""
     program = """
 import atexit, os, signal, threading
-from interrupts import Interrupts, exit_codes
+from system.interrupts import Interrupts, exit_codes
 atexit.register(print, "exit functions ran")
 with exit_codes(), Interrupts():
     threading.Thread(target=threading.Event().wait).start()

@@ -62,21 +62,21 @@ def test_metrics_of_equal_frames_are_finite():
 @pytest.mark.parametrize("length", [1, 49, 50, 51, 100, 101])
 def test_grids_keep_every_frame(tmp_path, length, channels):
     video = np.random.default_rng(0).integers(1, 256, (length, 6, 4, channels), dtype=np.uint8)
-    pictures.save_grid(video, tmp_path / "a.png")
+    tools.save_grid(video, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         grid = np.asarray(image)
     rows = -(-length // 50)
     assert grid.shape == (rows * 7 - 1, min(length, 50) * 5 - 1, 3)
     for t in range(length):
         y, x = t // 50 * 7, t % 50 * 5
-        np.testing.assert_array_equal(grid[y : y + 6, x : x + 4], pictures.rgb(video[t]))
+        np.testing.assert_array_equal(grid[y : y + 6, x : x + 4], tools.rgb(video[t]))
     assert not grid[6::7].any() and not grid[:, 4::5].any()
 
 
 def test_comparison_shows_truth_prediction_and_error():
     random = np.random.default_rng(0)
     truth, prediction = random.integers(0, 256, (2, 2, 5, 8, 8, 1), dtype=np.uint8)
-    picture = pictures.comparison(truth, prediction, context=2)
+    picture = tools.comparison(truth, prediction, context=2)
     assert picture.shape == (5, 2 * 12, 3 * 12, 3)
     np.testing.assert_array_equal(picture[3, 14:22, 2:10, 0], truth[1, 3, ..., 0])
     np.testing.assert_array_equal(picture[3, 14:22, 14:22, 1], prediction[1, 3, ..., 0])
@@ -88,7 +88,7 @@ def test_gif_holds_every_frame(tmp_path):
     video = np.zeros((7, 8, 8, 3), np.uint8)
     for t in range(7):
         video[t, t] = 255
-    pictures.save_gif(video, tmp_path / "a.gif", scale=2)
+    tools.save_gif(video, tmp_path / "a.gif", scale=2)
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 7
         for t in range(7):
@@ -100,8 +100,8 @@ def test_gif_of_all_greys_in_a_coloured_frame(tmp_path):
     """Hardly differs from the video, and not in what says whether the model sees the frame."""
     random = np.random.default_rng(0)
     truth, prediction = random.integers(256, size=(2, 1, 50, 32, 32, 1), dtype=np.uint8)
-    video = pictures.comparison(truth, prediction, 25)
-    pictures.save_gif(video, tmp_path / "a.gif")
+    video = tools.comparison(truth, prediction, 25)
+    tools.save_gif(video, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as image:
         for t in range(50):
             image.seek(t)
@@ -117,18 +117,18 @@ def test_to_uint8_truncates():
 
 
 def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
-    log = tools.Log(tmp_path, 0, None)
+    log = logs.Log(tmp_path, 0, None)
     for step in 1, 2, 3:
         log.metrics(step, {"loss": 1.0 / step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # interrupted while writing
-    tools.Log(tmp_path, 2, None).metrics(3, {"loss": 7.0})
+    logs.Log(tmp_path, 2, None).metrics(3, {"loss": 7.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 7.0}]
 
 
 def test_a_log_that_cannot_be_written_comes_later(tmp_path, monkeypatch, capsys):
-    log = tools.Log(tmp_path, 0, None)
+    log = logs.Log(tmp_path, 0, None)
     log.metrics(1, {"loss": 1.0})
     whole = type(tmp_path).open
 
@@ -165,7 +165,7 @@ def test_wandb_that_fails_is_left_alone(tmp_path, capsys):
             raise ConnectionError("gone")
 
     run = Failing()
-    log = tools.Log(tmp_path, 0, run)
+    log = logs.Log(tmp_path, 0, run)
     for step in 1, 2, 3:
         log.metrics(step, {"loss": 1.0})
     assert run.calls == 1 and capsys.readouterr().out.count("wandb failed (gone); training goes on without it") == 1

@@ -17,10 +17,10 @@ from conftest import COMPILED, ROOT, TINY, flags
 import config as configuration
 import data
 import train
-from checkpoints import Checkpoints
+from system.checkpoints import Checkpoints
 from config import ConfigError
 from cwvae import CWVAE
-from devices import Devices
+from system.devices import Devices
 
 
 def parameters(state):

@@ -1,26 +1,78 @@
-"""What is in a frame: the digits, by a classifier trained on the spot; the rooms of a maze, by their colours."""
+"""Which digits predicted frames show, read by a classifier trained on the spot (Figure 5b)."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import scipy.ndimage
-from flax import linen as nn
-from jax import Array
 
-import report
-from config import FRAME_SIZE
-from cwvae import floats
-from data import MovingDigits, compose
 
-# ---------------------------------------------------------------------------------------------- digits
+def digits(arguments: Sequence[str]) -> None:
+    """Accuracy of the digits' identities in predicted frames over time (Figure 5b): digits.png, .json, .csv.
+
+    Each frame counts by itself: right if the classifier finds the truth's digits in it, in any order. Frames where
+    digits hide each other can't all be read: the same figure for the true frames is the ceiling.
+    """
+    runs, given = parse_runs("digits", arguments)
+    train_set, test_set = (digit_windows(run.config, split) for run, split in ((runs[0], "train"), (runs[0], "test")))
+    for run in runs[1:]:
+        same_readout(runs[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
+    workers = [Worker(run) for run in runs]
+    print(f"Training a classifier of {runs[0].config.num_digits} digits")
+    read = readouts.train_digit_reader(train_set)
+    clean, total = readouts.clean_accuracy(read, test_set)
+    print(f"It reads {100 * clean:.2f} % of {total} true test frames without overlap")
+    if clean < readouts.NEEDED_ACCURACY:
+        raise ConfigError(
+            f"digits: the classifier reads {100 * clean:.2f} % of true frames; below "
+            f"{100 * readouts.NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
+        )
+    directory = directory_for("digits", runs, given)
+    results: dict[str, Any] = {}
+    truth: list[np.ndarray] = []
+    for run, worker in zip(runs, workers, strict=True):
+        rights, upper = [], []
+        for first, valid, video in worker.batches():
+            labels = np.stack([test_set.digits_in(first + row) for row in range(valid)])
+            if run is runs[0]:
+                truth.append(readouts.right_digits(read, video[:valid, run.config.open_loop_ctx :], labels))
+            samples = (
+                readouts.right_digits(read, worker.predictions(video, first, sample)[:valid], labels)
+                for sample in range(run.config.num_samples)
+            )
+            rights.append(np.mean(list(samples), axis=0))
+            upper.append(readouts.right_digits(read, worker.reconstructions(video, first)[:valid], labels))
+        results[run.name] = statistics.summary(np.concatenate(rights))
+        results[f"{run.name}, {POSTERIOR}"] = statistics.summary(np.concatenate(upper))
+    lines = accuracy_lines(runs, results)
+    results["true frames"] = statistics.summary(np.concatenate(truth))
+    chance = readouts.chance(train_set)
+    lines["true frames"] = plots.Line(np.array(results["true frames"]["curve"]["value"]), reference=True)
+    lines["chance"] = plots.Line(np.full(len(lines["true frames"].values), chance), reference=True)
+    plots.plot_lines(lines, directory / "digits.png", "accuracy of the digits' identities")
+    more = {"classifier_accuracy_on_clean_frames": clean, "clean_frames": total, "chance": chance}
+    write_readout("digits", results, directory, more)
+
+
+def digit_windows(config: Config, split: str) -> data.MovingDigits:
+    """Windows that know their digits.
+
+    Raises:
+        ConfigError: the dataset has no labels.
+    """
+    if config.dataset not in ("digits", "mnist"):
+        raise ConfigError(
+            f"dataset: {config.dataset} doesn't say which digits its videos show; a model of mmnist can be analysed on "
+            "MNIST's moving digits with --dataset mnist --datadir DIRECTORY of MNIST's idx files"
+        )
+    windows = data.windows(config, split)
+    assert isinstance(windows, data.MovingDigits)
+    return windows
+
 
 NEEDED_ACCURACY = 0.97
 """Of true frames without overlap. A classifier below would blame the model for its own errors."""
+
 
 Reader = Callable[[np.ndarray], np.ndarray]
 """Frames uint8 [N, 64, 64, 1] -> how often each digit is seen in each, int [N, 10]."""
@@ -170,115 +222,3 @@ def chance(windows: MovingDigits) -> float:
     probability = shares[drawn].prod(-1)
     of_set = (counts(drawn)[:, None] == digit_sets(windows.digits)).all(-1)
     return float(((probability[:, None] * of_set).sum(0) ** 2).sum())
-
-
-# ---------------------------------------------------------------------------------------------- rooms
-
-SAME_ROOM = 0.6
-"""Frames show the same room if their colour histograms share at least so much (the sum of the bins' minima)."""
-
-STAY = 5
-"""Fewer frames than this in a row are no visit: doorways, where two rooms are seen at once, are left out."""
-
-BINS = 8
-"""Colour bins per channel. They are smoothed by one bin, so that blur and shade matter less than another texture."""
-
-CATEGORIES = ("same room", "to the hallway", "to another room")
-"""The paper's sequences (Section 3.4): the agent stays in its room; enters the hallway; goes through it into a room."""
-
-
-def histograms(video: np.ndarray) -> np.ndarray:
-    """Colour histogram of each frame of uint8 [T, H, W, 3], smoothed: [T, BINS**3], with sum 1."""
-    T = len(video)
-    bins = (video.reshape(T, -1, 3).astype(int) * BINS // 256) @ [BINS**2, BINS, 1]
-    counted = np.stack([np.bincount(frame, minlength=BINS**3) for frame in bins]).reshape(T, BINS, BINS, BINS)
-    smooth = scipy.ndimage.gaussian_filter(counted.astype(float), (0, 1, 1, 1), mode="nearest").reshape(T, -1)
-    return smooth / smooth.sum(1, keepdims=True)
-
-
-def visits(colors: np.ndarray, known: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Which room each frame shows, by the colours of walls, floor and hallway, which differ from room to room.
-
-    A frame belongs to the room whose histogram it shares most with, if that is at least SAME_ROOM; STAY frames in a
-    row that belong to no room, but to each other, found a new one, with their mean histogram. Other frames show the
-    room before them (the first ones: the one after).
-
-    Args:
-        colors: of `histograms`, [T, bins].
-        known: histograms of rooms found before.
-
-    Returns:
-        The frames' rooms, [T] from 0, and the rooms' histograms.
-    """
-    found = list(known)
-    shown = np.full(len(colors), -1)
-
-    def shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.minimum(a, b).sum(-1)
-
-    for t, frame in enumerate(colors):
-        if found:
-            overlaps = shared(np.array(found), frame)
-            if overlaps.max() >= SAME_ROOM:
-                shown[t] = np.argmax(overlaps)
-                continue
-        recent = colors[max(0, t - STAY + 1) : t + 1]
-        if len(recent) == STAY and (shown[t - STAY + 1 : t] == -1).all():
-            mean = recent.mean(0)
-            if (shared(recent, mean) >= SAME_ROOM).all():
-                shown[t - STAY + 1 : t + 1] = len(found)
-                found.append(mean)
-    return settled(shown), found
-
-
-def settled(shown: np.ndarray) -> np.ndarray:
-    """Stretches of fewer than STAY frames, and of frames without a room (-1), become part of the stretch before."""
-    starts = np.flatnonzero(np.diff(shown, prepend=shown[0] - 1))
-    lengths = np.diff(starts, append=len(shown))
-    result, current = shown.copy(), -1
-    for start, length in zip(starts, lengths, strict=True):
-        if shown[start] >= 0 and length >= STAY:
-            current = shown[start]
-        result[start : start + length] = current
-    first = np.flatnonzero(result >= 0)
-    result[: first[0] if len(first) else None] = result[first[0]] if len(first) else 0
-    return result
-
-
-def category(shown: np.ndarray) -> int:
-    """Which of CATEGORIES a sequence of rooms is: one stay, two, or more."""
-    return min(int((np.diff(shown) != 0).sum()), len(CATEGORIES) - 1)
-
-
-class Rooms(NamedTuple):
-    """The rooms of a sequence's predictions beside the truth's."""
-
-    agreement: np.ndarray  # [T] of the predicted frames: the share of predictions that are in the true room
-    truth: int  # category
-    right: float  # the share of predictions of this category
-
-
-def compare_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: int) -> Rooms:
-    """Reads the rooms of a true video uint8 [T, H, W, 3], and of its context continued by each prediction."""
-    colors = histograms(video)
-    truth, known = visits(colors)
-    agreements, rights = [], []
-    for prediction in predictions:
-        shown, _ = visits(np.concatenate([colors[:context], histograms(prediction)]), known)
-        agreements.append(truth[context:] == shown[context:])
-        rights.append(category(truth) == category(shown))
-    return Rooms(np.mean(agreements, axis=0), category(truth), float(np.mean(rights)))
-
-
-def category_accuracy(reads: Sequence[Rooms]) -> dict[str, dict[str, float]]:
-    """How often predictions have their truth's category.
-
-    Returns:
-        For each of CATEGORIES that occurs, the share with its confidence interval, and the number of "sequences".
-    """
-    found = {}
-    for number, name in enumerate(CATEGORIES):
-        right = np.array([read.right for read in reads if read.truth == number])
-        if len(right):
-            found[name] = report.plain(report.estimate(right)) | {"sequences": len(right)}
-    return found

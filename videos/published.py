@@ -18,7 +18,7 @@ from etils import epath
 from tensorflow_datasets.core.download import checksums, download_manager, resource
 
 from config import ConfigError
-from videos import Video
+from videos.decoded import Video
 
 CONNECT_SECONDS = 10
 """How long the source may take to answer before we say that it can't be reached: TFDS itself tries for minutes."""

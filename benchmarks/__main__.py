@@ -37,8 +37,8 @@ import tools
 import train
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
-from devices import Devices
-from interrupts import exit_codes
+from system.devices import Devices
+from system.interrupts import exit_codes
 
 sys.path.append(str(Path(__file__).parent / "tests"))
 import textbook  # the textbook form, which the tests check too

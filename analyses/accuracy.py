@@ -1,0 +1,36 @@
+"""Accuracy of what is read from frames, over time: what digits and rooms share."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+POSTERIOR = statistics.REFERENCES["posterior"]
+
+
+def accuracy_line(summary: Mapping[str, Any]) -> plots.Line:
+    curve = {key: np.array(values) for key, values in summary["curve"].items()}
+    return plots.Line(curve["value"], curve["low"], curve["high"])
+
+
+def accuracy_lines(runs: Sequence[Run], results: Mapping[str, Any]) -> dict[str, plots.Line]:
+    """Each run's line, and dotted beside it the one of its posterior reconstruction."""
+    lines = {run.name: accuracy_line(results[run.name]) for run in runs}
+    for run in runs:
+        name = f"{run.name}, {POSTERIOR}"
+        lines[name] = plots.Line(np.array(results[name]["curve"]["value"]), beside=run.name)
+    return lines
+
+
+def write_readout(kind: str, results: Mapping[str, Any], directory: Path, more: Mapping[str, Any]) -> None:
+    """`statistics.summary`s by name as `<kind>.json` and `<kind>.csv`, printed."""
+    lines = {"accuracy": {kind: results}}
+    tables.write(directory / f"{kind}.csv", tables.to_csv(tables.CSV_HEADER, tables.csv_rows(lines)))
+    tables.write(directory / f"{kind}.json", tables.to_json({**more, "lines": results}))
+    print()
+    for name, summary in results.items():
+        first = "".join(f", first {d}: {value['value']:.3f}" for d, value in summary["first"].items())
+        print(f"{name}: {tables.with_interval(summary['average'], 3)}{first}")
+    print(f"Results: {directory}")

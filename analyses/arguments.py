@@ -1,0 +1,121 @@
+"""What the analyses' command lines name: runs, new directories."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+OUT = "new directory for the results; for a single run by default below its directory"
+
+
+class Run(NamedTuple):
+    """A trained model under the name that it has in tables and plots."""
+
+    name: str
+    config: Config
+    checkpoint: evaluation.Checkpoint
+
+
+def parse_named(
+    arguments: Sequence[str], program: str, description: str, keys: bool = True, **special: str
+) -> tuple[list[tuple[str, Path]], dict[str, str], dict[str, str]]:
+    """The `[NAME=]DIRECTORY`s that a command line begins with, the name empty where there is none; then its flags.
+
+    Returns:
+        The directories by name, and what `config.parse_flags` returns, with `--out` among the special flags.
+
+    Raises:
+        ConfigError: no directory is named; or as `config.parse_flags`.
+    """
+    directories = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    flags = arguments[len(directories) :]
+    given, values = configuration.parse_flags(flags, program, description, keys, out=OUT, **special)
+    if not directories:
+        raise ConfigError(f"command line: no directory is named; call {program}")
+    named = []
+    for directory in directories:
+        name, equals, path = directory.partition("=")
+        named.append((name, Path(path)) if equals and not Path(directory).exists() else ("", Path(directory)))
+    return named, given, values
+
+
+def parse_runs(command: str, arguments: Sequence[str], **special: str) -> tuple[list[Run], dict[str, str]]:
+    """The runs that a command line names, with its keys in place of their configurations', and its special flags.
+
+    Raises:
+        ConfigError: as `eval.parse` does.
+    """
+    description = f"{COMMANDS[command][1]}. RUN is as eval.py's --logdir."
+    named, given, values = comparisons.parse_named(
+        arguments, f"analysis.py {command} [NAME=]RUN ...", description, True, **special
+    )
+    checkpoints = [evaluation.find_checkpoint(path) for _, path in named]
+    configs = [configuration.merged(found.run / "config.yml", values) for found in checkpoints]
+    names = comparisons.with_names([name for name, _ in named], configs)
+    return [Run(*run) for run in zip(names, configs, checkpoints, strict=True)], given
+
+
+def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
+    """The given names; where one is missing, the values of the keys in which the models differ.
+
+    Raises:
+        ConfigError: two have the same name.
+    """
+    ignored = train.FREE_ON_RESUME | {"seed"}
+    keys = [key for key in vars(configs[0]) if key not in ignored and len({getattr(c, key) for c in configs}) > 1]
+    found = []
+    for name, c in zip(names, configs, strict=True):
+        own = [f"{key} {'-'.join(map(str, v)) if isinstance(v := getattr(c, key), tuple) else v}" for key in keys]
+        found.append(name or ", ".join(own) or c.dataset)
+    if twice := [name for i, name in enumerate(found) if name in found[:i]]:
+        raise ConfigError(f"two models have the same name, {twice[0]!r}; name them: NAME=DIRECTORY")
+    return found
+
+
+def new_directory(command: str, out: str | None, run: Path | None = None) -> Path:
+    """Makes the directory of the results: `out`, or `<run>/<command>_<time>`.
+
+    Raises:
+        ConfigError: there are results already, or neither is given.
+    """
+    if out is None:
+        if run is None:
+            raise ConfigError("out: name a new directory for the results of several runs with --out")
+        return evaluation.new_directory(run, command)
+    directory = Path(out)
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise ConfigError(f"out: {directory} isn't empty; name a new directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def single(command: str, runs: Sequence[Run]) -> Run:
+    if len(runs) > 1:
+        raise ConfigError(f"command line: {command} takes a single run")
+    return runs[0]
+
+
+def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
+    """A special flag that is a whole number."""
+    try:
+        value = int(given.get(key, default))
+    except ValueError:
+        value = at_least - 1
+    if value < at_least:
+        raise ConfigError(f"{key}: must be a whole number of at least {at_least}, got {given[key]!r}")
+    return value
+
+
+def directory_for(command: str, runs: Sequence[Run], given: Mapping[str, str]) -> Path:
+    return comparisons.new_directory(command, given.get("out"), runs[0].checkpoint.run if len(runs) == 1 else None)
+
+
+def same_readout(a: Run, b: Run, keys: Sequence[str]) -> None:
+    """Raises ConfigError unless two runs are read on the same test sequences."""
+    for key in keys:
+        x, y = getattr(a.config, key), getattr(b.config, key)
+        if x != y:
+            raise ConfigError(f"{key}: {a.name} has {x}, {b.name} {y}; set the same --{key} for all runs")

@@ -1,0 +1,49 @@
+"""Open-loop predictions where some levels don't see the context (Figure 7)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def blind(arguments: Sequence[str]) -> None:
+    """Draws open-loop predictions of one sequence with each subset of levels blind: blind.png, blind.gif, blind.npz."""
+    runs, given = parse_runs(
+        "blind",
+        arguments,
+        example="number of the test sequence (default: 0)",
+        blind_ctx="context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)",
+    )
+    run = single("blind", runs)
+    number, blind_context = whole(given, "example", 0, at_least=0), whole(given, "blind_ctx", 8)
+    worker = Worker(run)
+    if number >= len(worker.test):
+        raise ConfigError(f"example: there are {len(worker.test)} test sequences; name one from 0, got {number}")
+    video = worker.test[number]
+    if blind_context >= len(video):
+        raise ConfigError(f"blind_ctx: must be less than the sequence's {len(video)} frames, got {blind_context}")
+    directory = directory_for("blind", runs, given)
+    rows, context = {"truth": video}, {}
+    for use_obs in itertools.product("TF", repeat=run.config.levels):
+        hidden = [str(level) for level, letter in enumerate(use_obs) if letter == "F"]
+        name = f"blind {' '.join(hidden)}" if hidden else "sees all"
+        context[name] = run.config.open_loop_ctx if use_obs[-1] == "T" else blind_context
+        rows[name] = predict_blind(worker, number, video, context[name], "".join(use_obs))
+    times = np.unique(np.linspace(0, len(video) - 1, 16).astype(int))
+    plots.save_rows(rows, directory / "blind.png", times, context)
+    tools.save_gif(tools.side_by_side(rows, context), directory / "blind.gif")
+    arrays: Any = {name.replace(" ", "_"): frames for name, frames in rows.items()}
+    np.savez(directory / "blind.npz", **arrays)
+    print(f"Results: {directory}")
+
+
+def predict_blind(worker: Worker, number: int, video: np.ndarray, context: int, use_obs: str) -> np.ndarray:
+    """Reconstruction and prediction of a test sequence uint8 [T, H, W, C], with the same noise for each `use_obs`."""
+    noise = cwvae.draw_noise(worker.config, worker.keys(number, 1), len(video))
+    predict = jax.jit(
+        lambda params, seen, noise: worker.model.apply(
+            params, seen, len(video) - context, noise, use_obs, method="predict_by_level"
+        )
+    )
+    return np.asarray(tools.to_uint8(predict(worker.params, video[None, :context], noise)))[0]

@@ -1,0 +1,33 @@
+"""A small copy of a run, to share."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Writes a run of the configuration and one checkpoint, for evaluation: a fifth of the size.
+
+    Parameters are rounded to half precision's digits and Adam's state is zero, which Orbax's compression makes use of.
+    """
+    runs, given = parse_runs("export", arguments)
+    run = single("export", runs)
+    state = evaluation.load_state(CWVAE(run.config), run.checkpoint)
+    with np.errstate(over="ignore"):  # refused below
+        params = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(x.dtype), state.params)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):
+        raise ConfigError(f"{run.checkpoint.run} has parameters beyond half precision's range; share the run itself")
+    directory = directory_for("export", runs, given)
+    default = Config()
+    dataclasses.replace(run.config, datadir=default.datadir, logdir=default.logdir).save(directory / "config.yml")
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(
+            run.checkpoint.step,
+            dataclasses.replace(state, params=params, opt_state=jax.tree.map(np.zeros_like, state.opt_state)),
+        )
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        if not checkpoints.steps:
+            raise ConfigError(f"{directory} couldn't be written; make room, or choose another --out")
+    print(f"Evaluate it with: python eval.py --logdir {directory}")

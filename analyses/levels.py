@@ -1,0 +1,122 @@
+"""Information per level: KL and entropies, and the latents (Table 1, Figure 8)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def levels(arguments: Sequence[str]) -> None:
+    """Writes KL and entropies per level as JSON, CSV, Markdown and plot, and each run's latents as NPZ."""
+    runs, given = parse_runs(
+        "levels", arguments, frames="frames of each test sequence that are read (default: seq_len, as in Table 1)"
+    )
+    frames = [whole(given, "frames", run.config.seq_len) for run in runs]
+    for run, T in zip(runs, frames, strict=True):
+        if 0 < run.config.eval_seq_len < T:
+            raise ConfigError(
+                f"frames: test sequences of {run.name} have eval_seq_len = {run.config.eval_seq_len} frames, fewer "
+                f"than {T}; lower --frames or raise --eval_seq_len"
+            )
+    workers = [Worker(run) for run in runs]
+    directory = directory_for("levels", runs, given)
+    results = {}
+    for i, (run, worker, T) in enumerate(zip(runs, workers, frames, strict=True)):
+        latents = directory / ("latents" if len(runs) == 1 else f"latents_{i}")
+        found = {"latents": latents.name, "run": str(run.checkpoint.run), "checkpoint_step": run.checkpoint.step}
+        results[run.name] = found | information(worker, T, latents)
+    write_levels(results, directory)
+
+
+TERMS = {"kl": "KL", "entropy_prior": "prior entropy", "entropy_posterior": "posterior entropy"}
+
+
+@jax.jit
+def level_terms(rollouts: tuple[cwvae.LevelRollout, ...]) -> list[dict[str, Array]]:
+    """Each level's TERMS, summed over the ticks of a chunk, [B]."""
+    return [
+        {
+            "kl": cwvae.kl_divergence(rollout.posterior, rollout.prior).sum(1),
+            "entropy_prior": cwvae.entropy(rollout.prior).sum(1),
+            "entropy_posterior": cwvae.entropy(rollout.posterior).sum(1),
+        }
+        for rollout in rollouts
+    ]
+
+
+def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
+    """KL and entropies of each level in nats, over the first `frames` frames of the test sequences.
+
+    Levels that `use_obs` blinds follow their prior. Each batch's latents go to `latents/level_<l>_<first example>.npz`:
+    example [B], stoch, prior_mean, prior_stddev, posterior_mean, posterior_stddev [B, T_l, S], deter [B, T_l, D].
+    """
+    c = worker.config
+    latents.mkdir()
+    totals: list[list[dict[str, np.ndarray]]] = []
+    for first, valid, video in worker.batches():
+        terms, parts = [], []
+        keys = worker.keys(first, len(video))
+        chunks = cwvae.posterior(
+            worker.model, worker.params, video[:, :frames], keys, c.use_obs, place=worker.devices.put
+        )
+        for rollouts in chunks:
+            terms.append(level_terms(rollouts))
+            parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32), rollouts))
+        total = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(terms))
+        totals.append(jax.tree.map(operator.itemgetter(slice(valid)), total))
+        for level, rollout in enumerate(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)):
+            rollout = jax.tree.map(operator.itemgetter(slice(valid)), rollout)
+            np.savez(
+                latents / f"level_{level}_{first:06}.npz",
+                example=np.arange(first, first + valid),
+                stoch=rollout.stoch,
+                deter=rollout.deter,
+                prior_mean=rollout.prior.mean,
+                prior_stddev=rollout.prior.stddev,
+                posterior_mean=rollout.posterior.mean,
+                posterior_stddev=rollout.posterior.stddev,
+            )
+    by_level = jax.tree.map(lambda *x: np.concatenate(x), *totals)  # [N] each
+    found = []
+    for T, terms_of_level in zip(cwvae.ticks(c, frames), by_level, strict=True):
+        per_sequence = {key: statistics.plain(statistics.estimate(values)) for key, values in terms_of_level.items()}
+        per_tick = {key: statistics.plain(statistics.estimate(values / T)) for key, values in terms_of_level.items()}
+        found.append({"ticks": T, "per_sequence": per_sequence, "per_tick": per_tick})
+    return {"frames": frames, "num_examples": worker.count, "dataset": c.dataset, "levels": found}
+
+
+def write_levels(results: Mapping[str, Any], directory: Path) -> None:
+    """The figures of `information` for each model: levels.json, levels.csv, levels.md, kl.png."""
+    depth = max(len(result["levels"]) for result in results.values())
+    table_1, details, rows = [], [], []
+    for name, result in results.items():
+        by_level = result["levels"]
+        kl = [tables.with_interval(level["per_sequence"]["kl"], 2) for level in by_level]
+        table_1.append([name, result["frames"], *kl, *["-"] * (depth - len(kl))])
+        for number, level in enumerate(by_level):
+            per_tick = [tables.with_interval(level["per_tick"][term], 3) for term in TERMS]
+            details.append([name, number, level["ticks"], *per_tick])
+            for unit, term in itertools.product(("per_sequence", "per_tick"), TERMS):
+                rows.append([name, result["frames"], number, level["ticks"], term, unit, *level[unit][term].values()])
+    header = ["model", "frames", *(f"level {level}" for level in range(depth))]
+    markdown = (
+        "KL(posterior, prior) in nats per sequence (Table 1), average over the sequences and 95 % interval:\n\n"
+        + tables.to_markdown(header, table_1)
+        + "\nIn nats per tick:\n\n"
+        + tables.to_markdown(["model", "level", "ticks", *TERMS.values()], details)
+    )
+    bars = {
+        f"level {level}": {
+            name: tuple(result["levels"][level]["per_sequence"]["kl"].values())
+            for name, result in results.items()
+            if level < len(result["levels"])
+        }
+        for level in range(depth)
+    }
+    plots.plot_bars(bars, directory / "kl.png", "KL, nats per sequence")
+    csv_header = ["model", "frames", "level", "ticks", "term", "unit", "value", "low", "high"]
+    tables.write(directory / "levels.csv", tables.to_csv(csv_header, rows))
+    tables.write(directory / "levels.md", markdown)
+    tables.write(directory / "levels.json", tables.to_json(results))
+    print(f"\n{markdown}\nResults: {directory}")

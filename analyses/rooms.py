@@ -1,0 +1,163 @@
+"""Which rooms predicted videos visit, read from their colours (Figure 5a)."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def rooms(arguments: Sequence[str]) -> None:
+    """Whether predicted videos visit the same rooms as the true ones, by their colours (Figure 5a): rooms.png, .json,
+    .csv. See `readouts.visits` for what a room is."""
+    runs, given = parse_runs("rooms", arguments)
+    for run in runs:
+        same_readout(runs[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
+        if run.config.channels != 3:
+            raise ConfigError(f"dataset: {run.config.dataset} has no colours; rooms are read from those of mazes")
+    workers = [Worker(run) for run in runs]
+    directory = directory_for("rooms", runs, given)
+    found: dict[str, list[readouts.Rooms]] = {}
+    copies: list[readouts.Rooms] = []
+    for run, worker in zip(runs, workers, strict=True):
+        context = run.config.open_loop_ctx
+        own, upper = found.setdefault(run.name, []), found.setdefault(f"{run.name}, {POSTERIOR}", [])
+        for first, valid, video in worker.batches():
+            samples = [worker.predictions(video, first, sample) for sample in range(run.config.num_samples)]
+            reconstruction = worker.reconstructions(video, first)
+            for row in range(valid):
+                own.append(readouts.compare_rooms(video[row], [frames[row] for frames in samples], context))
+                upper.append(readouts.compare_rooms(video[row], [reconstruction[row]], context))
+                if run is runs[0]:
+                    last = np.broadcast_to(video[row, context - 1], video[row, context:].shape)
+                    copies.append(readouts.compare_rooms(video[row], [last], context))
+    found[statistics.REFERENCES["copy"]] = copies
+    curves = {name: statistics.summary(np.stack([read.agreement for read in reads])) for name, reads in found.items()}
+    shares = {name: readouts.category_accuracy(reads) for name, reads in found.items()}
+    groups = {
+        f"{category} ({copied['sequences']})": {
+            name: (share[category]["value"], share[category]["low"], share[category]["high"])
+            for name, share in shares.items()
+        }
+        for category, copied in shares[statistics.REFERENCES["copy"]].items()
+    }
+    plots.plot_bars(groups, directory / "rooms.png", "accuracy of the sequence of rooms")
+    lines = accuracy_lines(runs, curves)
+    lines[statistics.REFERENCES["copy"]] = plots.Line(
+        np.array(curves[statistics.REFERENCES["copy"]]["curve"]["value"]), reference=True
+    )
+    plots.plot_lines(lines, directory / "rooms_over_time.png", "share of frames in the true room")
+    write_readout("rooms", curves, directory, {"sequences": shares})
+
+
+SAME_ROOM = 0.6
+"""Frames show the same room if their colour histograms share at least so much (the sum of the bins' minima)."""
+
+
+STAY = 5
+"""Fewer frames than this in a row are no visit: doorways, where two rooms are seen at once, are left out."""
+
+
+BINS = 8
+"""Colour bins per channel. They are smoothed by one bin, so that blur and shade matter less than another texture."""
+
+
+CATEGORIES = ("same room", "to the hallway", "to another room")
+"""The paper's sequences (Section 3.4): the agent stays in its room; enters the hallway; goes through it into a room."""
+
+
+def histograms(video: np.ndarray) -> np.ndarray:
+    """Colour histogram of each frame of uint8 [T, H, W, 3], smoothed: [T, BINS**3], with sum 1."""
+    T = len(video)
+    bins = (video.reshape(T, -1, 3).astype(int) * BINS // 256) @ [BINS**2, BINS, 1]
+    counted = np.stack([np.bincount(frame, minlength=BINS**3) for frame in bins]).reshape(T, BINS, BINS, BINS)
+    smooth = scipy.ndimage.gaussian_filter(counted.astype(float), (0, 1, 1, 1), mode="nearest").reshape(T, -1)
+    return smooth / smooth.sum(1, keepdims=True)
+
+
+def visits(colors: np.ndarray, known: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Which room each frame shows, by the colours of walls, floor and hallway, which differ from room to room.
+
+    A frame belongs to the room whose histogram it shares most with, if that is at least SAME_ROOM; STAY frames in a
+    row that belong to no room, but to each other, found a new one, with their mean histogram. Other frames show the
+    room before them (the first ones: the one after).
+
+    Args:
+        colors: of `histograms`, [T, bins].
+        known: histograms of rooms found before.
+
+    Returns:
+        The frames' rooms, [T] from 0, and the rooms' histograms.
+    """
+    found = list(known)
+    shown = np.full(len(colors), -1)
+
+    def shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.minimum(a, b).sum(-1)
+
+    for t, frame in enumerate(colors):
+        if found:
+            overlaps = shared(np.array(found), frame)
+            if overlaps.max() >= SAME_ROOM:
+                shown[t] = np.argmax(overlaps)
+                continue
+        recent = colors[max(0, t - STAY + 1) : t + 1]
+        if len(recent) == STAY and (shown[t - STAY + 1 : t] == -1).all():
+            mean = recent.mean(0)
+            if (shared(recent, mean) >= SAME_ROOM).all():
+                shown[t - STAY + 1 : t + 1] = len(found)
+                found.append(mean)
+    return settled(shown), found
+
+
+def settled(shown: np.ndarray) -> np.ndarray:
+    """Stretches of fewer than STAY frames, and of frames without a room (-1), become part of the stretch before."""
+    starts = np.flatnonzero(np.diff(shown, prepend=shown[0] - 1))
+    lengths = np.diff(starts, append=len(shown))
+    result, current = shown.copy(), -1
+    for start, length in zip(starts, lengths, strict=True):
+        if shown[start] >= 0 and length >= STAY:
+            current = shown[start]
+        result[start : start + length] = current
+    first = np.flatnonzero(result >= 0)
+    result[: first[0] if len(first) else None] = result[first[0]] if len(first) else 0
+    return result
+
+
+def category(shown: np.ndarray) -> int:
+    """Which of CATEGORIES a sequence of rooms is: one stay, two, or more."""
+    return min(int((np.diff(shown) != 0).sum()), len(CATEGORIES) - 1)
+
+
+class Rooms(NamedTuple):
+    """The rooms of a sequence's predictions beside the truth's."""
+
+    agreement: np.ndarray  # [T] of the predicted frames: the share of predictions that are in the true room
+    truth: int  # category
+    right: float  # the share of predictions of this category
+
+
+def compare_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: int) -> Rooms:
+    """Reads the rooms of a true video uint8 [T, H, W, 3], and of its context continued by each prediction."""
+    colors = histograms(video)
+    truth, known = visits(colors)
+    agreements, rights = [], []
+    for prediction in predictions:
+        shown, _ = visits(np.concatenate([colors[:context], histograms(prediction)]), known)
+        agreements.append(truth[context:] == shown[context:])
+        rights.append(category(truth) == category(shown))
+    return Rooms(np.mean(agreements, axis=0), category(truth), float(np.mean(rights)))
+
+
+def category_accuracy(reads: Sequence[Rooms]) -> dict[str, dict[str, float]]:
+    """How often predictions have their truth's category.
+
+    Returns:
+        For each of CATEGORIES that occurs, the share with its confidence interval, and the number of "sequences".
+    """
+    found = {}
+    for number, name in enumerate(CATEGORIES):
+        right = np.array([read.right for read in reads if read.truth == number])
+        if len(right):
+            found[name] = statistics.plain(statistics.estimate(right)) | {"sequences": len(right)}
+    return found

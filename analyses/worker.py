@@ -1,0 +1,52 @@
+"""A trained model at work on its test sequences."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Worker:
+    """A run's model with its parameters on this process's devices, and its test sequences."""
+
+    def __init__(self, run: Run):
+        self.config = run.config
+        self.name = run.name
+        self.model = CWVAE(run.config)
+        self.test = data.windows(run.config, "test")
+        self.devices = Devices()
+        self.params = evaluation.load_params(self.model, run.checkpoint)
+        self.count = min(run.config.num_examples, len(self.test))
+
+    def batches(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Number of the first sequence, how many there are, and the frames uint8 [rows, T, H, W, C], of which the
+        rows behind that number are padding."""
+        size = min(self.config.batch_size, self.count)
+        batches = data.eval_batches(self.test, size, self.count, self.devices.rows(size))
+        with tqdm(total=self.count, desc=self.name, unit="sequence", dynamic_ncols=True) as bar:
+            for number, batch in enumerate(batches):
+                valid = int(batch.weight.sum())
+                yield number * size, valid, batch.video
+                bar.update(valid)
+
+    def keys(self, first: int, rows: int, sample: int = 0) -> Array:
+        """Those of eval.py, so that samples are the same."""
+        return evaluation.example_keys(self.config, first, rows, sample)
+
+    def predictions(self, video: np.ndarray, first: int, sample: int) -> np.ndarray:
+        """The frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
+        keys = self.keys(first, len(video), sample)
+        chunks = evaluation.predicted(self.model, self.params, video, keys, self.devices.put)
+        return joined(chunks)
+
+    def reconstructions(self, video: np.ndarray, first: int) -> np.ndarray:
+        """The same frames as the posterior reconstructs them, which sees them: what predictions are bounded by."""
+        keys = self.keys(first, len(video))
+        chunks = evaluation.reconstructed(self.model, self.params, video, keys, self.devices.put)
+        return joined(chunks)[:, self.config.open_loop_ctx :]
+
+
+def joined(chunks: Iterable[Array]) -> np.ndarray:
+    """Frames that come in chunks of time, as uint8 [B, T, H, W, C]."""
+    return np.concatenate([np.asarray(tools.to_uint8(chunk)) for chunk in chunks], axis=1)

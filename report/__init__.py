@@ -1,0 +1,1 @@
+"""How results are told: averages with intervals, tables, plots, a page."""

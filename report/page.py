@@ -1,0 +1,85 @@
+"""An evaluation as a page to look at in a browser."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from report.statistics import REFERENCES
+from report.tables import table
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem; }
+h1 { font-size: 1.5rem; margin-bottom: .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+p, figcaption { color: color-mix(in srgb, currentColor 70%, transparent); max-width: 60rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tr.own td { font-weight: 600; }
+.by2, .by3 { display: grid; gap: 1.25rem; }
+@media (min-width: 48rem) {
+  .by2 { grid-template-columns: repeat(2, 1fr); }
+  .by3 { grid-template-columns: repeat(3, 1fr); }
+}
+figure { margin: 0; }
+figure img { width: 100%; border-radius: 4px; background: #fff; }
+img.frames { image-rendering: pixelated; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+"""
+
+
+def page(results: Mapping[str, Any], plots: Sequence[str], gifs: Mapping[str, str]) -> str:
+    """An HTML page that needs nothing but the files beside it.
+
+    Args:
+        results: what `metrics.json` holds.
+        plots: paths of pictures, relative to the page.
+        gifs: captions -> paths.
+    """
+    config = results["config"]
+    name = f"{config['dataset']}, step {results['checkpoint_step']}"
+    parts = [
+        f"<h1>Open-loop predictions: {html.escape(name)}</h1>",
+        f"<p>{results['num_examples']} test sequences; {results['predicted_frames']} frames predicted from "
+        f"{config['open_loop_ctx']} context frames; {config['num_samples']} sample{'s' * (config['num_samples'] > 1)} "
+        "of each. In brackets: 95 % confidence, from a bootstrap over the sequences.</p>",
+    ]
+    for protocol, description in results["protocols"].items():
+        header, rows = table(results["lines"], protocol)
+        parts += [f"<h2>Protocol <code>{protocol}</code></h2>", f"<p>{html.escape(description)}</p>"]
+        parts.append(html_table(header, rows, set(REFERENCES.values())))
+    parts += ["<h2>Quality over distance</h2>", '<div class="by2">']
+    parts += [f'<figure><img src="{html.escape(path)}" alt="{html.escape(path)}"></figure>' for path in plots]
+    parts.append("</div>")
+    if gifs:
+        parts.append("<h2>Examples</h2><p>Truth | prediction | absolute error, chosen by SSIM (paper protocol).</p>")
+        parts.append(f'<div class="by{3 if config["num_samples"] == 1 else 2}">')
+        parts += [
+            f'<figure><img class="frames" src="{html.escape(path)}" alt=""><figcaption>{html.escape(caption)}'
+            "</figcaption></figure>"
+            for caption, path in gifs.items()
+        ]
+        parts.append("</div>")
+    parts.append("<h2>Configuration</h2><details><summary>All keys and versions</summary><dl>")
+    parts += [
+        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
+        for key, value in {**config, **results["versions"]}.items()
+    ]
+    parts.append("</dl></details>")
+    head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], references: set[str]) -> str:
+    """A table whose rows stand out unless their first cell is one of `references`."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>" if row[0] in references else f'<tr class="own">{cells}</tr>'
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,64 @@
+"""Curves of single examples -> averages with confidence intervals."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+DISTANCES = (10, 50, 100, 200, 400, 1000)
+"""Averages over the first so many predicted frames are reported, as far as there are so many."""
+
+
+REFERENCES = {
+    "posterior": "posterior reconstruction",
+    "copy": "last context frame",
+    "random": "random training frame",
+}
+"""What predictions are compared with. posterior: the model's reconstruction of the very frames that are to be
+predicted, from a posterior that sees them: its upper bound. copy: the last context frame, for ever. random: another
+training frame at each step, the quality of a prediction that has lost the video (the paper's Figure 1)."""
+
+
+METRICS = {"ssim": "SSIM", "psnr": "PSNR (dB)"}
+
+
+def estimate(values: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:
+    """Averages over examples [N, ...] with 95 % confidence intervals: percentiles of a bootstrap over the examples.
+
+    The same resamples, from a fixed seed, are used at each call. A single example has an interval without extent.
+
+    Returns:
+        "value", "low" and "high", [...] each.
+    """
+    N = len(values)
+    draws = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=resamples) / N  # [resamples, N]
+    means = np.tensordot(draws, values, axes=1)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return {"value": values.mean(0), "low": low, "high": high}
+
+
+def summary(curves: np.ndarray) -> dict[str, Any]:
+    """What is reported of one line, from the examples' curves over predicted frames [N, T].
+
+    Returns:
+        "average": over all frames; "first": over the first d frames, by d of DISTANCES; "curve": at each frame (what
+        the paper's Figure 1 shows). Each with "value", "low" and "high", ready for JSON.
+    """
+    T = curves.shape[1]
+    distances = [d for d in DISTANCES if d <= T]
+    until = curves.cumsum(1) / np.arange(1, T + 1)
+    return {
+        "average": plain(estimate(until[:, -1])),
+        "first": {str(d): plain(estimate(until[:, d - 1])) for d in distances},
+        "curve": plain(estimate(curves)),
+    }
+
+
+def plain(tree: Any) -> Any:
+    """Arrays as lists and numbers of six digits."""
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, np.ndarray) and tree.ndim:
+        return [plain(value) for value in tree]
+    return float(f"{tree:.6g}")

@@ -1,0 +1,81 @@
+"""Averages as JSON, CSV and Markdown."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from report.statistics import METRICS
+from system.files import replace_file
+
+
+Lines = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""protocol -> metric -> name of a line -> `summary`"""
+
+
+def to_json(results: Any) -> str:
+    """Indented JSON with each list of numbers on one line."""
+    text = json.dumps(results, indent=2)
+    return re.sub(r"\[\n[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def to_markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, its first column to the left."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+CSV_HEADER = ("protocol", "metric", "line", "frames", "value", "low", "high")
+
+
+def csv_rows(lines: Lines) -> Iterable[Sequence[Any]]:
+    """One row per value. `frames` says over which predicted frames it is: `7` alone, or on average over `1-50`."""
+    for protocol, metrics in lines.items():
+        for metric, by_line in metrics.items():
+            for line, figures in by_line.items():
+                start = protocol, metric, line
+                curve = figures["curve"]
+                for d, value in figures["first"].items():
+                    yield *start, f"1-{d}", *value.values()
+                if str(len(curve["value"])) not in figures["first"]:
+                    yield *start, f"1-{len(curve['value'])}", *figures["average"].values()
+                for t, values in enumerate(zip(*curve.values(), strict=True), 1):
+                    yield *start, t, *values
+
+
+def table(lines: Lines, protocol: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the averages in one protocol: a row per line; over all frames, with intervals, and at the
+    distances."""
+    header, rows = ["line"], []
+    for metric, name in METRICS.items():
+        any_line = next(iter(lines[protocol][metric].values()))
+        frames = len(any_line["curve"]["value"])
+        header += [f"{name}, {protocol}, {frames} frames", *(f"first {d}" for d in any_line["first"])]
+    for line in lines[protocol]["ssim"]:
+        row = [line]
+        for metric in METRICS:
+            figures, digits = lines[protocol][metric][line], 4 if metric == "ssim" else 2
+            row += [with_interval(figures["average"], digits)]
+            row += [f"{value['value']:.{digits}f}" for value in figures["first"].values()]
+        rows.append(row)
+    return header, rows
+
+
+def with_interval(estimate: Mapping[str, float], digits: int) -> str:
+    value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def write(path: Any, text: str) -> None:
+    """Writes a file of results whole, or not at all."""
+    replace_file(path, text.encode())

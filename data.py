@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
-import config as config_module
-import pictures
+import config as configuration
+import tools
 from config import FRAME_SIZE, Config, ConfigError
 from system.interrupts import exit_codes
 from videos import decoded, digits
@@ -208,7 +208,7 @@ def look(config: Config) -> None:
 
 def main() -> None:
     with exit_codes():
-        look(config_module.parse(sys.argv[1:], "data.py", "Prepare a dataset, and look at it."))
+        look(configuration.parse(sys.argv[1:], "data.py", "Prepare a dataset, and look at it."))
 
 
 if __name__ == "__main__":

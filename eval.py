@@ -20,7 +20,7 @@ from tqdm import tqdm
 import config as configuration
 import cwvae
 import data
-import pictures
+import tools
 import report
 import tools
 import train

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import config as configuration
 import cwvae
 import data
-import pictures
+import tools
 import tools
 from system.checkpoints import Checkpoints
 from config import FRAME_SIZE, Config, ConfigError

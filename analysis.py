@@ -9,31 +9,39 @@ Of trained models, with the keys of the configuration as in eval.py:
 Of what train.py and eval.py wrote:
     compare  quality over distance of several models on one dataset (Figure 1)
     ranks    average ranks over several comparisons (Figure 5c)
-    curves   losses over the steps of several trainings"""
+    curves   losses over the steps of several trainings
+"""
 
 import sys
 from collections.abc import Callable, Sequence
 
+import config as configuration
+from analyses.blind import blind
+from analyses.compare import compare, ranks
+from analyses.curves import curves
+from analyses.digits import digits
+from analyses.export import export
+from analyses.levels import levels
+from analyses.rooms import rooms
+from system.devices import use_compilation_cache
+from system.interrupts import Interrupts, exit_codes
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "levels": (levels, "KL and entropies per level, and the latents (Table 1, Figure 8)"),
-    "blind": (blind, "Open-loop predictions with levels that don't see the context (Figure 7)"),
-    "digits": (digits, "Which digits predicted frames show (Figure 5b)"),
-    "rooms": (rooms, "Which rooms predicted videos visit (Figure 5a)"),
-    "export": (export, "A small copy of a run, to share"),
-    "compare": (comparisons.compare, "Quality over distance of several evaluations (Figure 1)"),
-    "ranks": (comparisons.ranks, "Average ranks over several comparisons (Figure 5c)"),
-    "curves": (comparisons.curves, "Losses over the steps of several trainings"),
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    command.__name__: command for command in (levels, blind, digits, rooms, export, compare, ranks, curves)
 }
 
 
 def main() -> None:
     with exit_codes(), Interrupts():
-        train.use_compilation_cache()
+        use_compilation_cache()
         command, *arguments = sys.argv[1:] or ["--help"]
         if command in ("-h", "--help"):
             print(__doc__)
             print("python analysis.py <command> --help lists a command's flags.")
             return
         configuration.choose("command", command, list(COMMANDS))
-        COMMANDS[command][0](arguments)
+        COMMANDS[command](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,9 +27,25 @@ class ConfigError(ValueError):
     """A value the user gave and can mend: one line that names the key, the value and the remedy."""
 
 
-def option(default: Any, help: str, at_least: float | None = None, above: float | None = None) -> Any:
-    """A field of `Config` with its `--help` text and, for numbers, its lower bound (inclusive or exclusive)."""
-    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "above": above})
+def option(
+    default: Any,
+    help: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    free: bool = False,
+    named: bool = False,
+) -> Any:
+    """Declare a key: all that is to be known of it stands here.
+
+    Args:
+        default: its value unless set.
+        help: its text in `--help` and in the documentation.
+        at_least, above: lower bound of a number, inclusive or exclusive.
+        free: may change when a run is resumed, since neither the model nor the order of its data depends on it.
+        named: sets a training apart, but isn't in the earlier codes' run names: part of ours unless at its default.
+    """
+    metadata = {"help": help, "at_least": at_least, "above": above, "free": free, "named": named}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +58,7 @@ class Config:
 
     # MODEL
     levels: int = option(3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1)
-    tmp_abs_factor: int = option(6, "temporal abstraction factor k: level l ticks every k**l frames", at_least=1)
+    tmp_abs_factor: int = option(6, "temporal abstraction factor k: level l ticks every k^l frames", at_least=1)
     dec_stddev: float = option(1.0, "standard deviation of the Normal observation model", above=0)
     enc_dense_layers: int = option(3, "Dense layers of the encoder per level above 0", at_least=0)
     enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1)
@@ -50,16 +66,20 @@ class Config:
     cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1)
     cell_deter_size: int = option(200, "size of a level's deterministic state", at_least=1)
     cell_embed_size: int = option(200, "width of the cell's Dense layers", at_least=1)
-    cell_min_stddev: float = option(0.0001, "added to the standard deviation of prior and posterior", at_least=0)
-    cell_mean_only: bool = option(False, "use the mean in place of a sample")
-    cell_reset_state: bool = option(False, "reset the stochastic state below the top level, as VTA does")
+    cell_min_stddev: float = option(
+        0.0001, "added to the standard deviation of prior and posterior", at_least=0, named=True
+    )
+    cell_mean_only: bool = option(False, "use the mean in place of a sample", named=True)
+    cell_reset_state: bool = option(False, "reset the stochastic state below the top level, as VTA does", named=True)
     channels_mult: int = option(1, "multiplies the number of convolution channels", at_least=1)
     filters: int = option(
-        32, "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many", at_least=1
+        32, "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many", at_least=1, named=True
     )
 
     dtype: str = option(
-        "float32", "arithmetic of the layers, float32 or bfloat16; parameters, states and losses are float32"
+        "float32",
+        "arithmetic of the layers, float32 or bfloat16; parameters, states and losses are float32",
+        named=True,
     )
 
     # DATASET
@@ -68,58 +88,74 @@ class Config:
         "minerl, mazes, mmnist, kth; digits (embedded: no download); mnist (moving digits from MNIST's idx files in "
         "datadir); videos (files in datadir/train and datadir/test)",
     )
-    datadir: str = option("datasets", "directory of the datasets")
-    rebuild_frames: bool = option(False, "decode the videos anew")
+    datadir: str = option("datasets", "directory of the datasets", free=True)
+    rebuild_frames: bool = option(False, "decode the videos again", free=True)
     seq_len: int = option(100, "frames of a training sequence", at_least=1)
-    eval_seq_len: int = option(1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0)
+    eval_seq_len: int = option(
+        1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0, free=True
+    )
     channels: int = option(1, "colour channels of a frame", at_least=1)
-    random_start: bool = option(False, "start training windows at a random frame of their video (not in the paper)")
-    num_digits: int = option(2, "digits in a video of digits or mnist", at_least=1)
-    digit_speed: tuple[float, ...] = option((2.0, 6.0), "their slowest and fastest speed, pixels per frame", at_least=0)
+    random_start: bool = option(
+        False, "start training windows at a random frame of their video (not in the paper)", named=True
+    )
+    num_digits: int = option(2, "digits in a video of digits or mnist", at_least=1, named=True)
+    digit_speed: tuple[float, ...] = option(
+        (2.0, 6.0), "their slowest and fastest speed, pixels per frame", at_least=0, named=True
+    )
 
     # TRAINING
     lr: float = option(3e-4, "learning rate of Adam", above=0)
     batch_size: int = option(50, "sequences in a batch, over all devices", at_least=1)
-    num_epochs: int = option(300, "passes over the training sequences", at_least=1)
-    max_steps: int | None = option(None, "stop after this many steps, if the epochs don't end before", at_least=1)
+    num_epochs: int = option(300, "passes over the training sequences", at_least=1, free=True)
+    max_steps: int | None = option(
+        None, "stop after this many steps, if the epochs don't end before", at_least=1, free=True
+    )
     clip_grad_norm_by: float | None = option(
-        10000.0, "bound on the gradient's global norm; 0 or null: none", at_least=0
+        10000.0, "bound on the gradient's global norm; 0 or null: none", at_least=0, named=True
     )
     kl_grad_post_perc: float | None = option(
-        None, "KL balancing: the share p of the KL that trains the posterior", at_least=0
+        None, "KL balancing: the share p of the KL that trains the posterior", at_least=0, named=True
     )
-    free_nats: float | None = option(None, "nats per level and sequence that cost nothing", at_least=0)
-    beta: float | tuple[float, ...] | None = option(None, "factor of the KL: one number, or one per level", at_least=0)
+    free_nats: float | None = option(None, "nats per level and sequence that cost nothing", at_least=0, named=True)
+    beta: float | tuple[float, ...] | None = option(
+        None, "factor of the KL: one number, or one per level", at_least=0, named=True
+    )
     seed: int | None = option(
-        None, "the same seed repeats a run exactly; null: a random one, saved with the run", at_least=0
+        None, "the same seed repeats a run exactly; null: a random one, saved with the run", at_least=0, named=True
     )
 
     coordinator_address: str | None = option(
-        None, "several processes without SLURM, MPI or a TPU pod: host:port of the first"
+        None, "several processes without SLURM, MPI or a TPU pod: host:port of the first", free=True
     )
-    num_processes: int | None = option(None, "how many they are", at_least=1)
-    process_id: int | None = option(None, "which of them this is, from 0", at_least=0)
+    num_processes: int | None = option(None, "how many they are", at_least=1, free=True)
+    process_id: int | None = option(None, "which of them this is, from 0", at_least=0, free=True)
 
     # SUMMARIES
-    logdir: str = option("logs", "directory of the runs: a run lives in <logdir>/<dataset>/<run name>")
+    logdir: str = option("logs", "directory of the runs: a run lives in <logdir>/<dataset>/<run name>", free=True)
     open_loop_ctx: int = option(
-        36, "context frames of an open-loop prediction; a multiple of k**(levels-1)", at_least=1
+        36, "context frames of an open-loop prediction; a multiple of k**(levels-1)", at_least=1, free=True
     )
-    num_val_batches: int = option(1, "batches of a validation", at_least=1)
-    save_gifs: bool = option(True, "save videos of open-loop predictions")
-    save_scalars_every: int = option(1000, "steps between two logs of training and validation metrics", at_least=1)
-    save_gifs_every: int = option(1000, "steps between two videos", at_least=1)
-    save_model_every: int = option(1000, "steps between two rolling checkpoints", at_least=1)
-    save_named_model_every: int = option(5000, "steps between two checkpoints that are kept for ever", at_least=1)
-    wandb: str = option("auto", "auto (online where a key is configured, else offline), online, offline or disabled")
+    num_val_batches: int = option(1, "batches of a validation", at_least=1, free=True)
+    save_gifs: bool = option(True, "save videos of open-loop predictions", free=True)
+    save_scalars_every: int = option(
+        1000, "steps between two logs of training and validation metrics", at_least=1, free=True
+    )
+    save_gifs_every: int = option(1000, "steps between two videos", at_least=1, free=True)
+    save_model_every: int = option(1000, "steps between two rolling checkpoints", at_least=1, free=True)
+    save_named_model_every: int = option(
+        5000, "steps between two checkpoints that are kept for ever", at_least=1, free=True
+    )
+    wandb: str = option(
+        "auto", "auto (online where a key is configured, else offline), online, offline or disabled", free=True
+    )
 
     # EVALUATION
-    num_examples: int = option(100, "sequences to evaluate", at_least=1)
-    num_samples: int = option(1, "predictions sampled per sequence", at_least=1)
+    num_examples: int = option(100, "sequences to evaluate", at_least=1, free=True)
+    num_samples: int = option(1, "predictions sampled per sequence", at_least=1, free=True)
     use_obs: str | None = option(
-        None, "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three"
+        None, "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three", free=True
     )
-    no_save_grid: bool = option(False, "don't write predictions as PNG grids")
+    no_save_grid: bool = option(False, "don't write predictions as PNG grids", free=True)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -180,7 +216,7 @@ class Config:
         )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in NAMED_IF_SET and value != field.default:
+            if field.metadata["named"] and value != field.default:
                 text = "-".join(map(str, value)) if isinstance(value, tuple) else value
                 name += f"_{field.name.replace('_', '')}{text}"
         return name
@@ -203,23 +239,13 @@ class Config:
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
+def free_keys() -> set[str]:
+    """Return the keys that may change when a run is resumed."""
+    return {field.name for field in dataclasses.fields(Config) if field.metadata["free"]}
+
+
 CHANNELS = {"minerl": (3,), "mazes": (3,), "mmnist": (1,), "kth": (1,), "digits": (1,), "mnist": (1,), "videos": (1, 3)}
 """The datasets, and the colour channels each can have."""
-
-NAMED_IF_SET = {
-    *(
-        "cell_min_stddev",
-        "cell_mean_only",
-        "cell_reset_state",
-        "filters",
-        "dtype",
-        "random_start",
-        "num_digits",
-        "digit_speed",
-    ),
-    *("clip_grad_norm_by", "kl_grad_post_perc", "free_nats", "beta", "seed"),
-}
-"""Keys that set a training apart but aren't in the earlier codes' run names: part of ours unless at their defaults."""
 
 
 def choose(key: str, value: str, choices: Sequence[str]) -> None:

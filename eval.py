@@ -1,8 +1,6 @@
 """Evaluates open-loop predictions of a trained Clockwork VAE: python eval.py --logdir <run> [--key value ...]"""
 
-import contextlib
 import dataclasses
-import datetime
 import importlib.metadata
 import io
 import sys
@@ -20,62 +18,22 @@ from tqdm import tqdm
 import config as configuration
 import cwvae
 import data
+import rollout
+import runs
 import tools
-import report
-import tools
-import train
-from system.checkpoints import Checkpoints
 from config import Config, ConfigError
 from cwvae import CWVAE
-from system.devices import Devices, connect
+from noise import example_keys
+from report import statistics, tables
+from report.page import page
+from system.devices import Devices, connect, use_compilation_cache
+from system.files import dated_directory, replace_file
 from system.interrupts import Interrupts, exit_codes
-
-
-class Checkpoint(NamedTuple):
-    """Where a checkpoint lies."""
-
-    run: Path  # holds config.yml
-    step: int
-
 
 # ---------------------------------------------------------------------------------------------- what to evaluate
 
 
-def find_run(logdir: Path) -> Path:
-    """The run directory that `logdir` is, or the only one below it.
-
-    Raises:
-        ConfigError: there is none, or more than one.
-    """
-    if not logdir.is_dir():
-        raise ConfigError(
-            f"logdir: {logdir} is no directory; name a run directory, one of its checkpoints, or a --logdir of train.py"
-        )
-    own = logdir / "config.yml"
-    runs = [logdir] if own.exists() else sorted(p.parent for i in (1, 2) for p in logdir.glob("*/" * i + "config.yml"))
-    if not runs:
-        raise ConfigError(f"logdir: {logdir} holds no run (no config.yml); name a run directory that train.py printed")
-    if len(runs) > 1:
-        raise ConfigError(f"logdir: {logdir} holds {len(runs)} runs; name one of {', '.join(map(str, runs))}")
-    return runs[0]
-
-
-def find_checkpoint(logdir: Path) -> Checkpoint:
-    """The checkpoint that `logdir` names: one itself, a run's newest, or that of the only run below a root directory.
-
-    Raises:
-        ConfigError: there is none, or more than one run.
-    """
-    if logdir.is_dir() and logdir.name.isdigit() and logdir.parent.name == "checkpoints":
-        return Checkpoint(logdir.parent.parent, int(logdir.name))
-    run = find_run(logdir)
-    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    if not steps:
-        raise ConfigError(f"logdir: {run} holds no checkpoint yet; train longer, or lower --save_model_every")
-    return Checkpoint(run, max(steps))
-
-
-def parse(argv: list[str]) -> tuple[Config, Checkpoint]:
+def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint]:
     """The run's own configuration, with the command line's keys in place of its values.
 
     Raises:
@@ -89,24 +47,8 @@ def parse(argv: list[str]) -> tuple[Config, Checkpoint]:
     )
     if "logdir" not in special:
         raise ConfigError("command line: --logdir is missing; name a run directory that train.py printed")
-    checkpoint = find_checkpoint(Path(special["logdir"]))
+    checkpoint = runs.find_checkpoint(Path(special["logdir"]))
     return configuration.merged(checkpoint.run / "config.yml", flags), checkpoint
-
-
-def load_state(model: CWVAE, checkpoint: Checkpoint) -> train.TrainState:
-    """What a checkpoint holds, as numpy arrays.
-
-    Raises:
-        DamagedCheckpoint: the checkpoint isn't intact, or is another model's.
-    """
-    with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
-        state, _ = checkpoints.load(checkpoint.step, jax.eval_shape(partial(train.make_state, model)))
-    return state
-
-
-def load_params(model: CWVAE, checkpoint: Checkpoint) -> Any:
-    """The parameters in a checkpoint, on all devices of this process. Raises as `load_state`."""
-    return Devices().replicate(load_state(model, checkpoint).params)
 
 
 # ---------------------------------------------------------------------------------------------- predictions
@@ -138,24 +80,6 @@ def compare(truth: np.ndarray, chunks: Iterable[Any], place: Callable[[Any], Any
     return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *jax.device_get(metrics))
 
 
-def predicted(
-    model: CWVAE, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
-) -> Iterator[Array]:
-    """One sample of the frames of video uint8 [B, T, H, W, C] after its context, in chunks of time."""
-    c = model.config
-    context, frames = video[:, : c.open_loop_ctx], video.shape[1] - c.open_loop_ctx
-    parts = cwvae.open_loop(model, params, context, keys, frames, c.use_obs, place=place)
-    return (chunk for name, chunk in parts if name == "prior_multistep")
-
-
-def reconstructed(
-    model: CWVAE, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
-) -> Iterator[Array]:
-    """All frames of video uint8 [B, T, H, W, C], from a posterior that sees them, in chunks of time."""
-    inferred = cwvae.posterior(model, params, video, keys, place=place)
-    return (cwvae.decode(model, params, rollouts) for rollouts in inferred)
-
-
 def predict(
     model: CWVAE, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
 ) -> Prediction:
@@ -163,7 +87,7 @@ def predict(
     frames = []
 
     def chunks() -> Iterator[Array]:
-        for chunk in predicted(model, params, video, keys, place):
+        for chunk in rollout.predict(model, params, video, keys, place):
             frames.append(np.asarray(tools.to_uint8(chunk)))
             yield chunk
 
@@ -180,7 +104,7 @@ def references(
     pool: np.ndarray | None,
     place: Callable[[Any], Any] = jnp.asarray,
 ) -> dict[str, Metrics]:
-    """Metrics of what predictions are measured by, see `statistics.REFERENCES`, in place of the frames after the context.
+    """Return metrics of what stands in for the frames after the context, see `statistics.REFERENCES`.
 
     Args:
         model, params: what reconstructs.
@@ -190,11 +114,11 @@ def references(
         pool: of `random_frames`.
         place: puts frames on the devices.
     """
-    context, chunk = model.config.open_loop_ctx, cwvae.chunk_size(model.config)
+    context, chunk = model.config.open_loop_ctx, rollout.chunk_size(model.config)
     future = video[:, context:]
     B, T = future.shape[:2]
     parts = [slice(start, start + chunk) for start in range(0, T, chunk)]
-    reconstruction = compare(video, reconstructed(model, params, video, keys, place), place)
+    reconstruction = compare(video, rollout.reconstruct(model, params, video, keys, place), place)
     last = np.broadcast_to(video[:, context - 1 : context], future.shape)
     found = {
         "posterior": jax.tree.map(lambda values: values[:, context:], reconstruction),
@@ -254,16 +178,10 @@ class Samples:
                     best[better] = prediction.frames[better]
 
 
-def example_keys(config: Config, first: int, count: int, sample: int) -> Array:
-    """PRNG keys that depend on the seed, the example's number and the sample's number alone."""
-    keys = train.sequence_keys(jax.random.fold_in(jax.random.key(config.seed or 0), 1), first, count)
-    return jax.vmap(lambda key: jax.random.fold_in(key, sample))(keys)
-
-
 # ---------------------------------------------------------------------------------------------- the evaluation
 
 
-def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+def evaluate(config: Config, checkpoint: runs.Checkpoint) -> dict[str, Any]:
     """Predicts `num_samples` times for each of `num_examples` test sequences; all results go below the run directory.
 
     Of several samples, the best of each sequence by its average over time (as in the earlier codes) and their mean are
@@ -279,7 +197,7 @@ def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     devices = Devices()
     model = CWVAE(c)
     test = data.windows(c, "test")
-    params = load_params(model, checkpoint)
+    params = runs.load_params(model, checkpoint)
     directory = Path(devices.first_decides(lambda: str(results_directory(c, checkpoint))))
     count = min(c.num_examples, len(test))
     if count < c.num_examples:
@@ -318,7 +236,7 @@ def evaluate(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     return results
 
 
-def results_directory(config: Config, checkpoint: Checkpoint) -> Path:
+def results_directory(config: Config, checkpoint: runs.Checkpoint) -> Path:
     """The directory of the same evaluation, if it wasn't finished, or a new one: never one with results."""
     for directory in sorted(checkpoint.run.glob("eval_*")):
         if (directory / "evaluation.yml").exists() and not (directory / "metrics.json").exists():
@@ -326,21 +244,10 @@ def results_directory(config: Config, checkpoint: Checkpoint) -> Path:
             if same and (directory / "checkpoint").read_text() == str(checkpoint.step):
                 print(f"Continuing {directory}")
                 return directory
-    directory = new_directory(checkpoint.run, "eval")
+    directory = dated_directory(checkpoint.run, "eval")
     (directory / "checkpoint").write_text(str(checkpoint.step))
     config.save(directory / "evaluation.yml")
     return directory
-
-
-def new_directory(run: Path, kind: str) -> Path:
-    """Makes `<run>/<kind>_<time>`."""
-    name = f"{kind}_{datetime.datetime.now():%Y_%m_%d_%H_%M_%S}"
-    for suffix in ("", *(f"_{i}" for i in range(2, 100))):
-        directory = run / (name + suffix)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir()
-            return directory
-    raise ConfigError(f"{run / name} and its successors exist; wait a second")
 
 
 def is_done(directory: Path, number: int) -> bool:
@@ -367,7 +274,7 @@ def save_example(c: Config, directory: Path, number: int, video: np.ndarray, sam
             tools.save_grid(frames, path.with_suffix(".png"))
     if c.save_gifs:
         for name in gif_names(c):
-            compared = tools.comparison(video[None, context:], samples.frames[name][None, row], 0)
+            compared = tools.triptych(video[None, context:], samples.frames[name][None, row], 0)
             tools.save_gif(compared, predictions / f"{name}.gif")
     buffer = io.BytesIO()
     np.savez(buffer, **{key: values[row] for key, values in samples.metrics.items()})
@@ -386,7 +293,7 @@ def line_names(config: Config) -> dict[str, str]:
     return own | {name: f"_{key}" for key, name in statistics.REFERENCES.items()}
 
 
-def summarise(config: Config, checkpoint: Checkpoint, directory: Path, count: int) -> dict[str, Any]:
+def summarise(config: Config, checkpoint: runs.Checkpoint, directory: Path, count: int) -> dict[str, Any]:
     """Writes curves over the predicted frames, their plots, tables and page, from the examples' metrics."""
     examples = []
     for number in range(count):
@@ -441,7 +348,7 @@ def summarise(config: Config, checkpoint: Checkpoint, directory: Path, count: in
         if config.save_gifs
     }
     tables.write(directory / "metrics.csv", tables.to_csv(tables.CSV_HEADER, tables.csv_rows(lines)))
-    tables.write(directory / "index.html", page.page(results, plots, gifs))
+    tables.write(directory / "index.html", page(results, plots, gifs))
     tables.write(directory / "metrics.json", tables.to_json(results))  # last: with it, the evaluation is finished
     return results
 
@@ -461,7 +368,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 def main() -> None:
     with exit_codes(), Interrupts():
-        train.use_compilation_cache()
+        use_compilation_cache()
         evaluate(*parse(sys.argv[1:]))
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from jax import Array
 from PIL import Image, ImageDraw, ImageFont
 
-
 PROTOCOLS = {
     "paper": "SSIM with data range 2; PSNR with data range 1 per channel, then averaged; predictions as they are",
     "standard": "SSIM with data range 1; PSNR with data range 1, over all channels; predictions clipped to [0, 1]",
@@ -99,7 +98,7 @@ def rgb(image: np.ndarray) -> np.ndarray:
     return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
 
 
-def comparison(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.ndarray:
+def triptych(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.ndarray:
     """Truth | prediction | absolute error side by side, one row per example, uint8 [B, T, H, W, C] -> [T, H', W', 3].
 
     The frame around the prediction is green while the model sees the context and reconstructs it, then red.

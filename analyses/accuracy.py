@@ -1,11 +1,13 @@
 """Accuracy of what is read from frames, over time: what digits and rooms share."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from analyses.arguments import TrainedModel
+from report import plots, statistics, tables
 
 POSTERIOR = statistics.REFERENCES["posterior"]
 
@@ -15,7 +17,7 @@ def accuracy_line(summary: Mapping[str, Any]) -> plots.Line:
     return plots.Line(curve["value"], curve["low"], curve["high"])
 
 
-def accuracy_lines(runs: Sequence[Run], results: Mapping[str, Any]) -> dict[str, plots.Line]:
+def accuracy_lines(runs: Sequence[TrainedModel], results: Mapping[str, Any]) -> dict[str, plots.Line]:
     """Each run's line, and dotted beside it the one of its posterior reconstruction."""
     lines = {run.name: accuracy_line(results[run.name]) for run in runs}
     for run in runs:

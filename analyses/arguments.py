@@ -1,22 +1,24 @@
-"""What the analyses' command lines name: runs, new directories."""
+"""What the command lines of analyses name: trained models, a new directory for results."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
+import config as configuration
+import runs
+from config import Config, ConfigError
+from system.files import dated_directory
 
 OUT = "new directory for the results; for a single run by default below its directory"
 
 
-class Run(NamedTuple):
+class TrainedModel(NamedTuple):
     """A trained model under the name that it has in tables and plots."""
 
     name: str
     config: Config
-    checkpoint: evaluation.Checkpoint
+    checkpoint: runs.Checkpoint
 
 
 def parse_named(
@@ -42,20 +44,20 @@ def parse_named(
     return named, given, values
 
 
-def parse_runs(command: str, arguments: Sequence[str], **special: str) -> tuple[list[Run], dict[str, str]]:
+def parse_runs(
+    command: str, description: str | None, arguments: Sequence[str], **special: str
+) -> tuple[list[TrainedModel], dict[str, str]]:
     """The runs that a command line names, with its keys in place of their configurations', and its special flags.
 
     Raises:
         ConfigError: as `eval.parse` does.
     """
-    description = f"{COMMANDS[command][1]}. RUN is as eval.py's --logdir."
-    named, given, values = comparisons.parse_named(
-        arguments, f"analysis.py {command} [NAME=]RUN ...", description, True, **special
-    )
-    checkpoints = [evaluation.find_checkpoint(path) for _, path in named]
+    program, description = f"analysis.py {command} [NAME=]RUN ...", f"{description} RUN is as eval.py's --logdir."
+    named, given, values = parse_named(arguments, program, description, True, **special)
+    checkpoints = [runs.find_checkpoint(path) for _, path in named]
     configs = [configuration.merged(found.run / "config.yml", values) for found in checkpoints]
-    names = comparisons.with_names([name for name, _ in named], configs)
-    return [Run(*run) for run in zip(names, configs, checkpoints, strict=True)], given
+    names = with_names([name for name, _ in named], configs)
+    return [TrainedModel(*run) for run in zip(names, configs, checkpoints, strict=True)], given
 
 
 def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
@@ -64,7 +66,7 @@ def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
     Raises:
         ConfigError: two have the same name.
     """
-    ignored = train.FREE_ON_RESUME | {"seed"}
+    ignored = configuration.free_keys() | {"seed"}
     keys = [key for key in vars(configs[0]) if key not in ignored and len({getattr(c, key) for c in configs}) > 1]
     found = []
     for name, c in zip(names, configs, strict=True):
@@ -84,7 +86,7 @@ def new_directory(command: str, out: str | None, run: Path | None = None) -> Pat
     if out is None:
         if run is None:
             raise ConfigError("out: name a new directory for the results of several runs with --out")
-        return evaluation.new_directory(run, command)
+        return dated_directory(run, command)
     directory = Path(out)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise ConfigError(f"out: {directory} isn't empty; name a new directory")
@@ -92,7 +94,7 @@ def new_directory(command: str, out: str | None, run: Path | None = None) -> Pat
     return directory
 
 
-def single(command: str, runs: Sequence[Run]) -> Run:
+def single(command: str, runs: Sequence[TrainedModel]) -> TrainedModel:
     if len(runs) > 1:
         raise ConfigError(f"command line: {command} takes a single run")
     return runs[0]
@@ -109,11 +111,11 @@ def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -
     return value
 
 
-def directory_for(command: str, runs: Sequence[Run], given: Mapping[str, str]) -> Path:
-    return comparisons.new_directory(command, given.get("out"), runs[0].checkpoint.run if len(runs) == 1 else None)
+def directory_for(command: str, runs: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
+    return new_directory(command, given.get("out"), runs[0].checkpoint.run if len(runs) == 1 else None)
 
 
-def same_readout(a: Run, b: Run, keys: Sequence[str]) -> None:
+def same_readout(a: TrainedModel, b: TrainedModel, keys: Sequence[str]) -> None:
     """Raises ConfigError unless two runs are read on the same test sequences."""
     for key in keys:
         x, y = getattr(a.config, key), getattr(b.config, key)

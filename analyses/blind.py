@@ -1,16 +1,25 @@
 """Open-loop predictions where some levels don't see the context (Figure 7)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+import rollout
+import tools
+from analyses.arguments import directory_for, parse_runs, single, whole
+from analyses.worker import Worker
+from config import ConfigError
+from noise import draw
+from report import plots
 
 
 def blind(arguments: Sequence[str]) -> None:
     """Draws open-loop predictions of one sequence with each subset of levels blind: blind.png, blind.gif, blind.npz."""
     runs, given = parse_runs(
         "blind",
+        __doc__,
         arguments,
         example="number of the test sequence (default: 0)",
         blind_ctx="context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)",
@@ -40,10 +49,8 @@ def blind(arguments: Sequence[str]) -> None:
 
 def predict_blind(worker: Worker, number: int, video: np.ndarray, context: int, use_obs: str) -> np.ndarray:
     """Reconstruction and prediction of a test sequence uint8 [T, H, W, C], with the same noise for each `use_obs`."""
-    noise = cwvae.draw_noise(worker.config, worker.keys(number, 1), len(video))
-    predict = jax.jit(
-        lambda params, seen, noise: worker.model.apply(
-            params, seen, len(video) - context, noise, use_obs, method="predict_by_level"
-        )
+    inputs = draw(worker.config, worker.keys(number, 1), len(video), context)
+    frames = rollout.apply(
+        worker.model, "observe_and_imagine", worker.params, video[None, :context], inputs, use_obs=use_obs
     )
-    return np.asarray(tools.to_uint8(predict(worker.params, video[None, :context], noise)))[0]
+    return np.asarray(tools.to_uint8(frames))[0]

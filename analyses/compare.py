@@ -1,11 +1,19 @@
 """Several evaluations side by side (Figure 1), and ranks over several such comparisons (Figure 5c)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import scipy.stats
 
+import config as configuration
+import runs
+from analyses.arguments import new_directory, parse_named, with_names
+from config import Config, ConfigError
+from report import plots, statistics, tables
 
 SAME = ("dataset", "open_loop_ctx", "eval_seq_len", "num_samples", "num_digits", "digit_speed")
 """Configuration keys that evaluations must share to be compared."""
@@ -71,7 +79,7 @@ def find_results(path: Path) -> Path:
     """
     if (path / "metrics.json").exists():
         return path / "metrics.json"
-    run = evaluation.find_run(path)
+    run = runs.find(path)
     found = sorted(run.glob("eval_*/metrics.json"))
     if not found:
         raise ConfigError(f"{run} holds no finished evaluation; evaluate it with: python eval.py --logdir {run}")
@@ -144,7 +152,7 @@ def rank(models: Mapping[str, Any], protocol: str, line: str) -> dict[str, dict[
 
 
 def ranks(arguments: Sequence[str]) -> None:
-    """Averages ranks over the datasets and metrics of several comparisons.
+    """Averages ranks over the datasets and metrics of several
 
     `ranks_<protocol>.png`, ranks.md, ranks.csv.
     """

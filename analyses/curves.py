@@ -1,10 +1,18 @@
 """Losses over the steps of several trainings, from their logs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
+
+import config as configuration
+import runs
+from analyses.arguments import new_directory, parse_named, with_names
+from config import ConfigError
+from report import plots, tables
+from system import logs
 
 
 def curves(arguments: Sequence[str]) -> None:
@@ -19,7 +27,7 @@ def curves(arguments: Sequence[str]) -> None:
         "Losses over the steps of several trainings, from their metrics.jsonl.",
         keys=False,
     )
-    runs = [evaluation.find_run(path) for _, path in named]
+    runs = [runs.find(path) for _, path in named]
     names = with_names([name for name, _ in named], [configuration.load(run / "config.yml") for run in runs])
     logs = {name: read_log(run) for name, run in zip(names, runs, strict=True)}
     directory = new_directory("curves", given.get("out"))

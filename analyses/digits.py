@@ -1,10 +1,25 @@
 """Which digits predicted frames show, read by a classifier trained on the spot (Figure 5b)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import scipy.stats
+from flax import linen as nn
+from jax import Array
+
+import data
+from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
+from analyses.arguments import directory_for, parse_runs, same_readout
+from analyses.worker import Worker
+from config import FRAME_SIZE, Config, ConfigError
+from cwvae import floats
+from report import plots, statistics
+from videos.digits import MovingDigits, compose
 
 
 def digits(arguments: Sequence[str]) -> None:
@@ -13,19 +28,19 @@ def digits(arguments: Sequence[str]) -> None:
     Each frame counts by itself: right if the classifier finds the truth's digits in it, in any order. Frames where
     digits hide each other can't all be read: the same figure for the true frames is the ceiling.
     """
-    runs, given = parse_runs("digits", arguments)
+    runs, given = parse_runs("digits", __doc__, arguments)
     train_set, test_set = (digit_windows(run.config, split) for run, split in ((runs[0], "train"), (runs[0], "test")))
     for run in runs[1:]:
         same_readout(runs[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
     workers = [Worker(run) for run in runs]
     print(f"Training a classifier of {runs[0].config.num_digits} digits")
-    read = readouts.train_digit_reader(train_set)
-    clean, total = readouts.clean_accuracy(read, test_set)
+    read = train_digit_reader(train_set)
+    clean, total = clean_accuracy(read, test_set)
     print(f"It reads {100 * clean:.2f} % of {total} true test frames without overlap")
-    if clean < readouts.NEEDED_ACCURACY:
+    if clean < NEEDED_ACCURACY:
         raise ConfigError(
             f"digits: the classifier reads {100 * clean:.2f} % of true frames; below "
-            f"{100 * readouts.NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
+            f"{100 * NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
         )
     directory = directory_for("digits", runs, given)
     results: dict[str, Any] = {}
@@ -35,22 +50,22 @@ def digits(arguments: Sequence[str]) -> None:
         for first, valid, video in worker.batches():
             labels = np.stack([test_set.digits_in(first + row) for row in range(valid)])
             if run is runs[0]:
-                truth.append(readouts.right_digits(read, video[:valid, run.config.open_loop_ctx :], labels))
+                truth.append(right_digits(read, video[:valid, run.config.open_loop_ctx :], labels))
             samples = (
-                readouts.right_digits(read, worker.predictions(video, first, sample)[:valid], labels)
+                right_digits(read, worker.predictions(video, first, sample)[:valid], labels)
                 for sample in range(run.config.num_samples)
             )
             rights.append(np.mean(list(samples), axis=0))
-            upper.append(readouts.right_digits(read, worker.reconstructions(video, first)[:valid], labels))
+            upper.append(right_digits(read, worker.reconstructions(video, first)[:valid], labels))
         results[run.name] = statistics.summary(np.concatenate(rights))
         results[f"{run.name}, {POSTERIOR}"] = statistics.summary(np.concatenate(upper))
     lines = accuracy_lines(runs, results)
     results["true frames"] = statistics.summary(np.concatenate(truth))
-    chance = readouts.chance(train_set)
+    by_chance = chance(train_set)
     lines["true frames"] = plots.Line(np.array(results["true frames"]["curve"]["value"]), reference=True)
-    lines["chance"] = plots.Line(np.full(len(lines["true frames"].values), chance), reference=True)
+    lines["chance"] = plots.Line(np.full(len(lines["true frames"].values), by_chance), reference=True)
     plots.plot_lines(lines, directory / "digits.png", "accuracy of the digits' identities")
-    more = {"classifier_accuracy_on_clean_frames": clean, "clean_frames": total, "chance": chance}
+    more = {"classifier_accuracy_on_clean_frames": clean, "clean_frames": total, "chance": by_chance}
     write_readout("digits", results, directory, more)
 
 

@@ -1,10 +1,15 @@
 """A small copy of a run, to share."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
 
+import jax
 import numpy as np
+
+from analyses.arguments import directory_for, parse_runs, single
+from config import Config, ConfigError
+from cwvae import CWVAE
+from system.checkpoints import Checkpoints
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -12,9 +17,9 @@ def export(arguments: Sequence[str]) -> None:
 
     Parameters are rounded to half precision's digits and Adam's state is zero, which Orbax's compression makes use of.
     """
-    runs, given = parse_runs("export", arguments)
+    runs, given = parse_runs("export", __doc__, arguments)
     run = single("export", runs)
-    state = evaluation.load_state(CWVAE(run.config), run.checkpoint)
+    state = runs.load_state(CWVAE(run.config), run.checkpoint)
     with np.errstate(over="ignore"):  # refused below
         params = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(x.dtype), state.params)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):

@@ -1,16 +1,31 @@
 """Information per level: KL and entropies, and the latents (Table 1, Figure 8)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
+from jax import Array
+
+import rollout
+from analyses.arguments import directory_for, parse_runs, whole
+from analyses.worker import Worker
+from config import ConfigError
+from cwvae import LevelRollout, entropy, kl_divergence, per_level
+from noise import ticks
+from report import plots, statistics, tables
 
 
 def levels(arguments: Sequence[str]) -> None:
     """Writes KL and entropies per level as JSON, CSV, Markdown and plot, and each run's latents as NPZ."""
     runs, given = parse_runs(
-        "levels", arguments, frames="frames of each test sequence that are read (default: seq_len, as in Table 1)"
+        "levels",
+        __doc__,
+        arguments,
+        frames="frames of each test sequence that are read (default: seq_len, as in Table 1)",
     )
     frames = [whole(given, "frames", run.config.seq_len) for run in runs]
     for run, T in zip(runs, frames, strict=True):
@@ -33,16 +48,13 @@ TERMS = {"kl": "KL", "entropy_prior": "prior entropy", "entropy_posterior": "pos
 
 
 @jax.jit
-def level_terms(rollouts: tuple[cwvae.LevelRollout, ...]) -> list[dict[str, Array]]:
-    """Each level's TERMS, summed over the ticks of a chunk, [B]."""
-    return [
-        {
-            "kl": cwvae.kl_divergence(rollout.posterior, rollout.prior).sum(1),
-            "entropy_prior": cwvae.entropy(rollout.prior).sum(1),
-            "entropy_posterior": cwvae.entropy(rollout.posterior).sum(1),
-        }
-        for rollout in rollouts
-    ]
+def level_terms(rollouts: tuple[LevelRollout, ...]) -> dict[str, Array]:
+    """Return TERMS, each summed over the ticks of a chunk, [L, B]."""
+    return {
+        "kl": per_level(rollouts, kl_divergence),
+        "entropy_prior": per_level(rollouts, lambda q, p: entropy(p)),
+        "entropy_posterior": per_level(rollouts, lambda q, p: entropy(q)),
+    }
 
 
 def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
@@ -53,35 +65,33 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
     """
     c = worker.config
     latents.mkdir()
-    totals: list[list[dict[str, np.ndarray]]] = []
+    totals: list[dict[str, np.ndarray]] = []
     for first, valid, video in worker.batches():
         terms, parts = [], []
         keys = worker.keys(first, len(video))
-        chunks = cwvae.posterior(
+        for chunk in rollout.observe(
             worker.model, worker.params, video[:, :frames], keys, c.use_obs, place=worker.devices.put
-        )
-        for rollouts in chunks:
-            terms.append(level_terms(rollouts))
-            parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32), rollouts))
-        total = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(terms))
-        totals.append(jax.tree.map(operator.itemgetter(slice(valid)), total))
-        for level, rollout in enumerate(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)):
-            rollout = jax.tree.map(operator.itemgetter(slice(valid)), rollout)
+        ):
+            terms.append(level_terms(chunk))
+            parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32), chunk))
+        totals.append(jax.tree.map(lambda *x, valid=valid: np.sum(x, axis=0)[:, :valid], *jax.device_get(terms)))
+        for level, of_level in enumerate(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)):
+            of_level = jax.tree.map(operator.itemgetter(slice(valid)), of_level)
             np.savez(
                 latents / f"level_{level}_{first:06}.npz",
                 example=np.arange(first, first + valid),
-                stoch=rollout.stoch,
-                deter=rollout.deter,
-                prior_mean=rollout.prior.mean,
-                prior_stddev=rollout.prior.stddev,
-                posterior_mean=rollout.posterior.mean,
-                posterior_stddev=rollout.posterior.stddev,
+                stoch=of_level.stoch,
+                deter=of_level.deter,
+                prior_mean=of_level.prior.mean,
+                prior_stddev=of_level.prior.stddev,
+                posterior_mean=of_level.posterior.mean,
+                posterior_stddev=of_level.posterior.stddev,
             )
-    by_level = jax.tree.map(lambda *x: np.concatenate(x), *totals)  # [N] each
+    by_term = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *totals)  # [L, N] each
     found = []
-    for T, terms_of_level in zip(cwvae.ticks(c, frames), by_level, strict=True):
-        per_sequence = {key: statistics.plain(statistics.estimate(values)) for key, values in terms_of_level.items()}
-        per_tick = {key: statistics.plain(statistics.estimate(values / T)) for key, values in terms_of_level.items()}
+    for level, T in enumerate(ticks(c, frames)):
+        per_sequence = {key: statistics.plain(statistics.estimate(x[level])) for key, x in by_term.items()}
+        per_tick = {key: statistics.plain(statistics.estimate(x[level] / T)) for key, x in by_term.items()}
         found.append({"ticks": T, "per_sequence": per_sequence, "per_tick": per_tick})
     return {"frames": frames, "num_examples": worker.count, "dataset": c.dataset, "levels": found}
 

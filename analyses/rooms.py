@@ -1,24 +1,30 @@
 """Which rooms predicted videos visit, read from their colours (Figure 5a)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
+
+from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
+from analyses.arguments import directory_for, parse_runs, same_readout
+from analyses.worker import Worker
+from config import ConfigError
+from report import plots, statistics
 
 
 def rooms(arguments: Sequence[str]) -> None:
     """Whether predicted videos visit the same rooms as the true ones, by their colours (Figure 5a): rooms.png, .json,
-    .csv. See `readouts.visits` for what a room is."""
-    runs, given = parse_runs("rooms", arguments)
+    .csv. See `visits` for what a room is."""
+    runs, given = parse_runs("rooms", __doc__, arguments)
     for run in runs:
         same_readout(runs[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
         if run.config.channels != 3:
             raise ConfigError(f"dataset: {run.config.dataset} has no colours; rooms are read from those of mazes")
     workers = [Worker(run) for run in runs]
     directory = directory_for("rooms", runs, given)
-    found: dict[str, list[readouts.Rooms]] = {}
-    copies: list[readouts.Rooms] = []
+    found: dict[str, list[Rooms]] = {}
+    copies: list[Rooms] = []
     for run, worker in zip(runs, workers, strict=True):
         context = run.config.open_loop_ctx
         own, upper = found.setdefault(run.name, []), found.setdefault(f"{run.name}, {POSTERIOR}", [])
@@ -26,14 +32,14 @@ def rooms(arguments: Sequence[str]) -> None:
             samples = [worker.predictions(video, first, sample) for sample in range(run.config.num_samples)]
             reconstruction = worker.reconstructions(video, first)
             for row in range(valid):
-                own.append(readouts.compare_rooms(video[row], [frames[row] for frames in samples], context))
-                upper.append(readouts.compare_rooms(video[row], [reconstruction[row]], context))
+                own.append(read_rooms(video[row], [frames[row] for frames in samples], context))
+                upper.append(read_rooms(video[row], [reconstruction[row]], context))
                 if run is runs[0]:
                     last = np.broadcast_to(video[row, context - 1], video[row, context:].shape)
-                    copies.append(readouts.compare_rooms(video[row], [last], context))
+                    copies.append(read_rooms(video[row], [last], context))
     found[statistics.REFERENCES["copy"]] = copies
     curves = {name: statistics.summary(np.stack([read.agreement for read in reads])) for name, reads in found.items()}
-    shares = {name: readouts.category_accuracy(reads) for name, reads in found.items()}
+    shares = {name: category_accuracy(reads) for name, reads in found.items()}
     groups = {
         f"{category} ({copied['sequences']})": {
             name: (share[category]["value"], share[category]["low"], share[category]["high"])
@@ -137,7 +143,7 @@ class Rooms(NamedTuple):
     right: float  # the share of predictions of this category
 
 
-def compare_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: int) -> Rooms:
+def read_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: int) -> Rooms:
     """Reads the rooms of a true video uint8 [T, H, W, 3], and of its context continued by each prediction."""
     colors = histograms(video)
     truth, known = visits(colors)

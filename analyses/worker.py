@@ -1,22 +1,31 @@
 """A trained model at work on its test sequences."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+import data
+import rollout
+import runs
+import tools
+from analyses.arguments import TrainedModel
+from cwvae import CWVAE
+from noise import example_keys
+from system.devices import Devices
 
 
 class Worker:
     """A run's model with its parameters on this process's devices, and its test sequences."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: TrainedModel):
         self.config = run.config
         self.name = run.name
         self.model = CWVAE(run.config)
         self.test = data.windows(run.config, "test")
         self.devices = Devices()
-        self.params = evaluation.load_params(self.model, run.checkpoint)
+        self.params = runs.load_params(self.model, run.checkpoint)
         self.count = min(run.config.num_examples, len(self.test))
 
     def batches(self) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -32,18 +41,18 @@ class Worker:
 
     def keys(self, first: int, rows: int, sample: int = 0) -> Array:
         """Those of eval.py, so that samples are the same."""
-        return evaluation.example_keys(self.config, first, rows, sample)
+        return example_keys(self.config, first, rows, sample)
 
     def predictions(self, video: np.ndarray, first: int, sample: int) -> np.ndarray:
         """The frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
         keys = self.keys(first, len(video), sample)
-        chunks = evaluation.predicted(self.model, self.params, video, keys, self.devices.put)
+        chunks = rollout.predict(self.model, self.params, video, keys, self.devices.put)
         return joined(chunks)
 
     def reconstructions(self, video: np.ndarray, first: int) -> np.ndarray:
         """The same frames as the posterior reconstructs them, which sees them: what predictions are bounded by."""
         keys = self.keys(first, len(video))
-        chunks = evaluation.reconstructed(self.model, self.params, video, keys, self.devices.put)
+        chunks = rollout.reconstruct(self.model, self.params, video, keys, self.devices.put)
         return joined(chunks)[:, self.config.open_loop_ctx :]
 
 

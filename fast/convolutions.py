@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from fast.backend import on_cpu
+
 CHUNK = 25
 """Frames that go through the convolutions together on a CPU."""
 
@@ -16,7 +18,7 @@ CHUNK = 25
 def conv(x: Array, kernel: Array) -> Array:
     """The convolution of `Convolution`. On CPUs as patches and one matmul: XLA's gradients are several times slower."""
     size = kernel.shape[0]
-    if jax.default_backend() != "cpu" or size % 2:
+    if not on_cpu() or size % 2:
         return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     N, H, W, C = x.shape
     taps, H, W = size // 2, H // 2, W // 2
@@ -39,7 +41,7 @@ def conv_transpose(x: Array, kernel: Array) -> Array:
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if H == W == 1:
         return (x.reshape(N, C) @ kernel.transpose(2, 0, 1, 3).reshape(C, -1)).reshape(N, size, size, outputs)
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         # Input dilation 2 with the kernel flipped, padded by size - 1.
         padding = [(size - 1, size - 1)] * 2
         return jax.lax.conv_general_dilated(
@@ -74,7 +76,7 @@ def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x
     """
     N = x.shape[0]
     count = -(-N // CHUNK)
-    if jax.default_backend() != "cpu" or count == 1:
+    if not on_cpu() or count == 1:
         return function(module, x)
     size = -(-N // count)
     x = jnp.pad(x, [(0, count * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])

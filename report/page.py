@@ -7,7 +7,6 @@ from typing import Any
 from report.statistics import REFERENCES
 from report.tables import table
 
-
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem; }

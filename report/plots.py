@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from report import plots
 from report.statistics import REFERENCES
 from tools import GREEN, RED, rgb
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-
 DISTANCES = (10, 50, 100, 200, 400, 1000)
 """Averages over the first so many predicted frames are reported, as far as there are so many."""
 

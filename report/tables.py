@@ -10,7 +10,6 @@ from typing import Any
 from report.statistics import METRICS
 from system.files import replace_file
 
-
 Lines = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """protocol -> metric -> name of a line -> `summary`"""
 

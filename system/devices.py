@@ -1,10 +1,12 @@
-"""All devices of this process and of the others: connecting, placing states and batches, exchanging small things."""
+"""All devices of this process and of the others: connect, place states and batches, exchange small things."""
 
 import dataclasses
 import json
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +15,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from config import Config, ConfigError
-from data import Batch
+from system.interrupts import Interrupted
 
 
 def connect(config: Config) -> Config:
-    """Joins the other processes of a cluster: those that the configuration names, or that the environment announces.
+    """Join the other processes of a cluster: those that the configuration names, or that the environment announces.
 
     Returns:
         The configuration without the keys that name them, which are this start's and not the run's.
@@ -45,9 +47,15 @@ def connect(config: Config) -> Config:
 
 
 def announced() -> bool:
-    """Whether SLURM, Open MPI or a TPU pod started several processes. (JAX's own detection may ask the network.)"""
+    """Return whether SLURM, Open MPI or a TPU pod started several processes; JAX's detection may ask the network."""
     count = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
     return int(count) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs for the next start, unless JAX is told otherwise (JAX_COMPILATION_CACHE_DIR)."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "cwvae" / "jax"))
 
 
 class Devices:
@@ -62,21 +70,21 @@ class Devices:
         self.process, self.processes = jax.process_index(), jax.process_count()
 
     def rows(self, batch_size: int) -> int:
-        """`batch_size` rounded up to what the devices of all processes divide."""
+        """Return `batch_size` rounded up to what the devices of all processes divide."""
         return -(-batch_size // self.total) * self.total
 
     def own(self, batch_size: int) -> slice:
-        """The rows of a batch that are this process's."""
+        """Return the rows of a batch that are this process's."""
         count = self.rows(batch_size) // self.processes
         return slice(self.process * count, (self.process + 1) * count)
 
     def replicate(self, tree: Any) -> Any:
-        """A copy on each device, made from host memory: with arrays on a device it would share, and donate, theirs."""
+        """Copy a tree to each device, by way of the host: copies of a device's arrays would share, and donate, theirs."""
         return jax.device_put(jax.tree.map(np.array, tree), self.everywhere)
 
-    def spread(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Batches on this process's devices, [devices, B / devices, ...], sent one ahead."""
-        sent: deque[Batch] = deque()
+    def spread(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield batches on this process's devices, [devices, B / devices, ...], sent one ahead."""
+        sent: deque[Any] = deque()
         for batch in batches:
             batch = jax.tree.map(lambda x: x.reshape(self.local, -1, *x.shape[1:]), batch)
             sent.append(jax.device_put(batch, self.split))
@@ -85,7 +93,7 @@ class Devices:
         yield from sent
 
     def gather(self, tree: Any) -> Any:
-        """The processes' arrays, one after the other along the last axis, on each host."""
+        """Return the processes' arrays, one after the other along the last axis, on each host."""
         tree = jax.device_get(tree)
         if self.processes == 1:
             return tree
@@ -93,11 +101,11 @@ class Devices:
         return jax.tree.map(lambda x: np.concatenate(list(np.asarray(x)), axis=-1), stacked)
 
     def put(self, rows: Any) -> Any:
-        """Rows that this process's devices divide, spread over them."""
+        """Spread rows, whose number this process's devices divide, over them."""
         return jax.device_put(rows, self.split)
 
     def first_decides(self, decide: Callable[[], str]) -> str:
-        """What `decide` returns on process 0, on every process; where it raises a ConfigError there, all do."""
+        """Return what `decide` returns on process 0; if it raises a ConfigError there, raise it on every process."""
         if self.processes == 1:
             return decide()
         failed, text = False, ""
@@ -114,11 +122,21 @@ class Devices:
             raise ConfigError(text)
         return text
 
+    def say(self, text: str) -> None:
+        """Print on process 0."""
+        if self.process == 0:
+            print(text)
+
+    def check_preemption(self, step: int) -> None:
+        """Raise Interrupted on all processes after the same step, once one of them has got SIGTERM."""
+        if self.processes > 1 and multihost_utils.reached_preemption_sync_point(step):
+            raise Interrupted(signal.SIGTERM)
+
     def wait(self) -> None:
-        """For all processes to get here."""
+        """Wait for all processes to get here."""
         if self.processes > 1:
             multihost_utils.sync_global_devices("wait")
 
     def from_first(self, tree: Any) -> Any:
-        """Process 0's arrays, on each host."""
+        """Return process 0's arrays, on each host."""
         return tree if self.processes == 1 else jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))

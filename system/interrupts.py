@@ -1,6 +1,5 @@
 """How programs end: SIGINT and SIGTERM as an exception that comes at a safe moment, and exit codes."""
 
-import atexit
 import contextlib
 import os
 import signal
@@ -8,6 +7,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
+
+import jax
 
 from config import ConfigError
 
@@ -49,13 +50,17 @@ class Interrupts:
         if not self.depth:
             raise Interrupted(signum)
 
-    def hold(self) -> None:
-        """From now on, signals are only noted."""
-        self.depth += 1
+    @contextlib.contextmanager
+    def held_at_exit(self) -> Iterator[None]:
+        """Only note signals from the end of the block on, so that what is closed after it is closed whole."""
+        try:
+            yield
+        finally:
+            self.depth += 1
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """What is inside is done whole."""
+        """Do what is inside whole, and raise `Interrupted` after it if a signal came."""
         self.depth += 1
         try:
             yield
@@ -74,16 +79,17 @@ def exit_codes() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as interrupt:
-        print(f"Interrupted by {interrupt}; call the same command again to go on", file=sys.stderr)
+        print(f"Interrupted by {interrupt}; call the same command again to resume", file=sys.stderr)
         leave(interrupt.exit_code)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process after its exit functions, without waiting for threads.
+    """End the process at once. All that has to be closed has been, by the `with` blocks that were left.
 
-    Python waits for all of them, and for ever where an exception came while a library's pool was starting one.
+    Python would wait for all threads, and forever if an exception came while a library's pool was starting one.
     """
-    atexit._run_exitfuncs()
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

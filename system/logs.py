@@ -1,38 +1,52 @@
-"""A run's log: metrics.jsonl, and wandb where it runs."""
+"""What a training tells: metrics.jsonl, wandb where it runs, a progress bar. None of their failures stops it."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from jax import Array
+from tqdm import tqdm
 
 from config import Config
 from system.files import replace_file
 
 
 class Log:
-    """Metrics to `metrics.jsonl`, one line per log, and to wandb where it runs. Neither's failure stops training."""
+    """The metrics of a run: one line of `metrics.jsonl` per log, and wandb.
 
-    def __init__(self, directory: Path, step: int, wandb_run: Any | None):
-        """Opens the log of a run that stands at `step`; drops lines of later steps, which will come again."""
+    `last` is the last step that is logged, 0 if none is.
+    """
+
+    def __init__(self, directory: Path, step: int, wandb_run: Any | None = None):
+        """Open the log of a run that stands at `step`; drop lines of later steps, which will come again."""
         self.path = directory / "metrics.jsonl"
         self.wandb_run = wandb_run
         self.unwritten: list[str] = []
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if before(line, step)]
-            replace_file(self.path, "".join(lines).encode())
+        lines = read_lines(self.path)
+        kept = [line for line in lines if step_of(line) in range(step + 1)]
+        if kept != lines:
+            replace_file(self.path, "".join(kept).encode())
+        self.last = step_of(kept[-1]) if kept else 0
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.last = step
         self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = None
         try:
-            with self.path.open("a") as file:
-                file.write("".join(self.unwritten))
+            with self.path.open("ab") as file:
+                size = file.tell()
+                file.write("".join(self.unwritten).encode())
             self.unwritten.clear()
-        except OSError as error:  # disk full: these lines go with the next ones
-            os.truncate(self.path, size)
-            print(f"Warning: {self.path} couldn't be written ({error.strerror}); training goes on")
+        except OSError as error:  # disk full, say: these lines go with the next ones
+            if size is not None:
+                os.truncate(self.path, size)
+            print(f"Warning: {self.path} can't be written ({error.strerror}); training continues")
         self._to_wandb(dict(values), step)
 
     def gif(self, step: int, name: str, path: Path) -> None:
@@ -47,69 +61,140 @@ class Log:
         try:
             self.wandb_run.log(values, step=step)
         except Exception as error:  # whatever happens there
-            print(f"Warning: wandb failed ({' '.join(str(error).split())}); training goes on without it")
+            print(f"Warning: wandb failed ({' '.join(str(error).split())}); training continues without it")
             self.wandb_run = None
 
 
-def before(line: str, step: int) -> bool:
-    """Whether a line of `metrics.jsonl` is whole and of no later step."""
+def read_lines(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True) if path.exists() else []
+
+
+def step_of(line: str) -> int:
+    """Return the step of a line of `metrics.jsonl`, -1 if it isn't whole."""
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
+        return int(json.loads(line)["step"]) if line.endswith("\n") else -1
     except (ValueError, KeyError, TypeError):
-        return False
+        return -1
 
 
-def finish(wandb_run: Any | None) -> Callable[..., None]:
-    """For an ExitStack: ends the wandb run as finished, or after an exception as failed."""
-
-    def exit(error: Any, *_: Any) -> None:
-        if wandb_run is not None:
-            wandb_run.finish(exit_code=0 if error is None else 1)
-
-    return exit
+# ---------------------------------------------------------------------------------------------- wandb
 
 
-def start_wandb(config: Config, directory: Callable[[Config], Path]) -> tuple[Config, Any | None]:
-    """Starts a wandb run, or continues the one of the run directory; a sweep's values replace the configuration's.
+def with_sweep(config: Config) -> Config:
+    """Return the configuration with a sweep's values in place of its own, if wandb's agent started this program.
 
-    Without a login, `auto` runs offline and says so: nobody is asked for a key. WANDB_MODE, if set, decides for `auto`.
-
-    Args:
-        config: the configuration so far.
-        directory: the run directory of a configuration.
-
-    Returns:
-        The configuration with the sweep's values, and the run, or None where wandb is disabled.
+    The agent's run is started for it. Other runs are started by `start_wandb`, once their directory is locked.
 
     Raises:
         ConfigError: a sweep's key or value can't work.
     """
+    if config.wandb == "disabled" or "WANDB_SWEEP_ID" not in os.environ:
+        return config
+    run = start_wandb(config)
+    return config if run is None else config.updated(dict(run.config), "wandb")
+
+
+def start_wandb(config: Config, directory: Path | None = None) -> Any | None:
+    """Start a wandb run, or resume that of a run directory; name it, and remember it there.
+
+    Without a login, `auto` runs offline and says so: nobody is asked for a key. WANDB_MODE, if set, decides for `auto`.
+
+    Returns:
+        The run, or None if wandb is disabled.
+    """
     mode: Any = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE", "auto")
     if mode == "disabled":
-        return config, None
+        return None
     import wandb  # slow to import
 
-    if mode == "auto":
-        try:
-            mode = "online" if wandb.login(prompt=False) else "offline"
-            reason = "no API key is configured"
-        except wandb.Error as error:
-            mode, reason = "offline", " ".join(str(error).split())
-        if mode == "offline":
-            print(f"wandb: offline, since {reason}; `wandb login` before a run, or `wandb sync` after it, uploads it")
-    saved_id = directory(config) / "wandb_id"
-    Path(config.logdir).mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project="cwvae",
-        mode=mode,
-        dir=config.logdir,
-        config=dataclasses.asdict(config),
-        id=saved_id.read_text() if saved_id.exists() and "WANDB_RUN_ID" not in os.environ else None,
-        resume="allow",
-        settings=wandb.Settings(silent=True),
-    )
-    config = config.updated(dict(run.config), "wandb")
-    run.name = config.run_name
-    directory(config).mkdir(parents=True, exist_ok=True)
-    (directory(config) / "wandb_id").write_text(run.id)
-    return config, run
+    run = wandb.run
+    if run is None:
+        if mode == "auto":
+            mode = online_or_offline()
+        saved_id = None if directory is None or "WANDB_RUN_ID" in os.environ else directory / "wandb_id"
+        Path(config.logdir).mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
+            project="cwvae",
+            mode=mode,
+            dir=config.logdir,
+            config=dataclasses.asdict(config),
+            id=saved_id.read_text() if saved_id and saved_id.exists() else None,
+            resume="allow",
+            settings=wandb.Settings(silent=True),
+        )
+    if directory is not None:
+        run.name = config.run_name
+        (directory / "wandb_id").write_text(run.id)
+    return run
+
+
+def online_or_offline() -> str:
+    """Return wandb's mode by whether an API key is configured; say so if none is."""
+    import wandb
+
+    try:
+        if wandb.login(prompt=False):
+            return "online"
+        reason = "no API key is configured"
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+    print(f"wandb: offline, since {reason}; `wandb login` before a run, or `wandb sync` after it, uploads it")
+    return "offline"
+
+
+@contextlib.contextmanager
+def wandb_session() -> Iterator[None]:
+    """End the wandb run that was started inside, if any, as finished, or after an exception as failed."""
+    try:
+        yield
+    except BaseException:
+        finish_wandb(1)
+        raise
+    finish_wandb(0)
+
+
+def finish_wandb(exit_code: int) -> None:
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.run.finish(exit_code=exit_code)
+
+
+# ---------------------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """A progress bar that counts the steps that the devices have finished, and never waits for one."""
+
+    def __init__(self, step: int, steps: int, frames_per_step: int, shown: bool = True):
+        self.frames_per_step = frames_per_step
+        self.bar = tqdm(
+            total=steps,
+            initial=step,
+            disable=not shown,
+            unit="step",
+            smoothing=0.1,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+        )
+        self.losses: deque[Any] = deque()
+
+    def update(self, loss: Array) -> None:
+        self.losses.append(loss)
+        while self.losses and self.losses[0].is_ready():
+            self._show(self.losses.popleft())
+
+    def _show(self, loss: Array) -> None:
+        if self.bar.update():
+            rate = self.bar.format_dict["rate"] or 0
+            self.bar.set_postfix_str(
+                f"loss {float(loss):.4g}, {rate * self.frames_per_step:.0f} frames/s", refresh=False
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        if error is None:
+            for loss in self.losses:
+                self._show(loss)
+        self.bar.close()

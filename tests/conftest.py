@@ -12,6 +12,9 @@ from pathlib import Path
 import jax
 import pytest
 
+import runs
+import step
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -84,7 +87,7 @@ def compile_once():
     with pytest.MonkeyPatch.context() as patch:
         for program in train, eval, analysis:
             patch.setattr(program, "CWVAE", model)
-        patch.setattr(train, "make_train_step", functools.cache(train.make_train_step))
+        patch.setattr(train, "make_train_step", functools.cache(step.make_train_step))
         yield
 
 
@@ -110,7 +113,7 @@ def trained(tmp_path_factory) -> Path:
     c = Config(**TINY, logdir=str(folder / "logs"), datadir=str(folder / "datasets"))
     c = dataclasses.replace(c, save_model_every=2, save_named_model_every=2)
     train.train(c)
-    return train.run_directory(c)
+    return runs.directory(c)
 
 
 @pytest.fixture

@@ -9,25 +9,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import comparisons
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import readouts
 from conftest import ROOT, full_disk
 from PIL import Image
 from test_readouts import easy_glyphs, easy_labels, easy_reader, walk
 
 import analysis
-import comparisons
 import config as configuration
-import cwvae
 import data
 import eval as evaluation
-import readouts
-import report
+import noise
+import rollout
+import runs
 import tools
 from config import ConfigError
 from cwvae import CWVAE
+from report import statistics, tables
 
 
 def call(command, *arguments):
@@ -51,9 +53,9 @@ def test_levels_are_those_of_the_objective_and_of_the_latents(run):
     (results,) = json.loads((directory / "levels.json").read_text()).values()
     c = configuration.load(run / "config.yml")
     model, test = CWVAE(c), data.windows(c, "test")
-    params = evaluation.load_params(model, evaluation.find_checkpoint(run))
+    params = runs.load_params(model, runs.find_checkpoint(run))
     video = np.stack([test[i][:8] for i in range(3)])
-    terms = cwvae.long_elbo(model, params, video, evaluation.example_keys(c, 0, 3, 0), chunk=4)
+    terms = rollout.elbo(model, params, video, noise.example_keys(c, 0, 3, 0), chunk=4)
     assert results["frames"] == 8 and [level["ticks"] for level in results["levels"]] == [8, 4, 2]
     for number, level in enumerate(results["levels"]):
         for term in "kl", "entropy_prior", "entropy_posterior":
@@ -113,7 +115,7 @@ def test_a_blind_level_has_no_kl_and_does_not_see_the_frames(run, monkeypatch):
 
 def test_a_posterior_equal_to_the_prior_has_no_kl(run, monkeypatch):
     """Planted: the posterior's layers ignore the features and do what the prior's do."""
-    load = evaluation.load_params
+    load = runs.load_params
 
     def planted(model, checkpoint):
         tree = jax.tree.map(np.array, load(model, checkpoint))
@@ -142,11 +144,11 @@ def test_prediction_by_level_is_open_loop(run, use_obs):
     """Where the context is whole ticks of the top level, as open_loop needs it."""
     c = configuration.load(run / "config.yml")
     model = CWVAE(c)
-    params = evaluation.load_params(model, evaluation.find_checkpoint(run))
+    params = runs.load_params(model, runs.find_checkpoint(run))
     video, keys = data.windows(c, "test")[0][None], jax.random.split(jax.random.key(0), 1)
-    parts = cwvae.open_loop(model, params, video[:, :4], keys, 8, use_obs)
+    parts = rollout.open_loop(model, params, video[:, :4], keys, 8, use_obs)
     want = np.concatenate([part for name, part in parts if name != "prior_onestep"], axis=1)
-    noise = cwvae.draw_noise(c, keys, 12)
+    noise = noise.draw(c, keys, 12)
     got = model.apply(params, video[:, :4], 8, noise, use_obs, method="predict_by_level")
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -170,7 +172,7 @@ def test_only_levels_that_see_depend_on_the_context(tiny):
     """From other frames as context, the prediction of a model that is blind at all levels is the same, to the bit."""
     c = dataclasses.replace(tiny, cell_embed_size=16, enc_dense_embed_size=16)  # some units of each layer are active
     model, video = CWVAE(c), data.windows(c, "test")[0][None, :5]
-    noise = cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 1), 12)
+    noise = noise.draw(c, jax.random.split(jax.random.key(0), 1), 12)
     params = jax.jit(model.init)(
         jax.random.key(0), video[:, :4], [x[:, : 4 // 2**level] for level, x in enumerate(noise)]
     )
@@ -239,7 +241,7 @@ def test_rooms(run, monkeypatch, tmp_path):
     config.save(run / "config.yml")
     videos = [walk(["a", "a", "hall", "b"]), walk(["a", "a", "hall", "hall"], seed=1)]
     model = CWVAE(config)
-    noise = cwvae.draw_noise(config, jax.random.split(jax.random.key(0), 1), 4)
+    noise = noise.draw(config, jax.random.split(jax.random.key(0), 1), 4)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 64, 64, 3)), noise)
     monkeypatch.setattr(evaluation, "load_params", lambda *_: params)
     monkeypatch.setattr(data, "windows", lambda *_: videos)
@@ -418,9 +420,9 @@ def test_export(run, tmp_path):
     out = call("export", run, "--seed=7", f"--out={tmp_path / 'out'}")
     c = configuration.load(out / "config.yml")
     assert (c.logdir, c.datadir, c.seed) == ("logs", "datasets", 7)
-    model, (original, exported) = CWVAE(c), map(evaluation.find_checkpoint, (run, out))
+    model, (original, exported) = CWVAE(c), map(runs.find_checkpoint, (run, out))
     assert exported.step == original.step
-    a, b = evaluation.load_params(model, original), evaluation.load_params(model, exported)
+    a, b = runs.load_params(model, original), runs.load_params(model, exported)
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-11, atol=2**-25), a, b)
     size = [sum(p.stat().st_size for p in (r / "checkpoints").rglob("*") if p.is_file()) for r in (run, out)]

@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 
+import bench
 import jax
 import pytest
 from conftest import ROOT, TINY
 
-import bench
 import config as configuration
 from config import Config
 

@@ -15,6 +15,8 @@ from conftest import ROOT, TINY
 
 import config as configuration
 import cwvae
+import noise
+import rollout
 from config import Config
 from cwvae import CWVAE, Gaussian
 
@@ -27,7 +29,7 @@ def make(T, B=2, action_size=0, dtype=np.float32, **keys):
     model = CWVAE(c, action_size)
     random = np.random.default_rng(0)
     video = random.uniform(size=(B, T, 64, 64, c.channels)).astype(dtype)
-    noise = [random.normal(size=(B, t, c.cell_stoch_size)).astype(dtype) for t in cwvae.ticks(c, T)]
+    noise = [random.normal(size=(B, t, c.cell_stoch_size)).astype(dtype) for t in noise.ticks(c, T)]
     actions = random.normal(size=(B, T, action_size)).astype(dtype) if action_size else None
     shapes = jax.eval_shape(model.init, jax.random.key(0), video, noise, actions)
     params = jax.tree.map(
@@ -157,8 +159,8 @@ def test_textbook_form_of_the_benchmarks():
             np.testing.assert_allclose(values, terms[name], rtol=1e-5, atol=1e-4)
     c = dataclasses.replace(c, open_loop_ctx=8)
     keys = jax.random.split(jax.random.key(0), 2)
-    want = jax.jit(partial(textbook.open_loop, c))(params, video, cwvae.draw_noise(c, keys, 13))
-    parts = cwvae.open_loop(CWVAE(c), params, video[:, :8], keys, 5)
+    want = jax.jit(partial(textbook.open_loop, c))(params, video, noise.draw(c, keys, 13))
+    parts = rollout.open_loop(CWVAE(c), params, video[:, :8], keys, 5)
     got = jnp.concatenate([frames for name, frames in parts if name == "prior_multistep"], 1)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
@@ -214,7 +216,7 @@ def test_parameter_counts_of_the_published_configurations(name, channels, sizes,
     E = D
     assert (c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size, c.channels) == (S, D, E, channels)
     video = jnp.zeros((1, 36, 64, 64, channels))
-    noise = [jnp.zeros((1, t, S)) for t in cwvae.ticks(c, 36)]
+    noise = [jnp.zeros((1, t, S)) for t in noise.ticks(c, 36)]
     params = jax.eval_shape(CWVAE(c).init, jax.random.key(0), video, noise)["params"]
     F = 1024
     transition, gru = (S + S + D) * E + E, 6 * E * D + 4 * D
@@ -281,7 +283,7 @@ def test_initial_parameters_have_flax_distributions():
 
 
 def all_predictions(model, params, video, context, frames, **options):
-    parts = cwvae.open_loop(
+    parts = rollout.open_loop(
         model, params, video[:, :context], jax.random.split(jax.random.key(0), len(video)), frames, **options
     )
     collected = {}
@@ -334,7 +336,7 @@ def test_open_loop_equals_observe_then_imagine_for_any_chunk():
         got = all_predictions(model, params, video, 8, 11, chunk=chunk)
         for name in want:
             np.testing.assert_allclose(got[name], want[name], atol=1e-5)
-    noise = cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 2), 19)
+    noise = noise.draw(c, jax.random.split(jax.random.key(0), 2), 19)
     rollouts, state = model.apply(
         params, video[:, :8], [x[:, : 8 // 2**i] for i, x in enumerate(noise)], method="observe"
     )
@@ -361,10 +363,10 @@ def test_prior_one_step_ahead_equals_the_textbook_form():
 def test_long_sequences_in_chunks_equal_the_whole(reset):
     c, model, params, video, _, _ = make(T=19, levels=3, tmp_abs_factor=2, cell_reset_state=reset)
     keys = jax.random.split(jax.random.key(3), 2)
-    noise = cwvae.draw_noise(c, keys, 19)
+    noise = noise.draw(c, keys, 19)
     want = model.apply(params, video, noise)
     for chunk in 4, 12, 20:
-        got = cwvae.long_elbo(model.module, params, video, keys, chunk)
+        got = rollout.elbo(model.module, params, video, keys, chunk)
         for name, value in got.items():
             np.testing.assert_allclose(value, want[name], rtol=2e-5)
 
@@ -386,9 +388,9 @@ def test_uint8_videos_are_divided_by_255():
 def test_noise_belongs_to_the_sequence():
     c = Config(**TINY)
     keys = jax.random.split(jax.random.key(0), 3)
-    for whole, one in zip(cwvae.draw_noise(c, keys, 9), cwvae.draw_noise(c, keys[1:2], 9), strict=True):
+    for whole, one in zip(noise.draw(c, keys, 9), noise.draw(c, keys[1:2], 9), strict=True):
         np.testing.assert_array_equal(whole[1:2], one)
-    everything = np.concatenate([np.ravel(x) for x in cwvae.draw_noise(c, jax.random.split(jax.random.key(0), 500), 9)])
+    everything = np.concatenate([np.ravel(x) for x in noise.draw(c, jax.random.split(jax.random.key(0), 500), 9)])
     assert scipy.stats.kstest(everything, "norm").pvalue > 0.01
     assert len(np.unique(everything)) > 0.99 * len(everything)
 

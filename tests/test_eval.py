@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 import config as configuration
-import cwvae
 import data
 import eval as evaluation
-import report
+import noise
+import runs
 import tools
 from config import ConfigError
 from cwvae import CWVAE
+from report import statistics
 from system.interrupts import Interrupted
 
 
@@ -178,14 +179,14 @@ def test_references_by_hand(run):
     _, results = evaluate(run)
     config = configuration.load(run / "config.yml")
     model = CWVAE(config)
-    params = evaluation.load_params(model, evaluation.find_checkpoint(run))
+    params = runs.load_params(model, runs.find_checkpoint(run))
     test, pool = data.windows(config, "test"), evaluation.random_frames(config)
     train_frames = np.concatenate([data.windows(config, "train")[i] for i in range(3)])
     assert pool.shape == (1000, 64, 64, 1) and len(train_frames) == 3 * 8
     curves = {name: [] for name in statistics.REFERENCES.values()}
     for i in range(3):
         truth = test[i] / np.float32(255)
-        noise = cwvae.draw_noise(config, evaluation.example_keys(config, i, 1, 0), 12)
+        noise = noise.draw(config, noise.example_keys(config, i, 1, 0), 12)
         rollouts, _ = model.apply(params, truth[None], noise, method="observe")
         stand_ins = {
             "posterior reconstruction": np.asarray(model.apply(params, rollouts, method="decode"))[0, 4:],
@@ -268,7 +269,7 @@ def test_options(run):
 
 
 def test_which_checkpoint(run, tmp_path):
-    find = evaluation.find_checkpoint
+    find = runs.find_checkpoint
     assert find(run) == (run, 4)
     assert find(run / "checkpoints" / "2") == (run, 2)
     assert find(run.parent) == (run, 4)
@@ -291,7 +292,7 @@ def test_which_checkpoint(run, tmp_path):
 
 def test_the_named_checkpoint_is_used(run):
     model = CWVAE(configuration.load(run / "config.yml"))
-    a, b = (evaluation.load_params(model, evaluation.Checkpoint(run, step)) for step in (2, 4))
+    a, b = (runs.load_params(model, runs.Checkpoint(run, step)) for step in (2, 4))
     assert not np.array_equal(a["params"]["decoder"]["dense"]["kernel"], b["params"]["decoder"]["dense"]["kernel"])
 
 

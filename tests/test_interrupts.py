@@ -17,10 +17,11 @@ from conftest import COMPILED, ROOT, flags
 
 import config as configuration
 import cwvae
+import runs
 import train
-from system.checkpoints import Checkpoints
 from config import ConfigError
 from cwvae import CWVAE
+from system.checkpoints import Checkpoints
 from system.interrupts import Interrupted, Interrupts
 
 
@@ -45,7 +46,7 @@ def outcome(logdir):
     run = run_of(logdir)
     c = configuration.load(run / "config.yml")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: train.make_state(CWVAE(c))))
+        step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: step.make_state(CWVAE(c))))
     return step, state, (run / "metrics.jsonl").read_text()
 
 
@@ -177,7 +178,7 @@ def test_interrupted_validation_is_logged_on_resume(tiny, monkeypatch):
     """The step was taken, its line not written: the checkpoint keeps its metrics, and the line comes first."""
     c = dataclasses.replace(tiny, save_scalars_every=2)
     train.train(c)
-    want = (train.run_directory(c) / "metrics.jsonl").read_text()
+    want = (runs.directory(c) / "metrics.jsonl").read_text()
     again = dataclasses.replace(c, logdir=c.logdir + "2")
 
     def interrupted(*_):
@@ -187,9 +188,9 @@ def test_interrupted_validation_is_logged_on_resume(tiny, monkeypatch):
         patch.setattr(train, "validate", interrupted)
         with pytest.raises(Interrupted):
             train.train(again)
-    assert not (train.run_directory(again) / "metrics.jsonl").exists()
+    assert not (runs.directory(again) / "metrics.jsonl").exists()
     train.train(again)
-    assert (train.run_directory(again) / "metrics.jsonl").read_text() == want
+    assert (runs.directory(again) / "metrics.jsonl").read_text() == want
 
 
 def test_two_trainings_in_one_directory(tmp_path):
@@ -227,7 +228,7 @@ def test_non_finite_steps_stop_the_training(tiny, monkeypatch, capsys):
         train.NonFinite, match=r"isn't finite since step 5; see .*nonfinite; the last good checkpoint stays"
     ):
         train.train(c)
-    run = train.run_directory(c)
+    run = runs.directory(c)
     found = json.loads((run / "nonfinite" / "step_5.json").read_text())
     assert found["first_bad_step"] == 5 and found["seed"] == 0 and len(found["windows_of_its_batch"]) == 2
     assert found["detected_at_step"] == 6 and "--max_steps 5 --save_scalars_every 1" in found["replay"]
@@ -245,7 +246,7 @@ def test_non_finite_steps_stop_the_training(tiny, monkeypatch, capsys):
 
 def test_a_run_that_is_refused_is_left_alone(tiny):
     train.train(dataclasses.replace(tiny, max_steps=1))
-    run = train.run_directory(tiny)
+    run = runs.directory(tiny)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
     (run / "config.yml").write_text((run / "config.yml").read_text().replace("lr: 0.001", "lr: 0.002"))
     with pytest.raises(ConfigError):

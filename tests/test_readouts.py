@@ -6,10 +6,10 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import readouts
 import scipy.ndimage
 
-import data
-import readouts
+from videos import digits
 
 # ---------------------------------------------------------------------------------------------- digits
 
@@ -30,7 +30,7 @@ def easy_labels(split):
 
 
 def moving(split, frames=20, digits=2):
-    return data.MovingDigits(easy_glyphs, easy_labels, split, frames, digits)
+    return digits.MovingDigits(easy_glyphs, easy_labels, split, frames, digits)
 
 
 @functools.cache
@@ -41,10 +41,10 @@ def easy_reader():
 
 def test_labels_belong_to_their_glyphs():
     """A nearest neighbour among the training digits knows the test digits: images and labels are in the same order."""
-    train, test = (data.digits_of_scikit_learn(split).reshape(-1, 784).astype(float) for split in ("train", "test"))
+    train, test = (digits.of_scikit_learn(split).reshape(-1, 784).astype(float) for split in ("train", "test"))
     distance = (test**2).sum(1)[:, None] - 2 * test @ train.T + (train**2).sum(1)
-    nearest = data.labels_of_scikit_learn("train")[distance.argmin(1)]
-    assert (nearest == data.labels_of_scikit_learn("test")).mean() > 0.95
+    nearest = digits.labels_of_scikit_learn("train")[distance.argmin(1)]
+    assert (nearest == digits.labels_of_scikit_learn("test")).mean() > 0.95
 
 
 def test_digits_in_a_video():
@@ -101,7 +101,7 @@ def test_neighbourhoods_make_a_convolution(stride):
 
 
 def test_distorted_glyphs_are_still_in_place():
-    glyphs = data.digits_of_scikit_learn("test")
+    glyphs = digits.of_scikit_learn("test")
     moved = readouts.distorted(glyphs, np.random.default_rng(0))
     assert moved.shape == glyphs.shape and moved.dtype == np.uint8
     correlations = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(glyphs, moved, strict=True)]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import report
+from report import statistics, tables
+from report.page import page
 
 
 def test_intervals_are_those_of_scipy():

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import comparisons
 import pytest
 from conftest import ROOT
 
 import analysis
-import comparisons
 import config as configuration
 
 NOTING = """#!{python}

@@ -10,7 +10,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import tools
-import tools
+from system import logs
 
 
 def frames(kind, channels, seed=0):

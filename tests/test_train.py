@@ -16,10 +16,12 @@ from conftest import COMPILED, ROOT, TINY, flags
 
 import config as configuration
 import data
+import runs
+import step
 import train
-from system.checkpoints import Checkpoints
 from config import ConfigError
 from cwvae import CWVAE
+from system.checkpoints import Checkpoints
 from system.devices import Devices
 
 
@@ -47,7 +49,7 @@ def test_a_run_and_its_files(tiny, capsys):
         save_named_model_every=3,
     )
     state = train.train(c)
-    run = train.run_directory(c)
+    run = runs.directory(c)
     assert int(state.step) == 5
     assert configuration.load(run / "config.yml") == c
     assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == {"3", "4", "5"}
@@ -83,12 +85,12 @@ def test_same_seed_same_parameters_and_resumed_equals_uninterrupted(tiny, tmp_pa
     assert_same(whole, parameters(train.train(elsewhere)))
     interrupted = dataclasses.replace(often, logdir=str(tmp_path / "interrupted"))
     train.train(dataclasses.replace(interrupted, max_steps=2))
-    assert len(lines(train.run_directory(interrupted))) == 2
+    assert len(lines(runs.directory(interrupted))) == 2
     assert_same(whole, parameters(train.train(interrupted)))
-    assert lines(train.run_directory(interrupted)) == lines(train.run_directory(often))
+    assert lines(runs.directory(interrupted)) == lines(runs.directory(often))
     # A run that is complete goes nowhere.
     assert_same(whole, parameters(train.train(interrupted)))
-    assert lines(train.run_directory(interrupted)) == lines(train.run_directory(often))
+    assert lines(runs.directory(interrupted)) == lines(runs.directory(often))
     other = parameters(train.train(dataclasses.replace(often, seed=1)))
     assert not np.array_equal(jax.tree.leaves(other.params)[0], jax.tree.leaves(whole.params)[0])
 
@@ -96,20 +98,18 @@ def test_same_seed_same_parameters_and_resumed_equals_uninterrupted(tiny, tmp_pa
 def test_random_seed_is_saved_and_used_on_resume(tiny):
     c = dataclasses.replace(tiny, seed=None, max_steps=1)
     train.train(c)
-    seed = configuration.load(train.run_directory(c) / "config.yml").seed
+    seed = configuration.load(runs.directory(c) / "config.yml").seed
     assert seed is not None
     train.train(dataclasses.replace(c, max_steps=2))
-    assert configuration.load(train.run_directory(c) / "config.yml").seed == seed
+    assert configuration.load(runs.directory(c) / "config.yml").seed == seed
     # One directory, named without the random seed, holds everything.
-    assert list(Path(c.logdir).glob("*/*")) == [train.run_directory(c)]
-    assert (train.run_directory(c) / "metrics.jsonl").exists() and (
-        train.run_directory(c) / "checkpoints" / "2"
-    ).exists()
+    assert list(Path(c.logdir).glob("*/*")) == [runs.directory(c)]
+    assert (runs.directory(c) / "metrics.jsonl").exists() and (runs.directory(c) / "checkpoints" / "2").exists()
 
 
 def test_resuming_as_another_model_is_refused(tiny):
     train.train(dataclasses.replace(tiny, max_steps=1))
-    run = train.run_directory(tiny)
+    run = runs.directory(tiny)
     values = yaml.safe_load((run / "config.yml").read_text())
     (run / "config.yml").write_text(yaml.safe_dump(values | {"lr": 0.5, "cell_min_stddev": 0.1}))
     with pytest.raises(
@@ -127,13 +127,13 @@ def test_context_must_fit_training_videos(tiny):
 def test_padding_has_no_weight(tiny):
     """A batch of 2 padded to 4 rows gives the loss and the parameters of the batch alone, whatever the padding holds."""
     model, devices = CWVAE(tiny), Devices()
-    step = train.make_train_step(model)
+    step = step.make_train_step(model)
     windows = data.windows(tiny, "train")
     video = np.stack([windows[i] for i in range(2)])
     padding = np.random.default_rng(0).integers(0, 256, video.shape, dtype=np.uint8)
     results = []
     for rows, weight in (video, [1, 1]), (np.concatenate([video, padding]), [1, 1, 0, 0]):
-        state = devices.replicate(train.make_state(model))
+        state = devices.replicate(step.make_state(model))
         results.append(step(state, data.Batch(rows[None], np.array(weight, np.float32)[None])))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -145,7 +145,7 @@ def test_gradient_clipping_and_adam(tiny):
 
     g = {"a": jnp.array([3e-3, -4e-3])}
     for clip, scale in (10000, 1.0), (0, 1.0), (None, 1.0), (1e-3, 0.2):
-        optimizer = train.make_optimizer(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1))
+        optimizer = step.make_optimizer(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1))
         updates, _ = optimizer.update(g, optimizer.init(g))
         clipped = g["a"] * scale
         np.testing.assert_allclose(updates["a"], -0.1 * clipped / (abs(clipped) + 1e-4), rtol=1e-4)
@@ -153,7 +153,7 @@ def test_gradient_clipping_and_adam(tiny):
 
 def test_validation_does_not_depend_on_batch_size(tiny):
     model = CWVAE(tiny)
-    params = train.make_state(model).params
+    params = step.make_state(model).params
     test = data.windows(tiny, "test")
     results = []
     for batch_size, batches in (2, 3), (6, 1), (3, 2):
@@ -166,7 +166,7 @@ def test_validation_does_not_depend_on_batch_size(tiny):
 
 def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
     model = CWVAE(tiny)
-    params = train.make_state(model).params
+    params = step.make_state(model).params
     test = data.windows(tiny, "test")
     video = np.stack([test[0], test[1]])
     changed = video.copy()
@@ -185,7 +185,7 @@ def test_learns(tmp_path):
         c, max_steps=120, seed=0, wandb="disabled", logdir=str(tmp_path), save_gifs=False, save_scalars_every=120
     )
     train.train(c)
-    (line,) = lines(train.run_directory(c))
+    (line,) = lines(runs.directory(c))
     windows = data.windows(c, "test")
     frames = np.concatenate([windows[i] for i in range(50)]) / 255
     of_mean_frame = 0.5 * ((frames - frames.mean(0)) ** 2).sum((1, 2, 3)).mean() / c.dec_stddev**2
@@ -267,11 +267,11 @@ NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(tiny, capsys):
     c = dataclasses.replace(tiny, save_model_every=2)
     whole = parameters(train.train(c))
-    for file in (train.run_directory(c) / "checkpoints" / "4" / "state").rglob("*"):
+    for file in (runs.directory(c) / "checkpoints" / "4" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     again = parameters(train.train(c))
     assert "resumed at step 2" in capsys.readouterr().out
     assert_same(whole, again)
-    with Checkpoints(train.run_directory(c) / "checkpoints") as checkpoints:
+    with Checkpoints(runs.directory(c) / "checkpoints") as checkpoints:
         assert_same(whole, checkpoints.load(4, whole)[0])

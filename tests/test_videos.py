@@ -21,12 +21,12 @@ import zipfile
 
 import av
 import numpy as np
+import published
 import pytest
 from conftest import ROOT
 
 import config as configuration
 import data
-import published
 import videos
 from config import ConfigError
 from videos import Decoding, Video

@@ -24,7 +24,7 @@ import tools
 from config import Config, ConfigError
 from cwvae import CWVAE
 from noise import example_keys
-from report import statistics, tables
+from report import plots, statistics, tables
 from report.page import page
 from system.devices import Devices, connect, use_compilation_cache
 from system.files import dated_directory, replace_file
@@ -301,7 +301,7 @@ def summarise(config: Config, checkpoint: runs.Checkpoint, directory: Path, coun
             examples.append(dict(file))
     averages: dict[str, dict[str, float]] = {}
     lines: dict[str, Any] = {}
-    plots = []
+    shown = []
     for protocol in tools.PROTOCOLS:
         averages[protocol], lines[protocol] = {}, {}
         for metric in statistics.METRICS:
@@ -327,7 +327,7 @@ def summarise(config: Config, checkpoint: runs.Checkpoint, directory: Path, coun
                 name: line for name, line in drawn.items() if line.reference
             }
             plots.plot_lines(drawn, directory / f"{stem}_range.png", label, "mean and standard deviation")
-            plots.append(f"{metric}_{protocol}.png")
+            shown.append(f"{metric}_{protocol}.png")
     results = {
         "averages": averages,
         "num_examples": count,
@@ -348,7 +348,7 @@ def summarise(config: Config, checkpoint: runs.Checkpoint, directory: Path, coun
         if config.save_gifs
     }
     tables.write(directory / "metrics.csv", tables.to_csv(tables.CSV_HEADER, tables.csv_rows(lines)))
-    tables.write(directory / "index.html", page(results, plots, gifs))
+    tables.write(directory / "index.html", page(results, shown, gifs))
     tables.write(directory / "metrics.json", tables.to_json(results))  # last: with it, the evaluation is finished
     return results
 

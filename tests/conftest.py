@@ -18,8 +18,10 @@ import step
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import analysis  # noqa: E402
+import analyses.export  # noqa: E402
+import analyses.worker  # noqa: E402
 import eval  # noqa: E402
+import runs  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
 from cwvae import CWVAE  # noqa: E402
@@ -85,7 +87,7 @@ def compile_once():
         return CWVAE(dataclasses.replace(config, **{key: getattr(default, key) for key in keys}))
 
     with pytest.MonkeyPatch.context() as patch:
-        for program in train, eval, analysis:
+        for program in train, eval, analyses.worker, analyses.export:
             patch.setattr(program, "CWVAE", model)
         patch.setattr(train, "make_train_step", functools.cache(step.make_train_step))
         yield

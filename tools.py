@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 PROTOCOLS = {
     "paper": "SSIM with data range 2; PSNR with data range 1 per channel, then averaged; predictions as they are",
-    "standard": "SSIM with data range 1; PSNR with data range 1, over all channels; predictions clipped to [0, 1]",
+    "standard": "SSIM with data range 1; PSNR with data range 1, over all channels; frames as saved, with 8 bits",
 }
 """How predictions are compared with the truth. Figures of different protocols can't be compared.
 
-paper is what both earlier codes computed, with scikit-image 0.18. In both protocols, SSIM is per channel with a uniform
-7x7 window and sample covariance.
+paper is what both earlier codes computed, with scikit-image 0.18, on floats. standard can be computed from the saved
+frames. In both protocols, SSIM is per channel with a uniform 7x7 window and sample covariance.
 """
 
 
@@ -24,11 +24,11 @@ PSNR_OF_EQUAL_FRAMES = 100.0
 
 
 def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, Array]:
-    """SSIM and PSNR (in dB) of each frame.
+    """Return SSIM and PSNR (in dB) of each frame.
 
     Args:
-        truth: [..., H, W, C] floats in [0, 1].
-        prediction: likewise, but may leave [0, 1].
+        truth: [..., H, W, C], uint8 or floats in [0, 1].
+        prediction: likewise, but floats may leave [0, 1].
         protocol: one of PROTOCOLS.
 
     Returns:
@@ -36,7 +36,8 @@ def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, A
     """
     assert protocol in PROTOCOLS, protocol
     if protocol == "standard":
-        prediction = prediction.clip(0, 1)
+        truth, prediction = (x if x.dtype == jnp.uint8 else to_uint8(x) for x in (truth, prediction))
+    truth, prediction = (x / jnp.float32(255) if x.dtype == jnp.uint8 else x for x in (truth, prediction))
     ssim = structural_similarity(truth, prediction, data_range=2.0 if protocol == "paper" else 1.0).mean(-1)
     error = ((truth - prediction) ** 2).mean((-3, -2))
     error = error if protocol == "paper" else error.mean(-1, keepdims=True)

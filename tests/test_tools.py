@@ -34,19 +34,19 @@ def test_metrics_equal_scikit_image(kind, channels):
     truth, prediction = frames(kind, channels)
     paper = tools.frame_metrics(truth, prediction, "paper")
     standard = tools.frame_metrics(truth, prediction, "standard")
-    clipped = prediction.clip(0, 1)
+    saved_truth, saved = (np.asarray(tools.to_uint8(x)) for x in (truth, prediction))
     for i in range(3):
-        per_channel = [(truth[i, ..., c], prediction[i, ..., c], clipped[i, ..., c]) for c in range(channels)]
-        want = np.mean([structural_similarity(t, p, data_range=2) for t, p, _ in per_channel])
+        per_channel = [(truth[i, ..., c], prediction[i, ..., c]) for c in range(channels)]
+        want = np.mean([structural_similarity(t, p, data_range=2) for t, p in per_channel])
         assert float(paper["ssim"][i]) == pytest.approx(want, abs=1e-5)
-        want = np.mean([structural_similarity(t, p, data_range=1) for t, _, p in per_channel])
+        want = structural_similarity(saved_truth[i], saved[i], channel_axis=-1)
         assert float(standard["ssim"][i]) == pytest.approx(want, abs=1e-5)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            want = np.mean([peak_signal_noise_ratio(t, p, data_range=1) for t, p, _ in per_channel])
+            want = np.mean([peak_signal_noise_ratio(t, p, data_range=1) for t, p in per_channel])
             assert float(paper["psnr"][i]) == pytest.approx(want, abs=1e-4)
             assert float(standard["psnr"][i]) == pytest.approx(
-                peak_signal_noise_ratio(truth[i], clipped[i], data_range=1), abs=1e-4
+                peak_signal_noise_ratio(saved_truth[i], saved[i]), abs=1e-4
             )
 
 
@@ -56,6 +56,18 @@ def test_metrics_of_equal_frames_are_finite():
         metrics = tools.frame_metrics(truth, truth, protocol)
         np.testing.assert_allclose(metrics["ssim"], 1, atol=1e-6)
         np.testing.assert_allclose(metrics["psnr"], 100)
+
+
+def test_metrics_of_8_bits_are_those_of_their_floats():
+    """Saved frames give the standard figures again, and a still frame those of its repetition."""
+    truth, prediction = (np.asarray(tools.to_uint8(x)) for x in frames("noisy", 3))
+    for protocol in tools.PROTOCOLS:
+        saved = tools.frame_metrics(truth, prediction, protocol)
+        for name, values in tools.frame_metrics(truth, prediction / np.float32(255), protocol).items():
+            np.testing.assert_allclose(saved[name], values, rtol=1e-5)
+        still, repeated = (tools.frame_metrics(truth, x, protocol) for x in (prediction[:1], prediction[[0, 0, 0]]))
+        for name in saved:
+            np.testing.assert_allclose(still[name], repeated[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -73,10 +85,10 @@ def test_grids_keep_every_frame(tmp_path, length, channels):
     assert not grid[6::7].any() and not grid[:, 4::5].any()
 
 
-def test_comparison_shows_truth_prediction_and_error():
+def test_triptych_shows_truth_prediction_and_error():
     random = np.random.default_rng(0)
     truth, prediction = random.integers(0, 256, (2, 2, 5, 8, 8, 1), dtype=np.uint8)
-    picture = tools.comparison(truth, prediction, context=2)
+    picture = tools.triptych(truth, prediction, context=2)
     assert picture.shape == (5, 2 * 12, 3 * 12, 3)
     np.testing.assert_array_equal(picture[3, 14:22, 2:10, 0], truth[1, 3, ..., 0])
     np.testing.assert_array_equal(picture[3, 14:22, 14:22, 1], prediction[1, 3, ..., 0])
@@ -100,7 +112,7 @@ def test_gif_of_all_greys_in_a_coloured_frame(tmp_path):
     """Hardly differs from the video, and not in what says whether the model sees the frame."""
     random = np.random.default_rng(0)
     truth, prediction = random.integers(256, size=(2, 1, 50, 32, 32, 1), dtype=np.uint8)
-    video = tools.comparison(truth, prediction, 25)
+    video = tools.triptych(truth, prediction, 25)
     tools.save_gif(video, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as image:
         for t in range(50):

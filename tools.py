@@ -1,7 +1,10 @@
-"""Frames: how good they are (SSIM, PSNR) and how they look (grids, GIFs)."""
+"""Frames: how good they are (SSIM, PSNR), how they look (grids, GIFs, MP4s) and how they are kept (NPZ)."""
 
-from collections.abc import Mapping
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +49,7 @@ def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, A
 
 
 def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7) -> Array:
-    """SSIM per channel, [..., H, W, C] -> [..., C], as scikit-image's `structural_similarity` with its defaults."""
+    """Return the SSIM per channel, [..., H, W, C] -> [..., C], as scikit-image's function with its defaults does."""
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     pixels = window**2
 
@@ -72,16 +75,27 @@ def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7
 
 
 def to_uint8(video: Array) -> Array:
-    """Floats, clipped to [0, 1], as uint8; truncated like in the earlier codes."""
+    """Return floats, clipped to [0, 1], as uint8; truncated as in the earlier codes."""
     return (jnp.clip(video, 0, 1) * 255).astype(jnp.uint8)
 
 
 GREEN, RED = (0, 160, 80), (200, 40, 40)
-"""Around frames that the model sees and reconstructs; around those that it predicts on its own."""
+"""Around frames that the model sees; around those that it predicts on its own."""
+GREY = (110, 110, 110)
+"""Around all other frames, so that black ones have an edge."""
+
+
+def save_frames(frames: np.ndarray, path: Path) -> None:
+    """Write an array as a compressed NPZ, as `np.savez_compressed` does, at a third of the time and of similar size."""
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file,
+        file.open("arr_0.npy", "w", force_zip64=True) as entry,
+    ):
+        np.lib.format.write_array(entry, frames, allow_pickle=False)
 
 
 def save_grid(video: np.ndarray, path: Path, strip: int = 50) -> None:
-    """Writes uint8 [T, H, W, C] as a PNG: rows of `strip` frames, 1 pixel apart; the last row may be shorter."""
+    """Write uint8 [T, H, W, C] as a PNG: rows of `strip` frames, 1 pixel apart; the last row may be shorter."""
     T, H, W, C = video.shape
     columns, rows = min(T, strip), -(-T // strip)
     grid = np.zeros((rows * columns, H + 1, W + 1, C), np.uint8)
@@ -91,16 +105,16 @@ def save_grid(video: np.ndarray, path: Path, strip: int = 50) -> None:
         .transpose(0, 2, 1, 3, 4)
         .reshape(rows * (H + 1), columns * (W + 1), C)
     )
-    Image.fromarray(rgb(grid)[:-1, :-1]).save(path)
+    Image.fromarray(rgb(grid)[:-1, :-1]).save(path, compress_level=1)
 
 
 def rgb(image: np.ndarray) -> np.ndarray:
-    """[..., C] as [..., 3]: colour as it is, else the first channel as grey."""
+    """Return [..., C] as [..., 3]: colour as it is, else the first channel as grey."""
     return image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
 
 
 def triptych(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.ndarray:
-    """Truth | prediction | absolute error side by side, one row per example, uint8 [B, T, H, W, C] -> [T, H', W', 3].
+    """Return truth, prediction and absolute error side by side, a row per example: [B, T, H, W, C] -> [T, H', W', 3].
 
     The frame around the prediction is green while the model sees the context and reconstructs it, then red.
     """
@@ -115,8 +129,14 @@ def triptych(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.ndar
     return picture.reshape(T, B * (H + 2 * border), 3 * (W + 2 * border), 3)
 
 
+def save_video(video: np.ndarray, path: Path, formats: Sequence[str] = ("gif",)) -> None:
+    """Write uint8 [T, H, W, 3] in each of the formats (gif, mp4), which take the place of the path's suffix."""
+    for suffix in formats:
+        {"gif": save_gif, "mp4": save_mp4}[suffix](video, path.with_suffix(f".{suffix}"))
+
+
 def save_gif(video: np.ndarray, path: Path | str, frames_per_second: int = 15, scale: int = 2) -> None:
-    """Writes uint8 [T, H, W, 3] as a GIF that repeats for ever, `scale` times enlarged.
+    """Write uint8 [T, H, W, 3] as a GIF that repeats forever, `scale` times enlarged.
 
     All frames share a palette, of 32 of them: 4 times as fast as one for each, and half the size.
     """
@@ -131,19 +151,48 @@ def save_gif(video: np.ndarray, path: Path | str, frames_per_second: int = 15, s
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // frames_per_second, loop=0)
 
 
+def save_mp4(video: np.ndarray, path: Path | str, frames_per_second: int = 15, scale: int = 2) -> None:
+    """Write uint8 [T, H, W, 3] as an MP4 (H.264), `scale` times enlarged: an even number, which the codec needs."""
+    import av  # slow to import
+
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=frames_per_second, options={"crf": "18"})
+        stream.height, stream.width = (scale * size for size in video.shape[1:3])
+        stream.pix_fmt = "yuv420p"
+        for image in video:
+            enlarged = np.ascontiguousarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(enlarged, format="rgb24")))
+        file.mux(stream.encode())
+
+
 def side_by_side(rows: Mapping[str, np.ndarray], context: Mapping[str, int]) -> np.ndarray:
-    """Named videos uint8 [T, H, W, C] beside each other under their names, framed as in `save_rows`: [T, H', W', 3]."""
+    """Return named videos uint8 [T, H, W, C] beside each other: [T, H', W', 3].
+
+    Their names stand above, the frame's number below. Frames of a row's context are framed green, those after it red,
+    and those of a row without context grey.
+    """
     border, top = 2, 14
+    font = ImageFont.load_default(9)
     panels = []
     for name, video in rows.items():
         T, H, W, _ = video.shape
-        panel = np.zeros((T, top + H + 2 * border, W + 2 * border, 3), np.uint8)
-        if name in context:
-            panel[: context[name], top:] = GREEN
-            panel[context[name] :, top:] = RED
-        panel[:, top + border : -border, border:-border] = rgb(video)
-        caption = Image.new("RGB", (W + 2 * border, top))
-        ImageDraw.Draw(caption).text((border, 1), name, font=ImageFont.load_default(9))
-        panel[:, :top] = np.asarray(caption)
+        width = max(W + 2 * border, math.ceil(font.getlength(name)) + 2 * border)
+        panel = np.zeros((T, top + H + 2 * border, width, 3), np.uint8)
+        framed = panel[:, top:, : W + 2 * border]
+        seen = context.get(name, T)
+        framed[:seen] = GREEN if name in context else GREY
+        framed[seen:] = RED
+        framed[:, border:-border, border:-border] = rgb(video)
+        panel[:, :top] = text(name, width, top, font)
         panels.append(panel)
-    return np.concatenate(panels, axis=2)
+    picture = np.concatenate(panels, axis=2)
+    T, width = picture.shape[0], picture.shape[2]
+    numbers = [text(f"{number} / {T}", width, top, font) for number in range(1, T + 1)]
+    return np.concatenate([picture, np.stack(numbers)], axis=1)
+
+
+def text(line: str, width: int, height: int, font: Any) -> np.ndarray:
+    """Return a line of text, white on black, uint8 [height, width, 3]."""
+    image = Image.new("RGB", (width, height))
+    ImageDraw.Draw(image).text((2, 1), line, font=font)
+    return np.asarray(image)

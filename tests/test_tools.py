@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -119,6 +120,40 @@ def test_gif_of_all_greys_in_a_coloured_frame(tmp_path):
             image.seek(t)
             error = np.asarray(image.convert("RGB"))[::2, ::2].astype(int) - video[t]
             assert abs(error).max() <= 8 and abs(error[0, 40]).max() <= 2
+
+
+def test_mp4_holds_every_frame(tmp_path):
+    video = np.zeros((7, 16, 16, 3), np.uint8) + np.arange(0, 210, 30, dtype=np.uint8)[:, None, None, None]
+    tools.save_video(video, tmp_path / "a.gif", ("gif", "mp4"))
+    assert (tmp_path / "a.gif").exists()
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert len(frames) == 7 and all(frame.shape == (32, 32, 3) for frame in frames)
+    np.testing.assert_allclose([frame.mean() for frame in frames], np.arange(0, 210, 30), atol=4)
+
+
+def test_videos_side_by_side_have_names_numbers_and_edges():
+    black = np.zeros((3, 64, 64, 1), np.uint8)
+    picture = tools.side_by_side(
+        {"truth": black, "a model": black + 50, "a model of a long name": black}, {"a model": 2}
+    )
+    T, H, W, _ = picture.shape
+    assert (T, H) == (3, 14 + 68 + 14) and W > 3 * 68
+    assert (picture[:, 14, :68] == tools.GREY).all() and (picture[:, 16:80, 2:66] == 0).all()
+    assert (picture[:2, 14, 68:136] == tools.GREEN).all() and (picture[2, 14, 68:136] == tools.RED).all()
+    assert (picture[:, 16:80, 70:134] == 50).all()
+    assert all(picture[0, :14, x : x + 68].any() for x in (0, 68, 136, W - 20))  # names, also the long one's end
+    numbers = picture[:, -14:]
+    assert numbers[0].any() and not np.array_equal(numbers[0], numbers[1])
+
+
+def test_saved_frames_are_compressed(tmp_path):
+    frames = np.zeros((50, 64, 64, 1), np.uint8)
+    frames[:, 20:40, 20:40] = np.random.default_rng(0).integers(256, size=(50, 20, 20, 1))
+    tools.save_frames(frames, tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as file:
+        np.testing.assert_array_equal(file["arr_0"], frames)
+    assert (tmp_path / "a.npz").stat().st_size < frames.nbytes / 4
 
 
 def test_to_uint8_truncates():

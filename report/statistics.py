@@ -8,14 +8,13 @@ import numpy as np
 DISTANCES = (10, 50, 100, 200, 400, 1000)
 """Averages over the first so many predicted frames are reported, as far as there are so many."""
 
-
 REFERENCES = {
     "posterior": "posterior reconstruction",
     "copy": "last context frame",
     "random": "random training frame",
 }
 """What predictions are compared with. posterior: the model's reconstruction of the very frames that are to be
-predicted, from a posterior that sees them: its upper bound. copy: the last context frame, for ever. random: another
+predicted, from a posterior that sees them: its upper bound. copy: the last context frame, forever. random: another
 training frame at each step, the quality of a prediction that has lost the video (the paper's Figure 1)."""
 
 
@@ -23,9 +22,10 @@ METRICS = {"ssim": "SSIM", "psnr": "PSNR (dB)"}
 
 
 def estimate(values: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:
-    """Averages over examples [N, ...] with 95 % confidence intervals: percentiles of a bootstrap over the examples.
+    """Return averages over examples [N, ...] with 95 % confidence intervals.
 
-    The same resamples, from a fixed seed, are used at each call. A single example has an interval without extent.
+    These are percentiles of a bootstrap over the examples. Each call draws the same resamples, from a fixed seed.
+    The interval of a single example has no extent.
 
     Returns:
         "value", "low" and "high", [...] each.
@@ -38,7 +38,7 @@ def estimate(values: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]
 
 
 def summary(curves: np.ndarray) -> dict[str, Any]:
-    """What is reported of one line, from the examples' curves over predicted frames [N, T].
+    """Return what is reported of one line, from the examples' curves over predicted frames [N, T].
 
     Returns:
         "average": over all frames; "first": over the first d frames, by d of DISTANCES; "curve": at each frame (what
@@ -55,7 +55,7 @@ def summary(curves: np.ndarray) -> dict[str, Any]:
 
 
 def plain(tree: Any) -> Any:
-    """Arrays as lists and numbers of six digits."""
+    """Return a tree with arrays as lists and numbers of six digits."""
     if isinstance(tree, Mapping):
         return {key: plain(value) for key, value in tree.items()}
     if isinstance(tree, np.ndarray) and tree.ndim:

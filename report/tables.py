@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from report.statistics import METRICS
@@ -15,7 +15,7 @@ Lines = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def to_json(results: Any) -> str:
-    """Indented JSON with each list of numbers on one line."""
+    """Return indented JSON with each list of numbers on one line."""
     text = json.dumps(results, indent=2)
     return re.sub(r"\[\n[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
@@ -29,7 +29,7 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def to_markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table, its first column to the left."""
+    """Return a Markdown table, its first column to the left."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
@@ -37,8 +37,8 @@ def to_markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 CSV_HEADER = ("protocol", "metric", "line", "frames", "value", "low", "high")
 
 
-def csv_rows(lines: Lines) -> Iterable[Sequence[Any]]:
-    """One row per value. `frames` says over which predicted frames it is: `7` alone, or on average over `1-50`."""
+def csv_rows(lines: Lines) -> Iterator[Sequence[Any]]:
+    """Yield one row per value. `frames` says over which predicted frames it is: `7` alone, or the mean over `1-50`."""
     for protocol, metrics in lines.items():
         for metric, by_line in metrics.items():
             for line, figures in by_line.items():
@@ -52,17 +52,18 @@ def csv_rows(lines: Lines) -> Iterable[Sequence[Any]]:
                     yield *start, t, *values
 
 
-def table(lines: Lines, protocol: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the averages in one protocol: a row per line; over all frames, with intervals, and at the
-    distances."""
+def table(lines: Lines, protocol: str, metrics: Sequence[str] = tuple(METRICS)) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the averages in one protocol: a row per line; over all frames, with intervals, and at
+    the distances."""
     header, rows = ["line"], []
-    for metric, name in METRICS.items():
+    for metric in metrics:
+        name = METRICS[metric]
         any_line = next(iter(lines[protocol][metric].values()))
         frames = len(any_line["curve"]["value"])
         header += [f"{name}, {protocol}, {frames} frames", *(f"first {d}" for d in any_line["first"])]
     for line in lines[protocol]["ssim"]:
         row = [line]
-        for metric in METRICS:
+        for metric in metrics:
             figures, digits = lines[protocol][metric][line], 4 if metric == "ssim" else 2
             row += [with_interval(figures["average"], digits)]
             row += [f"{value['value']:.{digits}f}" for value in figures["first"].values()]
@@ -71,10 +72,11 @@ def table(lines: Lines, protocol: str) -> tuple[list[str], list[list[str]]]:
 
 
 def with_interval(estimate: Mapping[str, float], digits: int) -> str:
+    """Return a value with its interval, if that has any extent: one of a single sequence has none."""
     value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+    return f"{value} ({low} to {high})" if estimate["low"] < estimate["high"] else value
 
 
 def write(path: Any, text: str) -> None:
-    """Writes a file of results whole, or not at all."""
+    """Write a file of results whole, or not at all."""
     replace_file(path, text.encode())

@@ -1,14 +1,20 @@
 """Evaluation as a user runs it: its files, their contents, which checkpoint it takes."""
 
+import contextlib
 import csv
 import dataclasses
+import errno
 import itertools
 import json
 import re
+import shutil
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT, full_disk
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import config as configuration
 import data
@@ -18,7 +24,9 @@ import runs
 import tools
 from config import ConfigError
 from cwvae import CWVAE
-from report import statistics
+from report import output, statistics
+from report.results import save_example
+from system import logs
 from system.interrupts import Interrupted
 
 
@@ -30,8 +38,7 @@ def arrays(directory):
 
 def evaluate(run, *flags):
     before = set(run.glob("eval_*"))
-    config, checkpoint = evaluation.parse(["--logdir", str(run), *flags])
-    results = evaluation.evaluate(config, checkpoint)
+    results = evaluation.evaluate(*evaluation.parse(["--logdir", str(run), *flags]))
     (directory,) = set(run.glob("eval_*")) - before
     return directory, results
 
@@ -70,7 +77,7 @@ def test_files_and_their_contents(run, capsys):
             assert frames.shape == (8, 64, 64, 1) and frames.dtype == np.uint8
         for name in "random_sample_1", "best_ssim_sample":
             with Image.open(directory / f"sample{i}" / f"{name}.gif") as gif:
-                assert gif.n_frames == 8 and gif.size == (2 * 3 * 68, 2 * 68)
+                assert gif.n_frames == 12 and gif.size == (2 * 3 * 68, 2 * (68 + 2 * 14))
     assert not np.array_equal(got["sample0/random_sample_1.npz"], got["sample0/random_sample_2.npz"])
     for name in curves:
         assert got[name].shape == (8,)
@@ -85,22 +92,19 @@ def test_files_and_their_contents(run, capsys):
             )
 
 
-def test_curves_are_those_of_scikit_image(run):
-    """Recomputed from the saved frames, which are rounded to 8 bits."""
-    from skimage.metrics import peak_signal_noise_ratio
-
+def test_standard_curves_are_those_of_scikit_image(run):
+    """Computed again from the saved frames."""
     directory, _ = evaluate(run)
     got = arrays(directory)
-    psnr = []
+    curves = {"psnr": [], "ssim": []}
     for i in range(3):
-        truth, frames = (
-            got[name].astype(np.float32) / 255
-            for name in (f"sample{i}_gt/gt_pred.npz", f"sample{i}/random_sample_1.npz")
-        )
+        truth, frames = (got[name] for name in (f"sample{i}_gt/gt_pred.npz", f"sample{i}/random_sample_1.npz"))
         pairs = [(t[..., 0], p[..., 0]) for t, p in zip(truth, frames, strict=True)]
-        psnr.append([peak_signal_noise_ratio(t, p, data_range=1) for t, p in pairs])
-    np.testing.assert_allclose(got["psnr_standard_mean.npz"], np.mean(psnr, 0), atol=0.1)
-    np.testing.assert_allclose(got["psnr_standard_stddev.npz"], np.std(psnr, 0), atol=0.1)
+        curves["psnr"].append([peak_signal_noise_ratio(*pair) for pair in pairs])
+        curves["ssim"].append([structural_similarity(*pair) for pair in pairs])
+    for metric, values in curves.items():
+        np.testing.assert_allclose(got[f"{metric}_standard_mean.npz"], np.mean(values, 0), rtol=1e-4)
+        np.testing.assert_allclose(got[f"{metric}_standard_stddev.npz"], np.std(values, 0), rtol=1e-3, atol=1e-5)
 
 
 def test_best_samples_by_average_over_time(tiny, tmp_path):
@@ -108,7 +112,7 @@ def test_best_samples_by_average_over_time(tiny, tmp_path):
     c = dataclasses.replace(tiny, num_samples=3)
     ssim, psnr = np.array([[0.1, 0.9], [0.4, 0.4], [0.6, 0.5]]), np.array([[20.0, 20], [10, 31], [15, 15]])
     copy = {protocol: {"ssim": np.full((2, 2), 0.3)} for protocol in ("paper", "standard")}
-    samples = evaluation.Samples({"copy": copy})
+    samples = evaluation.Samples(3, {"copy": copy})
     for i in range(3):
         frames = np.full((2, 2, 64, 64, 1), i, np.uint8)
         metrics = {"ssim": np.stack([ssim[i], ssim[2 - i]]), "psnr": np.stack([psnr[i], psnr[2 - i]])}
@@ -116,7 +120,7 @@ def test_best_samples_by_average_over_time(tiny, tmp_path):
             i, evaluation.Prediction(frames, {"paper": metrics, "standard": {k: -v for k, v in metrics.items()}})
         )
     for row in range(2):
-        evaluation.save_example(c, tmp_path, 7 + row, np.zeros((6, 64, 64, 1), np.uint8), samples, row)
+        save_example(c, tmp_path, 7 + row, np.zeros((6, 64, 64, 1), np.uint8), *samples.row(row))
     got = arrays(tmp_path)
     assert got["sample7/best_ssim_sample.npz"].max() == 2 and got["sample7/best_psnr_sample.npz"].max() == 1
     assert got["sample8/best_ssim_sample.npz"].max() == 0 and got["sample8/best_psnr_sample.npz"].max() == 1
@@ -147,7 +151,7 @@ def test_an_interrupted_evaluation_is_continued(run, monkeypatch, capsys):
     (unfinished,) = (d for d in run.glob("eval_*") if not (d / "metrics.json").exists())
     results = evaluation.evaluate(*evaluation.parse(["--logdir", str(run), *flags]))
     assert len(calls) == 4 + 4  # two of three examples again, two samples each
-    assert f"Continuing {unfinished}" in capsys.readouterr().out
+    assert f"Resuming {unfinished}" in capsys.readouterr().out
     a, b = arrays(whole), arrays(unfinished)
     assert a.keys() == b.keys()
     for name in a:
@@ -186,8 +190,8 @@ def test_references_by_hand(run):
     curves = {name: [] for name in statistics.REFERENCES.values()}
     for i in range(3):
         truth = test[i] / np.float32(255)
-        noise = noise.draw(config, noise.example_keys(config, i, 1, 0), 12)
-        rollouts, _ = model.apply(params, truth[None], noise, method="observe")
+        inputs = noise.draw(config, noise.example_keys(config, i, 1, 0), 12)
+        rollouts, _ = model.apply(params, truth[None], inputs, method="observe")
         stand_ins = {
             "posterior reconstruction": np.asarray(model.apply(params, rollouts, method="decode"))[0, 4:],
             "last context frame": np.repeat(truth[3:4], 8, axis=0),
@@ -281,7 +285,7 @@ def test_which_checkpoint(run, tmp_path):
         find(run.parent.parent)
     with pytest.raises(ConfigError, match="holds no checkpoint yet"):
         find(other)
-    with pytest.raises(ConfigError, match="is no directory"):
+    with pytest.raises(ConfigError, match="is not a directory"):
         find(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="holds no run"):
         find(run / "checkpoints")
@@ -297,9 +301,8 @@ def test_the_named_checkpoint_is_used(run):
 
 
 def test_another_model_or_a_damaged_checkpoint_is_refused(run):
-    config, checkpoint = evaluation.parse(["--logdir", str(run), "--cell_deter_size=6"])
     with pytest.raises(ConfigError, match="another model"):
-        evaluation.evaluate(config, checkpoint)
+        evaluation.evaluate(*evaluation.parse(["--logdir", str(run), "--cell_deter_size=6"]))
     file = max((run / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -310,10 +313,198 @@ def test_another_model_or_a_damaged_checkpoint_is_refused(run):
 
 
 def test_evaluations_never_overwrite(run):
-    config, checkpoint = evaluation.parse(["--logdir", str(run)])
+    config, checkpoint, _ = evaluation.parse(["--logdir", str(run)])
     names = set()
     for _ in range(3):
-        directory = evaluation.results_directory(config, checkpoint)
+        with contextlib.ExitStack() as held:
+            directory = output.open_directory(held, config, checkpoint, None)
         (directory / "metrics.json").touch()
         names.add(directory)
     assert len(names) == 3
+
+
+def test_a_truncated_configuration_is_refused(run, monkeypatch, capsys):
+    """Wherever it ends: what is missing would silently have other values."""
+    path = run / "config.yml"
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in range(len(lines)):
+        path.write_text("".join(lines[:kept]))
+        with pytest.raises(
+            ConfigError, match=r"config.yml: (lacks \d+ of the keys that were saved, \w+ first; |digit_speed)"
+        ):
+            evaluation.parse(["--logdir", str(run)])
+    path.write_text("".join(line for line in lines if not line.startswith("clip_grad")))
+    with pytest.raises(ConfigError, match="lacks 1 of the keys that were saved, clip_grad_norm_by first"):
+        evaluation.parse(["--logdir", str(run)])
+    monkeypatch.setattr(evaluation, "LATER_KEYS", {"clip_grad_norm_by"})
+    assert evaluation.parse(["--logdir", str(run)])[0].clip_grad_norm_by == 10000
+    assert "is older than the key clip_grad_norm_by; using its default, 10000.0" in capsys.readouterr().out
+    assert list(vars(configuration.Config()))[-1] not in evaluation.LATER_KEYS
+    assert evaluation.parse(["--logdir", str(ROOT / "pretrained")])[0].filters == 8
+
+
+# ---------------------------------------------------------------------------------------------- where results go
+
+
+def test_results_elsewhere(run, tmp_path, monkeypatch, capsys):
+    """Into a new directory; an interrupted evaluation there is resumed, and nothing else is touched."""
+    out = tmp_path / "a" / "b"
+    call = ["--logdir", str(run), "--no_save_grid", "--num_examples=1", f"--out={out}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "summarise", lambda *_: (_ for _ in ()).throw(Interrupted(15)))
+        with pytest.raises(Interrupted):
+            evaluation.evaluate(*evaluation.parse(call))
+    with pytest.raises(ConfigError, match=r"out: .*b isn't empty; name a new directory"):
+        evaluation.evaluate(*evaluation.parse([*call, "--use_obs=TTF"]))
+    capsys.readouterr()
+    evaluation.evaluate(*evaluation.parse(call))
+    assert f"Resuming {out}" in capsys.readouterr().out and (out / "index.html").exists()
+    with pytest.raises(ConfigError, match=r"out: .*b isn't empty; name a new directory"):
+        evaluation.evaluate(*evaluation.parse(call))
+    assert not list(run.glob("eval_*"))
+
+
+def test_where_nothing_can_be_written(run, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError) as error:
+        patch.setattr(type(run), "mkdir", refuse)
+        evaluation.evaluate(*evaluation.parse(["--logdir", str(run)]))
+    assert str(error.value) == (
+        f"out: {run} can't be written (Read-only file system); make room there, or name another directory with --out"
+    )
+
+
+def test_a_full_disk(run):
+    """One line, and what was written before stays: the same call resumes there."""
+    flags = ["--logdir", str(run), "--batch_size=1"]
+    with full_disk(), pytest.raises(ConfigError, match=r"eval_.* can't be written .*make room there, or name another"):
+        evaluation.evaluate(*evaluation.parse(flags))
+    (directory,) = run.glob("eval_*")
+    evaluation.evaluate(*evaluation.parse(flags))
+    assert list(run.glob("eval_*")) == [directory] and (directory / "metrics.json").exists()
+
+
+def test_two_evaluations_at_once(run, tmp_path):
+    """The second one takes another directory; with --out it waits for the user."""
+    config, checkpoint, _ = evaluation.parse(["--logdir", str(run)])
+    with contextlib.ExitStack() as held:
+        first = output.open_directory(held, config, checkpoint, None)
+        with contextlib.ExitStack() as other:
+            second = output.open_directory(other, config, checkpoint, None)
+        assert second != first
+        with contextlib.ExitStack() as other:  # the second one has died: its directory is resumed
+            assert output.open_directory(other, config, checkpoint, None) == second
+        output.open_directory(held, config, checkpoint, tmp_path / "out")
+        with contextlib.ExitStack() as other, pytest.raises(ConfigError, match="out: another process evaluates into"):
+            output.open_directory(other, config, checkpoint, tmp_path / "out")
+    with contextlib.ExitStack() as other:
+        assert output.open_directory(other, config, checkpoint, None) == first
+
+
+def test_a_checkpoint_that_a_training_removes(run, monkeypatch, capsys):
+    """Between finding and loading it: the newest is looked for again; one that was named is missed."""
+    older, newest = (run / "checkpoints" / step for step in "24")
+    load_params = runs.load_params
+
+    kept = shutil.copytree(run, run.parent / "kept")
+    aside = newest.rename(run.parent / "aside")
+    flags = ["eval.py", "--num_examples=1", "--no_save_grid"]
+
+    def training_goes_on(model, checkpoint):
+        if checkpoint.step == 2:
+            aside.rename(newest)
+            shutil.rmtree(older)
+        return load_params(model, checkpoint)
+
+    monkeypatch.setattr(runs, "load_params", training_goes_on)
+    monkeypatch.setattr(evaluation, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(sys, "argv", [*flags, f"--logdir={run}"])
+    evaluation.main()
+    assert "frames, step 4" in capsys.readouterr().out
+    run, older, newest = kept, kept / "checkpoints" / "2", kept / "checkpoints" / "8"
+    aside = (kept / "checkpoints" / "4").rename(kept.parent / "aside")
+    monkeypatch.setattr(sys, "argv", [*flags, f"--logdir={older}"])
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main()
+    assert exit.value.code == 2 and f"logdir: {older} is not a directory" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+
+def test_videos_of_the_examples_that_the_page_shows(run, tmp_path):
+    flags = ["--save_gifs", "--no_save_grid", "--num_examples=5", "--format=pdf,mp4"]
+    directory, found = evaluate(run, *flags)
+    videos = {str(path.relative_to(directory)) for path in directory.glob("*/*.mp4")}
+    assert len(videos) == 3 and videos == set(found["videos"].values()) and not list(directory.glob("*/*.gif"))
+    assert all(f'<video class="frames" src="{path}"' in (directory / "index.html").read_text() for path in videos)
+    assert {path.suffix for path in directory.glob("*paper*")} == {".png", ".pdf"}
+    directory, _ = evaluate(run, *flags[:-1], "--videos=all")
+    assert len(list(directory.glob("*/random_sample_1.gif"))) == 5
+    for flag, message in (
+        ("--videos=some", "videos: must be one of shown, all, got 'some'"),
+        ("--format=jpg", "format: must be a list of png, pdf, gif, mp4, got 'jpg'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluation.parse(["--logdir", str(run), flag])
+
+
+def test_one_row_per_example(run):
+    directory, found = evaluate(run, "--num_samples=2", "--no_save_grid")
+    with (directory / "examples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["example"] for row in rows] == ["0", "1", "2"]
+    for line, key in (
+        ("best of 2", "paper_ssim"),
+        ("mean of 2", "paper_ssim_mean"),
+        ("last context frame", "paper_ssim_copy"),
+    ):
+        average = found["lines"]["paper"]["ssim"][line]["average"]["value"]
+        assert np.mean([float(row[key]) for row in rows]) == pytest.approx(average, rel=1e-5)
+
+
+def test_one_sequence_has_no_intervals(run, capsys):
+    directory, _ = evaluate(run, "--num_examples=1", "--no_save_grid")
+    printed, page = capsys.readouterr().out, (directory / "index.html").read_text()
+    assert "Averages over 1 sequence and 8 predicted frames, step 4:" in printed and " to " not in printed
+    assert "1 test sequence;" in page and "95 %" not in page and " to " not in page
+
+
+def test_frames_of_one_sample_are_not_copied():
+    frames = np.zeros((2, 3, 64, 64, 1), np.uint8)
+    metrics = {protocol: {name: np.zeros((2, 3)) for name in ("ssim", "psnr")} for protocol in tools.PROTOCOLS}
+    samples = evaluation.Samples(1, {})
+    samples.add(0, evaluation.Prediction(frames, metrics))
+    assert samples.frames.keys() == {"random_sample_1"} and samples.frames["random_sample_1"] is frames
+    assert set(samples.metrics) == {f"{protocol}_{name}" for protocol in tools.PROTOCOLS for name in ("ssim", "psnr")}
+
+
+def test_wandb_has_the_evaluation_of_a_run_that_it_has(run, monkeypatch, capsys):
+    """After the training's last step; not while the run is being trained, and no failure is one of the evaluation."""
+    logged = []
+
+    class WandbRun:
+        step = 0
+
+        def log(self, values, step):
+            logged.append((step, values))
+
+    flags = ["--num_examples=1", "--no_save_grid", "--save_gifs"]
+    monkeypatch.setattr(logs, "start_wandb", lambda config, directory: WandbRun())
+    evaluate(run, *flags, "--wandb=offline")
+    (run / "wandb_id").write_text("abc")
+    evaluate(run, *flags)
+    assert not logged  # without a run there, or disabled
+    _, found = evaluate(run, *flags, "--wandb=offline")
+    ((step, values),) = logged
+    assert step == 5 and values["evaluation/checkpoint_step"] == 4
+    assert values["evaluation/paper_ssim"] == found["averages"]["paper"]["ssim"]
+    assert sum("best: example 0" in name for name in values) == 1
+    with runs.locked(run):
+        evaluate(run, *flags, "--wandb=offline")
+    assert len(logged) == 1 and "wandb: the evaluation isn't logged, since" in capsys.readouterr().out
+    monkeypatch.setattr(logs, "start_wandb", lambda *_: 1 / 0)
+    evaluate(run, *flags, "--wandb=offline")
+    assert "Warning: wandb failed (division by zero); the evaluation isn't logged there" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from report import statistics, tables
+from report import plots, statistics, tables
 from report.page import page
 
 
@@ -92,6 +92,64 @@ def test_page_escapes_what_it_shows():
         "protocols": {"paper": "a < b", "standard": ""},
         "lines": lines(12),
         "versions": {},
+        "videos": {},
     }
-    page = page.page(results, [], {})
-    assert "<script>" not in page and "&lt;script&gt;" in page and "a &lt; b" in page and "1 sample of each" in page
+    shown = page(results, [])
+    assert "<script>" not in shown and "&lt;script&gt;" in shown and "a &lt; b" in shown and "1 sample of each" in shown
+
+
+def test_intervals_without_extent_are_left_out():
+    assert tables.with_interval({"value": 1, "low": 0.5, "high": 1.5}, 2) == "1.00 (0.50 to 1.50)"
+    assert tables.with_interval({"value": 1, "low": 1, "high": 1}, 2) == "1.00"
+
+
+def test_tables_of_one_metric_are_narrow():
+    """On the page, each metric has a table of its own: at most eight columns, which a window has room for."""
+    made = lines(1000)
+    header, rows = tables.table(made, "paper", ["psnr"])
+    assert header == ["line", "PSNR (dB), paper, 1000 frames", *(f"first {d}" for d in statistics.DISTANCES)]
+    both, _ = tables.table(made, "paper")
+    assert len(both) == 2 * len(header) - 1 and all(len(row) == len(header) for row in rows)
+
+
+def test_running_mean_by_hand():
+    values = np.array([1.0, 5, 0, 6, 3, 9])
+    np.testing.assert_allclose(plots.running_mean(values, 5), [1, 2, 3, 23 / 5, 6, 9])
+    np.testing.assert_allclose(plots.running_mean(values, 1), values)
+
+
+def test_plots_of_long_curves(tmp_path, monkeypatch):
+    """Smooth in front of what is smoothed, within the model's limits; lines that differ in colour and style, labelled."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, formats: figures.append(figure))
+    noise = np.random.default_rng(0).normal(size=(3, 964))
+    spiky = 13 + 0.1 * noise[0]
+    spiky[500] = 100
+    plots.plot_lines(
+        {
+            "model": plots.Line(15 + noise[1], 14 + noise[1], 16 + noise[1]),
+            "last context frame": plots.Line(spiky, reference=True),
+            "random training frame": plots.Line(13 + 0.1 * noise[2], reference=True),
+            "model, posterior": plots.Line(np.full(964, 20.0), beside="model"),
+        },
+        tmp_path / "a.png",
+        "PSNR",
+    )
+    (axes,) = figures[0].axes
+    low, high = axes.get_ylim()
+    assert 10 < low < 13 and 20 < high < 22
+    smooth = [line for line in axes.lines if line.get_linewidth() > 1]
+    assert len(smooth) == 4 and len(axes.lines) == 7
+    assert np.std(smooth[0].get_ydata()) < 0.4
+    assert len({(line.get_color(), line.get_linestyle(), tuple(line._dash_pattern[1] or ())) for line in smooth}) == 4
+    assert len({line.get_color() for line in smooth}) == 3
+    assert [text.get_text() for text in axes.texts] == ["random training frame", "last context frame", "model"]
+    heights = [text.xy[1] for text in axes.texts]
+    assert min(np.diff(heights)) > 0.07
+    assert axes.get_xlabel() == "predicted frame  (bold: mean of 25; dotted: posterior)"
+    plots.pyplot().close("all")
+
+
+def test_figures_in_each_format(tmp_path):
+    plots.plot_lines({"a": plots.Line(np.arange(5.0))}, tmp_path / "a.png", "y", formats=("png", "pdf"))
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF") and (tmp_path / "a.png").exists()

@@ -1,0 +1,112 @@
+"""Where results go: directories, formats of figures and videos, failures to write in one line."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+
+import config as configuration
+from config import Config, ConfigError
+from runs import Checkpoint
+from system.files import dated_directory, replace_file
+
+FIGURES, VIDEOS = ("png", "pdf"), ("gif", "mp4")
+FORMAT = "formats of figures (png, pdf) and videos (gif, mp4): a list, e.g. pdf,mp4 (default: png,gif)"
+"""The help of `--format`."""
+
+
+class Formats(NamedTuple):
+    """The formats in which figures and videos are written."""
+
+    figures: tuple[str, ...] = ("png",)
+    videos: tuple[str, ...] = ("gif",)
+
+
+def formats(text: str | None) -> Formats:
+    """Read the value of `--format`; a kind that it doesn't mention keeps its default.
+
+    Raises:
+        ConfigError: an unknown format.
+    """
+    names = re.split(r"[,\s]+", text.strip().lower()) if text is not None else []
+    if unknown := [name for name in names if name not in FIGURES + VIDEOS]:
+        raise ConfigError(f"format: must be a list of {', '.join(FIGURES + VIDEOS)}, got {unknown[0]!r}")
+    figures, videos = (tuple(name for name in kind if name in names) for kind in (FIGURES, VIDEOS))
+    return Formats(figures or Formats().figures, videos or Formats().videos)
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Raise a ConfigError that names the remedy if results can't be written: disk full, no permission, ..."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise  # of something to be read
+    except OSError as error:
+        raise ConfigError(
+            f"out: {directory} can't be written ({error.strerror or error}); "
+            "make room there, or name another directory with --out"
+        ) from error
+
+
+def open_directory(held: contextlib.ExitStack, config: Config, checkpoint: Checkpoint, out: Path | None) -> Path:
+    """Return the directory of the same evaluation, if it was interrupted, or a new one; `held` holds its lock.
+
+    Never one with results, or one that another process holds.
+
+    Raises:
+        ConfigError: `out` is in use or isn't empty, or nothing can be written there.
+    """
+    with writing(out or checkpoint.run):
+        if out is None:
+            for directory in sorted(checkpoint.run.glob("eval_*")):
+                # Looked at again once nobody else can write there.
+                found = unfinished(directory, config, checkpoint) and lock(held, directory)
+                if found and unfinished(directory, config, checkpoint):
+                    print(f"Resuming {directory}")
+                    return directory
+            directory = dated_directory(checkpoint.run, "eval")
+            lock(held, directory)
+        else:
+            directory = out
+            occupied = ConfigError(f"out: {out} isn't empty; name a new directory")
+            if out.exists() and any(out.iterdir()) and not (out / "lock").exists():
+                raise occupied
+            out.mkdir(parents=True, exist_ok=True)
+            if not lock(held, out):
+                raise ConfigError(f"out: another process evaluates into {out}; wait for it, or name a new directory")
+            if unfinished(out, config, checkpoint):
+                print(f"Resuming {out}")
+                return out
+            if any(path.name != "lock" for path in out.iterdir()):
+                raise occupied
+        replace_file(directory / "checkpoint", place_of(checkpoint).encode())
+        config.save(directory / "evaluation.yml")
+        return directory
+
+
+def place_of(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.run.resolve() / "checkpoints" / str(checkpoint.step))
+
+
+def lock(held: contextlib.ExitStack, directory: Path) -> bool:
+    """Take a directory's lock until `held` ends, unless another process has it; the system takes it from the dead."""
+    try:
+        held.enter_context(filelock.FileLock(directory / "lock", timeout=0))
+    except filelock.Timeout:
+        return False
+    return True
+
+
+def unfinished(directory: Path, config: Config, checkpoint: Checkpoint) -> bool:
+    """Return whether a directory holds the same evaluation, interrupted."""
+    if (directory / "metrics.json").exists():
+        return False
+    try:
+        same = configuration.load(directory / "evaluation.yml") == config
+        return same and (directory / "checkpoint").read_text() == place_of(checkpoint)
+    except (ConfigError, OSError):  # not an evaluation, or interrupted before it was one
+        return False

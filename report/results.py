@@ -1,0 +1,221 @@
+"""What an evaluation leaves: each example's frames and metrics; then curves, tables, plots, videos and a page."""
+
+import dataclasses
+import importlib.metadata
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import runs
+import tools
+from config import Config, ConfigError
+from report import plots, statistics, tables
+from report.output import Formats
+from report.page import page
+from system import logs
+from system.files import replace_file
+
+# ---------------------------------------------------------------------------------------------- examples
+
+
+def metrics_file(directory: Path, number: int) -> Path:
+    """Return the path of one example's metrics, [T] each: what is written last of it."""
+    return directory / f"sample{number}" / "metrics.npz"
+
+
+def is_done(directory: Path, number: int) -> bool:
+    return metrics_file(directory, number).exists()
+
+
+def save_example(
+    config: Config,
+    directory: Path,
+    number: int,
+    video: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    metrics: Mapping[str, np.ndarray],
+) -> None:
+    """Write one example's truth uint8 [T, H, W, C], predictions of what follows the context, and metrics [T]."""
+    context, names = config.open_loop_ctx, ("gt_ctx", "gt_pred")
+    named = dict(zip(names, (video[:context], video[context:]), strict=True)) | dict(predictions)
+    for name, frames in named.items():
+        path = directory / (f"sample{number}_gt" if name in names else f"sample{number}") / f"{name}.npz"
+        path.parent.mkdir(exist_ok=True)
+        tools.save_frames(frames, path)
+        if not config.no_save_grid:
+            tools.save_grid(frames, path.with_suffix(".png"))
+    buffer = io.BytesIO()
+    arrays: Any = metrics
+    np.savez(buffer, **arrays)
+    replace_file(metrics_file(directory, number), buffer.getvalue())
+
+
+def load_frames(directory: Path, number: int, name: str) -> np.ndarray:
+    """Return an example's `gt_ctx`, `gt_pred` or one of its predictions, uint8 [T, H, W, C]."""
+    folder = f"sample{number}_gt" if name.startswith("gt_") else f"sample{number}"
+    with np.load(directory / folder / f"{name}.npz") as file:
+        return file["arr_0"]
+
+
+def video_names(config: Config) -> list[str]:
+    """Return the predictions of an example that are shown as videos."""
+    return ["random_sample_1"] + ["best_ssim_sample"] * (config.num_samples > 1)
+
+
+def example_video(directory: Path, number: int, name: str) -> np.ndarray:
+    """Return an example's truth, prediction and absolute error side by side, uint8 [T, H', W', 3], after the context,
+    which is the truth in both."""
+    context, truth, prediction = (load_frames(directory, number, part) for part in ("gt_ctx", "gt_pred", name))
+    truth, prediction = (np.concatenate([context, frames]) for frames in (truth, prediction))
+    error = np.abs(truth.astype(np.int16) - prediction).astype(np.uint8)
+    return tools.side_by_side({"truth": truth, "prediction": prediction, "error": error}, {"prediction": len(context)})
+
+
+# ---------------------------------------------------------------------------------------------- all examples
+
+
+def line_names(config: Config) -> dict[str, str]:
+    """Return the names of the lines in plots and tables -> what ends their keys in an example's metrics."""
+    N = config.num_samples
+    own = {"prediction": ""} if N == 1 else {f"best of {N}": "", f"mean of {N}": "_mean"}
+    return own | {name: f"_{key}" for key, name in statistics.REFERENCES.items()}
+
+
+def summarise(
+    config: Config, step: int, directory: Path, count: int, formats: Formats, all_videos: bool
+) -> dict[str, Any]:
+    """Write what is told of all examples, from their files. Returns what `metrics.json` holds."""
+    formats = Formats(tuple({"png": None} | dict.fromkeys(formats.figures)), formats.videos)  # the page shows PNGs
+    examples = []
+    for number in range(count):
+        with np.load(metrics_file(directory, number)) as file:
+            examples.append(dict(file))
+    shown = {name: suffix for name, suffix in line_names(config).items() if f"paper_ssim{suffix}" in examples[0]}
+    lines: dict[str, Any] = {}
+    averages: dict[str, dict[str, float]] = {}
+    figures = []
+    for protocol in tools.PROTOCOLS:
+        averages[protocol], lines[protocol] = {}, {}
+        for metric, label in statistics.METRICS.items():
+            key = f"{protocol}_{metric}"
+            curves = {name: np.stack([e[key + suffix] for e in examples]) for name, suffix in shown.items()}
+            averages[protocol][metric] = float(next(iter(curves.values())).mean())
+            lines[protocol][metric] = {name: statistics.summary(values) for name, values in curves.items()}
+            draw_curves(curves, lines[protocol][metric], directory, metric, protocol, label, formats)
+            figures.append(f"{metric}_{protocol}.png")
+    means = [{key: float(values.mean()) for key, values in example.items()} for example in examples]
+    results = {
+        "averages": averages,
+        "num_examples": count,
+        "predicted_frames": len(examples[0]["paper_ssim"]),
+        "checkpoint_step": step,
+        "protocols": tools.PROTOCOLS,
+        "lines": lines,
+        "videos": dict(draw_videos(config, directory, means, formats, all_videos)) if config.save_gifs else {},
+        "config": dataclasses.asdict(config),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+        | {"python": sys.version.split()[0], "device": jax.devices()[0].device_kind},
+    }
+    tables.write(directory / "examples.csv", examples_csv(means))
+    tables.write(directory / "metrics.csv", tables.to_csv(tables.CSV_HEADER, tables.csv_rows(lines)))
+    tables.write(directory / "index.html", page(results, figures))
+    tables.write(directory / "metrics.json", tables.to_json(results))  # last: with it, the evaluation is finished
+    return results
+
+
+def draw_curves(
+    curves: Mapping[str, np.ndarray],
+    lines: Mapping[str, Any],
+    directory: Path,
+    metric: str,
+    protocol: str,
+    label: str,
+    formats: Formats,
+) -> None:
+    """Write one metric's curves [N, T] over the predicted frames: plots, and the arrays of the earlier codes."""
+    stem = metric if protocol == "paper" else f"{metric}_{protocol}"  # named as in the earlier codes
+    label = f"{label}, {protocol} protocol"
+    own, values = next(iter(curves.items()))
+    mean, stddev = values.mean(0), values.std(0)
+    np.savez(directory / f"{stem}_mean.npz", mean)
+    np.savez(directory / f"{stem}_stddev.npz", stddev)
+    drawn = plots.drawn(lines)
+    plots.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label, formats=formats.figures)
+    spread = {name: line for name, line in drawn.items() if line.reference}
+    spread = {own: plots.Line(mean, mean - stddev, mean + stddev)} | spread
+    title = "mean and standard deviation"
+    plots.plot_lines(spread, directory / f"{stem}_range.png", label, title, formats=formats.figures)
+
+
+def examples_csv(means: Sequence[Mapping[str, float]]) -> str:
+    """Return a table with one row per example: each metric, averaged over the predicted frames."""
+    keys = list(means[0])
+    rows = ([number, *(f"{mean[key]:.6g}" for key in keys)] for number, mean in enumerate(means))
+    return tables.to_csv(["example", *keys], rows)
+
+
+def draw_videos(
+    config: Config, directory: Path, means: Sequence[Mapping[str, float]], formats: Formats, all_videos: bool
+) -> Iterator[tuple[str, str]]:
+    """Write videos of the best, the median and the worst example, or of all; yield those three's captions and paths."""
+    order = sorted(range(len(means)), key=lambda number: -means[number]["paper_ssim"])
+    chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    for number in range(len(means)) if all_videos else sorted(set(chosen.values())):
+        for name in video_names(config):
+            path = directory / f"sample{number}" / f"{name}.gif"
+            tools.save_video(example_video(directory, number, name), path, formats.videos)
+    for rank, number in chosen.items():
+        for name in video_names(config):
+            yield f"{rank}: example {number}, {name.replace('_', ' ')}", f"sample{number}/{name}.{formats.videos[0]}"
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """Print the averages over all predicted frames."""
+    count = results["num_examples"]
+    print(
+        f"\nAverages over {count} sequence{'s' * (count > 1)} and {results['predicted_frames']} predicted frames, "
+        f"step {results['checkpoint_step']}{', with 95 % confidence intervals' * (count > 1)}:\n"
+    )
+    for protocol in results["protocols"]:
+        print(f"{protocol:<10} {'SSIM':>25} {'PSNR (dB)':>25}")
+        for line in results["lines"][protocol]["ssim"]:
+            ssim, psnr = (results["lines"][protocol][metric][line]["average"] for metric in statistics.METRICS)
+            print(f"  {line:<24} {tables.with_interval(ssim, 4):>25} {tables.with_interval(psnr, 2):>24}")
+        print()
+
+
+def log_to_wandb(config: Config, run: Path, directory: Path, results: Mapping[str, Any]) -> None:
+    """Add averages and videos to the run's wandb run, if it has one and wandb isn't disabled.
+
+    Not while the run is being trained, since two processes can't write one wandb run. No failure there is one here.
+    """
+    if config.wandb == "disabled" or not (run / "wandb_id").exists():
+        return
+    try:
+        with runs.locked(run), logs.wandb_session():
+            wandb_run = logs.start_wandb(config, run)
+            if wandb_run is None:
+                return
+            import wandb
+
+            averages = {
+                f"evaluation/{protocol}_{metric}": value
+                for protocol, metrics in results["averages"].items()
+                for metric, value in metrics.items()
+            }
+            videos = {
+                f"evaluation/{name}": wandb.Video(str(directory / path)) for name, path in results["videos"].items()
+            }
+            trained = max(map(logs.step_of, logs.read_lines(run / "metrics.jsonl")), default=0)
+            # wandb drops what is logged for an earlier step than its last.
+            step = max(wandb_run.step, trained + 1)
+            wandb_run.log({**averages, "evaluation/checkpoint_step": results["checkpoint_step"], **videos}, step=step)
+    except ConfigError as error:
+        print(f"wandb: the evaluation isn't logged, since {error}")
+    except Exception as error:  # whatever happens there
+        print(f"Warning: wandb failed ({' '.join(str(error).split())}); the evaluation isn't logged there")

@@ -11,25 +11,32 @@ import scipy.stats
 
 import config as configuration
 import runs
-from analyses.arguments import new_directory, parse_named, with_names
+import tools
+from analyses.arguments import new_directory, parse_named, whole, with_names
 from config import Config, ConfigError
 from report import plots, statistics, tables
+from report.output import FORMAT, formats, writing
+from report.results import load_frames
 
 SAME = ("dataset", "open_loop_ctx", "eval_seq_len", "num_samples", "num_digits", "digit_speed")
 """Configuration keys that evaluations must share to be compared."""
 
 
 def compare(arguments: Sequence[str]) -> None:
-    """Draws the quality over distance of several evaluations, and writes their table with ranks.
+    """Draw the quality over distance of several evaluations, and write their table with ranks.
 
-    `<metric>_<protocol>.png`, comparison.md, comparison.csv, comparison.json.
+    `<metric>_<protocol>.png`, comparison.md, comparison.csv, comparison.json, `example_<i>.gif`.
     """
     named, given, _ = parse_named(
         arguments,
         "analysis.py compare [NAME=]RUN ... --out DIR",
         "Quality over distance of several evaluations (Figure 1). RUN may be one of its evaluations.",
         keys=False,
+        format=FORMAT,
+        example="number of the example whose predictions are shown in a video (default: 0)",
     )
+    figures, videos = formats(given.get("format"))
+    example = whole(given, "example", 0, at_least=0)
     paths = [find_results(path) for _, path in named]
     found = [read_json(path, "lines") for path in paths]
     values = [configuration.typed(results["config"], str(path)) for results, path in zip(found, paths, strict=True)]
@@ -37,25 +44,38 @@ def compare(arguments: Sequence[str]) -> None:
     names = with_names([name for name, _ in named], configs)
     models = dict(zip(names, found, strict=True))
     check_comparable(models)
+    shown = predictions({name: path.parent for name, path in zip(names, paths, strict=True)}, example)
     directory = new_directory("compare", given.get("out"))
-    for path in paths:
+    with writing(directory):
+        write_comparison(dict(zip(names, paths, strict=True)), models, configs[0], directory, figures)
+        if shown:
+            rows, context = shown
+            tools.save_video(tools.side_by_side(rows, context), directory / f"example_{example}.gif", videos)
+    print(f"Results: {directory}")
+
+
+def write_comparison(
+    paths: Mapping[str, Path], models: Mapping[str, Any], c: Config, directory: Path, figures: Sequence[str]
+) -> None:
+    """Write plots, tables and ranks of named evaluations, and print the table."""
+    for path in paths.values():
         print(f"Comparing {path}")
     lines = compared_lines(models)
-    first = found[0]
-    own = list(dict.fromkeys(line for results in found for line in results["lines"]["paper"]["ssim"]))
+    first = next(iter(models.values()))
+    own = list(dict.fromkeys(line for results in models.values() for line in results["lines"]["paper"]["ssim"]))
     own = [line for line in own if line not in statistics.REFERENCES.values()]
     for protocol, metric in itertools.product(first["protocols"], statistics.METRICS):
         for line in own:
             stem = f"{metric}_{protocol}" + (f"_{line.replace(' ', '_')}" if len(own) > 1 else "")
             label = f"{statistics.METRICS[metric]}, {protocol} protocol" + (f", {line}" if len(own) > 1 else "")
-            plots.plot_lines(comparison_plot(models, protocol, metric, line), directory / f"{stem}.png", label)
+            drawn = comparison_plot(models, protocol, metric, line)
+            plots.plot_lines(drawn, directory / f"{stem}.png", label, formats=figures)
     places = {protocol: rank(models, protocol, own[0]) for protocol in first["protocols"]}
-    c = configs[0]
     markdown = f"{c.dataset}: {first['num_examples']} sequences, {c.open_loop_ctx} context frames\n"
     for protocol, description in first["protocols"].items():
         header, rows = tables.table(lines, protocol)
         suffix = "" if len(own) == 1 else f", {own[0]}"
-        average = {name + suffix: f"{places[protocol][name]['average']:.2f}" for name in names}
+        average = {name + suffix: f"{places[protocol][name]['average']:.2f}" for name in models}
         rows = [[row[0], average.get(row[0], "-"), *row[1:]] for row in rows]
         markdown += f"\nProtocol `{protocol}`: {description}.\n\n"
         markdown += tables.to_markdown([header[0], "average rank", *header[1:]], rows)
@@ -64,15 +84,38 @@ def compare(arguments: Sequence[str]) -> None:
     summary = {
         "dataset": first["config"]["dataset"],
         "protocols": first["protocols"],
-        "evaluations": dict(zip(names, map(str, paths), strict=True)),
+        "evaluations": {name: str(path) for name, path in paths.items()},
         "ranks": places,
     }
     tables.write(directory / "comparison.json", tables.to_json(summary))
-    print(f"\n{markdown}\nResults: {directory}")
+    print(f"\n{markdown}")
+
+
+def predictions(directories: Mapping[str, Path], example: int) -> tuple[dict[str, np.ndarray], dict[str, int]] | None:
+    """Return the truth and each model's first prediction of an example, after its context, and their context frames.
+
+    None, with one line that says so, if an evaluation's frames aren't there.
+
+    Raises:
+        ConfigError: the models predicted different videos.
+    """
+    rows: dict[str, np.ndarray] = {}
+    context = {}
+    for name, directory in directories.items():
+        try:
+            parts = [load_frames(directory, example, part) for part in ("gt_ctx", "gt_pred", "random_sample_1")]
+        except OSError:
+            print(f"Without a video, since {directory} has no frames of example {example}")
+            return None
+        truth = np.concatenate(parts[:2])
+        if not np.array_equal(rows.setdefault("truth", truth), truth):
+            raise ConfigError(f"example: {example} of {directory} is another video; evaluate on the same data")
+        rows[name], context[name] = np.concatenate([parts[0], parts[2]]), len(parts[0])
+    return rows, context
 
 
 def find_results(path: Path) -> Path:
-    """The `metrics.json` of an evaluation, or of a run's newest finished one.
+    """Return the `metrics.json` of an evaluation, or of a run's newest finished one.
 
     Raises:
         ConfigError: there is none.
@@ -87,7 +130,7 @@ def find_results(path: Path) -> Path:
 
 
 def read_json(path: Path, key: str) -> Any:
-    """Raises ConfigError where the file can't be read or lacks a key."""
+    """Return what a JSON file holds; raise ConfigError if it can't be read or lacks a key."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -98,7 +141,7 @@ def read_json(path: Path, key: str) -> Any:
 
 
 def check_comparable(models: Mapping[str, Any]) -> None:
-    """Raises ConfigError where evaluations differ in what they measure, or on what."""
+    """Raise ConfigError if evaluations differ in what they measure, or on what."""
     (name, first), *others = models.items()
     for other, results in others:
         if results["protocols"] != first["protocols"]:
@@ -110,7 +153,7 @@ def check_comparable(models: Mapping[str, Any]) -> None:
 
 
 def compared_lines(models: Mapping[str, Any]) -> dict[str, Any]:
-    """All models' lines as one table's: those that don't depend on the model once, the others with its name."""
+    """Return all models' lines as one table's: those that don't depend on the model once, the others with its name."""
     shared = [statistics.REFERENCES["copy"], statistics.REFERENCES["random"]]
     single = {statistics.REFERENCES["posterior"]: ", posterior reconstruction", "prediction": ""}
     joined: dict[str, Any] = {}
@@ -128,13 +171,13 @@ def compared_lines(models: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparison_plot(models: Mapping[str, Any], protocol: str, metric: str, line: str) -> dict[str, plots.Line]:
-    """One line of each model, its posterior reconstruction dotted beside it, and the references that all share."""
+    """Return one line of each model, dotted beside it its posterior reconstruction, and the references."""
     drawn, beside, shared = {}, {}, {}
     for name, results in models.items():
         found = plots.drawn(results["lines"][protocol][metric])
         drawn[name] = found[line]
         upper = found[statistics.REFERENCES["posterior"]]
-        beside[f"{name}, posterior"] = plots.Line(upper.values, beside=name)
+        beside[f"{name}, posterior reconstruction"] = plots.Line(upper.values, beside=name)
         for key in "copy", "random":
             if statistics.REFERENCES[key] in found:
                 shared[statistics.REFERENCES[key]] = found[statistics.REFERENCES[key]]
@@ -142,7 +185,7 @@ def comparison_plot(models: Mapping[str, Any], protocol: str, metric: str, line:
 
 
 def rank(models: Mapping[str, Any], protocol: str, line: str) -> dict[str, dict[str, float]]:
-    """Each model's rank by each metric's average over all frames, 1 for the best; ties share their mean rank."""
+    """Return each model's rank by each metric's average over all frames, 1 for the best; ties share their mean rank."""
     found: dict[str, dict[str, float]] = {name: {} for name in models}
     for metric in statistics.METRICS:
         scores = [-results["lines"][protocol][metric][line]["average"]["value"] for results in models.values()]
@@ -152,7 +195,7 @@ def rank(models: Mapping[str, Any], protocol: str, line: str) -> dict[str, dict[
 
 
 def ranks(arguments: Sequence[str]) -> None:
-    """Averages ranks over the datasets and metrics of several
+    """Average ranks over the datasets and metrics of several comparisons.
 
     `ranks_<protocol>.png`, ranks.md, ranks.csv.
     """
@@ -161,7 +204,9 @@ def ranks(arguments: Sequence[str]) -> None:
         "analysis.py ranks DIR ... --out DIR",
         "Average ranks over several comparisons (Figure 5c). DIR is a directory that compare wrote.",
         keys=False,
+        format=FORMAT,
     )
+    figures = formats(given.get("format")).figures
     paths = [path / "comparison.json" for _, path in named]
     found = [read_json(path, "ranks") for path in paths]
     first = found[0]
@@ -197,7 +242,9 @@ def ranks(arguments: Sequence[str]) -> None:
             for column, place in zip([*columns, ("all", "all")], [*places[name], averages[name]], strict=True)
         ]
         bars = {f"{protocol} protocol": {name: (averages[name],) * 3 for name in order}}
-        plots.plot_bars(bars, directory / f"ranks_{protocol}.png", "average rank (1 is best)")
-    tables.write(directory / "ranks.md", markdown)
-    tables.write(directory / "ranks.csv", tables.to_csv(["protocol", "dataset", "metric", "model", "rank"], rows))
+        with writing(directory):
+            plots.plot_bars(bars, directory / f"ranks_{protocol}.png", "average rank (1 is best)", figures)
+    with writing(directory):
+        tables.write(directory / "ranks.md", markdown)
+        tables.write(directory / "ranks.csv", tables.to_csv(["protocol", "dataset", "metric", "model", "rank"], rows))
     print(f"\n{markdown}Results: {directory}")

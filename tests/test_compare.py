@@ -1,0 +1,105 @@
+"""Several evaluations side by side, ranks, and losses over steps: from planted files."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import config as configuration
+import tools
+from analyses import compare, curves
+from config import ConfigError
+from report import plots, statistics, tables
+
+
+def write_evaluation(directory, seed, frames=True, truth=0, **keys):
+    """Write what eval.py leaves, of planted curves and frames."""
+    random = np.random.default_rng(seed)
+    names = ["prediction", *statistics.REFERENCES.values()]
+    lines = {
+        protocol: {
+            metric: {name: statistics.summary(random.uniform(size=(4, 12))) for name in names}
+            for metric in statistics.METRICS
+        }
+        for protocol in tools.PROTOCOLS
+    }
+    found = {
+        "num_examples": 4,
+        "predicted_frames": 12,
+        "checkpoint_step": 1,
+        "protocols": tools.PROTOCOLS,
+        "lines": lines,
+        "config": dataclasses.asdict(configuration.Config(dataset="digits", eval_seq_len=48)) | keys,
+    }
+    directory.mkdir(parents=True)
+    (directory / "metrics.json").write_text(tables.to_json(found))
+    if frames:
+        for name, value, length in (
+            ("sample1_gt/gt_ctx", truth, 36),
+            ("sample1_gt/gt_pred", truth, 12),
+            ("sample1/random_sample_1", 100 + seed, 12),
+        ):
+            (directory / name).parent.mkdir(exist_ok=True)
+            tools.save_frames(np.full((length, 64, 64, 1), value, np.uint8), directory / f"{name}.npz")
+    return directory
+
+
+def test_models_side_by_side_in_one_video(tmp_path, capsys):
+    """Truth and both predictions, which begin after the context."""
+    paths = [f"{name}={write_evaluation(tmp_path / name, i)}" for i, name in enumerate("ab")]
+    compare.compare([*paths, f"--out={tmp_path / 'out'}", "--example=1"])
+    with Image.open(tmp_path / "out" / "example_1.gif") as gif:
+        assert gif.n_frames == 48 and gif.size == (2 * 3 * 68, 2 * (68 + 2 * 14))
+        for t, shown in (35, [0, 0, 0]), (36, [0, 100, 101]):
+            gif.seek(t)
+            frame = np.asarray(gif.convert("RGB")).astype(int)
+            np.testing.assert_allclose([frame[100, 2 * (34 + 68 * i), 0] for i in range(3)], shown, atol=3)
+    compare.compare([*paths, f"--out={tmp_path / 'none'}", "--format=pdf"])  # example 0 has no frames
+    assert "Without a video, since" in capsys.readouterr().out
+    assert {path.suffix for path in (tmp_path / "none").iterdir()} == {".pdf", ".md", ".csv", ".json"}
+
+
+def test_predictions_of_different_videos_are_refused(tmp_path):
+    paths = [f"{name}={write_evaluation(tmp_path / name, 0, truth=i)}" for i, name in enumerate("ab")]
+    with pytest.raises(ConfigError, match=r"example: 1 of .*b is another video; evaluate on the same data"):
+        compare.compare([*paths, f"--out={tmp_path / 'out'}", "--example=1"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_without_intervals_have_no_error_bars(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, formats: figures.append(figure))
+    plots.plot_bars({"a": {"x": (1.0, 1.0, 1.0)}, "b": {"x": (1.0, 0.5, 1.5)}}, tmp_path / "a.png", "rank")
+    without, with_errors = figures[0].axes
+    assert len(without.containers) == 1 and len(with_errors.containers) == 2
+    plots.pyplot().close("all")
+
+
+def test_losses_over_steps(tmp_path, monkeypatch):
+    """A log that ends in half a line, and a shorter one: the table has the steps of both."""
+    for name, steps in ("a", (1, 2, 3)), ("b", (1, 3)):
+        run = tmp_path / name
+        run.mkdir()
+        configuration.Config(seed=0).save(run / "config.yml")
+        terms = dict.fromkeys(["train/loss", "validation/loss", "validation/nll_term", "validation/kl_term"], 2.5)
+        lines = [json.dumps({"step": step, **terms}) + "\n" for step in steps]
+        (run / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "train')
+    out = tmp_path / "out"
+    curves.curves([f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", f"--out={out}", "--format=png,pdf"])
+    assert {path.name for path in out.iterdir()} == {"loss.png", "loss.pdf", "curves.md", "curves.csv"}
+    header = (out / "curves.md").read_text().splitlines()[0]
+    assert header == "| validation loss, nats per frame | step 1 | step 3 | last step | nll | kl |"
+    with (out / "curves.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["metric"] == "train/loss"] == [
+            "1",
+            "2",
+            "3",
+            "1",
+            "3",
+        ]
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="has logged nothing yet"):
+        curves.curves([str(tmp_path / "a"), f"--out={tmp_path / 'again'}"])

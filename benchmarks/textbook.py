@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import oracle
 from jax import Array
 
-from cwvae import floats, ticks
+from cwvae import floats
+from noise import ticks
 
 
 def lax_conv(x: Array, kernel: Array) -> Array:

@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import pytest
 
-import runs
 import step
 
 ROOT = Path(__file__).parent.parent

@@ -49,7 +49,9 @@ def windows(config: Config, split: str) -> Windows:
         images, labels = digits.of_scikit_learn, digits.labels_of_scikit_learn
         return digits.MovingDigits(images, labels, split, length or 1000, c.num_digits, c.digit_speed)
     if c.dataset == "mnist":
-        idx_images, idx_labels = (functools.partial(read, c.datadir) for read in (digits.of_mnist, digits.labels_of_mnist))
+        idx_images, idx_labels = (
+            functools.partial(read, c.datadir) for read in (digits.of_mnist, digits.labels_of_mnist)
+        )
         return digits.MovingDigits(idx_images, idx_labels, split, length or 1000, c.num_digits, c.digit_speed)
     return VideoWindows(frame_file(c, split), length, split)
 

@@ -26,10 +26,10 @@ import jax
 import config as configuration
 from config import Config, ConfigError
 from cwvae import CWVAE
-from step import NEVER, TrainState, make_state
 from system import logs
 from system.checkpoints import Checkpoints
 from system.devices import Devices
+from train_step import NEVER, TrainState, make_state
 
 # ---------------------------------------------------------------------------------------------- training
 

@@ -19,10 +19,10 @@ from config import Config, ConfigError
 from cwvae import CWVAE
 from noise import key_for, sequence_keys
 from runs import Run
-from step import NEVER, TrainState, make_train_step
 from system.devices import Devices, connect, use_compilation_cache
 from system.interrupts import Interrupted, Interrupts, exit_codes
 from system.logs import Progress, wandb_session, with_sweep
+from train_step import NEVER, TrainState, make_train_step
 
 
 def train(config: Config) -> TrainState:

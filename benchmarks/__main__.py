@@ -1,4 +1,4 @@
-"""Benchmarks: python bench.py step --config configs/mmnist.yml --batch_size 2 [--json FILE] [--key value ...]
+"""Benchmarks: python -m benchmarks step --config configs/mmnist.yml --batch_size 2 [--json FILE] [--key value ...]
 
 Not tests: machines are noisy. What is compared runs in turn in one process, each run waiting for the devices; medians.
 Compilation is measured apart.
@@ -33,15 +33,17 @@ from jax.experimental import topologies
 import config as configuration
 import cwvae
 import data
+import rollout
 import tools
 import train
+from benchmarks import textbook
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
-from system.devices import Devices
+from fast import convolutions
+from noise import Inputs, draw, sequence_keys, ticks
+from system.devices import Devices, use_compilation_cache
 from system.interrupts import exit_codes
-
-sys.path.append(str(Path(__file__).parent / "tests"))
-import textbook  # the textbook form, which the tests check too
+from train_step import make_optimizer, make_state, make_train_step
 
 Row = dict[str, Any]
 
@@ -131,7 +133,7 @@ def floor(config: Config) -> tuple[float, list[Row]]:
     state = jnp.ones((1, config.cell_deter_size), dtype)
     tick = statistics.median(in_turn({"": lambda: chain(state)}, 10)[""]) / length
 
-    count = sum(cwvae.ticks(config, config.seq_len))
+    count = sum(ticks(config, config.seq_len))
     arithmetic, sequence = training_flop(config) / rate, 2 * count * tick
     return arithmetic + sequence, [
         row("floor: arithmetic", "ms", arithmetic * 1e3, TFLOP=training_flop(config) / 1e12, TFLOP_per_s=rate / 1e12),
@@ -148,16 +150,16 @@ class Bench:
     def __init__(self, config: Config):
         c = self.config = dataclasses.replace(config, seed=0)
         self.model, self.devices = CWVAE(c), Devices()
-        self.host = jax.tree.map(np.asarray, train.make_state(self.model))
+        self.host = jax.tree.map(np.asarray, make_state(self.model))
         shape = (self.devices.rows(c.batch_size), c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels)
         self.video = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         weight = (np.arange(shape[0]) < c.batch_size).astype(np.float32)
         self.batch = next(self.devices.spread(iter([data.Batch(self.video, weight)])))
-        self.keys = train.sequence_keys(jax.random.key(0), 0, c.batch_size)
+        self.keys = sequence_keys(jax.random.key(0), 0, c.batch_size)
 
     def stepper(self) -> Callable[[], Any]:
         """Takes training steps, one a call."""
-        step, state = train.make_train_step(self.model), self.devices.replicate(self.host)
+        step, state = make_train_step(self.model), self.devices.replicate(self.host)
 
         def run() -> Any:
             nonlocal state
@@ -168,17 +170,17 @@ class Bench:
 
     def textbook_stepper(self, **forms: Any) -> Callable[[], Any]:
         """The same steps in the textbook form, on one device."""
-        c, optimizer = self.config, train.make_optimizer(self.config)
+        c, optimizer = self.config, make_optimizer(self.config)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: Any, video: Any, step: Any) -> Any:
             params, opt_state = state
-            keys = train.sequence_keys(jax.random.fold_in(jax.random.key(0), step), 0, c.batch_size)
-            noise = cwvae.draw_noise(c, keys, c.seq_len)
+            keys = sequence_keys(jax.random.fold_in(jax.random.key(0), step), 0, c.batch_size)
+            noise = [x.noise for x in draw(c, keys, c.seq_len)]
 
             def loss(params: Any) -> Any:
-                terms = textbook.elbo(c, params, video, noise, **forms)
-                terms |= {"kl_prior": terms["kl"], "kl_posterior": terms["kl"]}
+                found = textbook.elbo(c, params, video, noise, **forms)
+                terms = cwvae.Terms(**found, kl_prior=found["kl"], kl_posterior=found["kl"])
                 return cwvae.objective(c, terms, jnp.ones(c.batch_size), c.seq_len)
 
             gradients, metrics = jax.grad(loss, has_aux=True)(params)
@@ -212,13 +214,13 @@ def bench_tricks(config: Config) -> list[Row]:
     forms: dict[str, Any] = {}
     contenders = {"textbook form": bench.textbook_stepper()}
     for name, form in (
-        ("+ convolutions", {"conv": cwvae.conv}),
-        ("+ transposed convolutions", {"conv_transpose": cwvae.conv_transpose}),
+        ("+ convolutions", {"conv": convolutions.conv}),
+        ("+ transposed convolutions", {"conv_transpose": convolutions.conv_transpose}),
         ("+ sum before the last Dense", {"sum_first": True}),
     ):
         forms |= form
         contenders[name] = bench.textbook_stepper(**forms)
-    with mock.patch.object(cwvae, "CHUNK", 10**9):
+    with mock.patch.object(convolutions, "CHUNK", 10**9):
         with mock.patch.object(cwvae, "scan", plain_scan):
             contenders["+ projections, prior outside the scan, fused gates"] = traced(bench.stepper())
         contenders["+ nothing but states and their gradients inside the scan"] = traced(bench.stepper())
@@ -238,15 +240,11 @@ def traced(run: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def plain_scan(tick: Any, weights: Any, state: Any, inputs: Any, dtype: Any) -> Any:
-    """`cwvae.scan` as one would write it, and as JAX differentiates it."""
-
-    def dense(name: str, x: Any) -> Any:
-        kernel, bias = weights[name]
-        return cwvae.dot(x, kernel, dtype) + bias
+def plain_scan(tick: Any, params: Any, state: Any, inputs: Any) -> Any:
+    """`fast.scan.scan` as one would write it, and as JAX differentiates it."""
 
     def body(state: Any, inputs: Any) -> Any:
-        state, outputs = tick(dense, state, inputs)
+        state, outputs = tick(params, state, inputs)
         return state, (state, outputs)
 
     return jax.lax.scan(body, state, inputs)[1]
@@ -266,11 +264,11 @@ def bench_parts(config: Config) -> list[Row]:
         "decoder": (cwvae.Decoder(c), (output,)),
     }
     feature_size = cwvae.Encoder(c).feature_size
-    for level, count in enumerate(cwvae.ticks(c, T)):
+    for level, count in enumerate(ticks(c, T)):
         context, features, noise = (
             jnp.asarray(random.normal(size=(B, count, size)), jnp.float32) for size in (S + D, feature_size, S)
         )
-        arguments = state, context, features, noise, jnp.ones(count)
+        arguments = state, context, features, Inputs(noise)
         parts[f"cell of level {level}"] = cwvae.RSSMCell(c, S + D, feature_size), arguments
 
     contenders: dict[str, Callable[[], Any]] = {}
@@ -283,8 +281,8 @@ def bench_parts(config: Config) -> list[Row]:
         wanted = (0,) if "convolutions" in name or "Dense" in name else (0, 1)  # the video needs no gradient
         contenders[f"{name}, forward"] = functools.partial(jax.jit(total), params, *arguments)
         contenders[f"{name}, with backward"] = functools.partial(jax.jit(jax.grad(total, wanted)), params, *arguments)
-    params = train.make_state(CWVAE(dataclasses.replace(c, seed=0))).params
-    optimizer = train.make_optimizer(c)
+    params = make_state(CWVAE(dataclasses.replace(c, seed=0))).params
+    optimizer = make_optimizer(c)
     update = jax.jit(lambda gradients, opt_state: optimizer.update(gradients, opt_state, gradients))
     contenders["optimizer"] = functools.partial(update, params, optimizer.init(params))
     return [timed(name, times) for name, times in in_turn(contenders).items()]
@@ -297,15 +295,17 @@ def bench_rollout(config: Config) -> list[Row]:
     """Open-loop prediction up to `eval_seq_len` frames, against the textbook form, which encodes all frames."""
     c = config
     model = CWVAE(dataclasses.replace(c, seed=0))
-    params = train.make_state(model).params
+    params = make_state(model).params
     T, context = c.eval_seq_len, c.open_loop_ctx
     video = np.random.default_rng(0).integers(0, 256, (c.batch_size, T, FRAME_SIZE, FRAME_SIZE, c.channels), np.uint8)
-    keys = train.sequence_keys(jax.random.key(0), 0, c.batch_size)
+    keys = sequence_keys(jax.random.key(0), 0, c.batch_size)
     slow = jax.jit(functools.partial(textbook.open_loop, c))
     times = in_turn(
         {
-            "textbook form": lambda: slow(params, video, cwvae.draw_noise(c, keys, T)),
-            "open_loop": lambda: list(cwvae.open_loop(model, params, video[:, :context], keys, T - context)),
+            "textbook form": lambda: slow(params, video, [x.noise for x in draw(c, keys, T)]),
+            "open_loop": lambda: list(
+                rollout.open_loop(model, params, video[:, :context], keys, T - context).prediction
+            ),
         },
         3,
     )
@@ -337,10 +337,10 @@ def bench_metrics(config: Config) -> list[Row]:
 def lower_step(config: Config, devices: int, per_device: int) -> Any:
     """The training step, traced for shapes alone."""
     c, model = config, CWVAE(config)
-    state = jax.eval_shape(functools.partial(train.make_state, model))
+    state = jax.eval_shape(functools.partial(make_state, model))
     shape = devices, per_device, c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels
     video, weight = jax.ShapeDtypeStruct(shape, np.uint8), jax.ShapeDtypeStruct(shape[:2], np.float32)
-    step: Any = train.make_train_step(model)
+    step: Any = make_train_step(model)
     return step.lower(state, data.Batch(video, weight))
 
 
@@ -354,23 +354,24 @@ def memory_row(what: str, program: Any) -> Row:
 def bench_memory(config: Config) -> list[Row]:
     """Device memory, as the compiler has laid it out, of each program; nothing is run."""
     c, model = config, CWVAE(config)
-    B, frame, chunk = c.batch_size, (FRAME_SIZE, FRAME_SIZE, c.channels), cwvae.chunk_size(c)
+    B, frame, chunk = c.batch_size, (FRAME_SIZE, FRAME_SIZE, c.channels), rollout.chunk_size(c)
 
     def shaped(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.uint8)
 
-    def noise(frames: int) -> Any:
-        return jax.eval_shape(lambda: cwvae.draw_noise(c, train.sequence_keys(jax.random.key(0), 0, B), frames))
+    def inputs(frames: int) -> Any:
+        return jax.eval_shape(lambda: draw(c, sequence_keys(jax.random.key(0), 0, B), frames))
 
-    reset = jax.eval_shape(lambda: cwvae.reset_masks(c, chunk))
     carried = jax.eval_shape(lambda: model.apply({"params": {}}, B, method="initial_state"))
-    params, context = jax.eval_shape(functools.partial(train.make_state, model)).params, c.open_loop_ctx
+    params, context = jax.eval_shape(functools.partial(make_state, model)).params, c.open_loop_ctx
     devices = Devices()
     programs = {
         "training step": lower_step(c, devices.local, devices.rows(B) // devices.total),
-        "validation, a chunk": cwvae._elbo.lower(model, params, shaped(B, chunk, *frame), noise(chunk), carried, reset),
-        "context": cwvae._observe.lower(model, params, shaped(B, context, *frame), noise(context), c.use_obs),
-        "prediction, a chunk": cwvae._imagine.lower(model, params, chunk, noise(chunk), carried, reset),
+        "validation, a chunk": rollout.apply.lower(
+            model, "elbo", params, shaped(B, chunk, *frame), inputs(chunk), state=carried
+        ),
+        "context": rollout.filter_context.lower(model, params, shaped(B, context, *frame), inputs(context), c.use_obs),
+        "prediction, a chunk": rollout.imagine_frames.lower(model, params, inputs(chunk), carried),
     }
     return [memory_row(name, lowered.compile()) for name, lowered in programs.items()]
 
@@ -423,9 +424,7 @@ def bench_kernels(config: Config) -> list[Row]:
                 rows.append(row(f"{target}, {name}: kernels", "per step", total, in_loops=total - outside))
             rows.append(memory_row(f"{target}, {name}: memory", program))
     if not rows:
-        raise ConfigError(
-            "bench.py kernels: no accelerator's compiler is installed; pip install jax[cuda13] or jax[tpu]"
-        )
+        raise ConfigError("kernels: no accelerator's compiler is installed; pip install jax[cuda13] or jax[tpu]")
     return rows
 
 
@@ -461,7 +460,7 @@ def bench_compile(config: Config) -> list[Row]:
             c = dataclasses.replace(config, seed=0, wandb="disabled", logdir=str(Path(folder) / cache))
             c.save(Path(folder) / "config.yml")
             environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "STARTED": str(time.time())}
-            program = [sys.executable, __file__, "first_step", "--config", f"{folder}/config.yml"]
+            program = [sys.executable, "-m", "benchmarks", "first_step", "--config", f"{folder}/config.yml"]
             output = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
             rows.append(row(f"start to first step, {cache} compilation cache", "s", float(output.splitlines()[-1])))
     return rows
@@ -476,7 +475,7 @@ def first_step(config: Config) -> list[Row]:
         os._exit(0)
 
     with mock.patch.object(train.Progress, "update", update):
-        train.use_compilation_cache()
+        use_compilation_cache()
         train.train(config)
     raise AssertionError("not reached")
 
@@ -629,7 +628,7 @@ def main() -> None:
         configuration.choose("command line", name, list(BENCHMARKS))
         special, flags = configuration.parse_flags(
             argv,
-            f"bench.py {name}",
+            f"python -m benchmarks {name}",
             str(BENCHMARKS[name].__doc__),
             config="YAML file",
             json="also write the results here",

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-import step
+import train_step
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -88,7 +88,7 @@ def compile_once():
     with pytest.MonkeyPatch.context() as patch:
         for program in train, eval, analyses.worker, analyses.export:
             patch.setattr(program, "CWVAE", model)
-        patch.setattr(train, "make_train_step", functools.cache(step.make_train_step))
+        patch.setattr(train, "make_train_step", functools.cache(train_step.make_train_step))
         yield
 
 

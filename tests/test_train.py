@@ -17,8 +17,8 @@ from conftest import COMPILED, ROOT, TINY, flags
 import config as configuration
 import data
 import runs
-import step
 import train
+import train_step
 from config import ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
@@ -127,14 +127,14 @@ def test_context_must_fit_training_videos(tiny):
 def test_padding_has_no_weight(tiny):
     """A batch of 2 padded to 4 rows gives the loss and the parameters of the batch alone, whatever the padding holds."""
     model, devices = CWVAE(tiny), Devices()
-    step = step.make_train_step(model)
+    take_step = train_step.make_train_step(model)
     windows = data.windows(tiny, "train")
     video = np.stack([windows[i] for i in range(2)])
     padding = np.random.default_rng(0).integers(0, 256, video.shape, dtype=np.uint8)
     results = []
     for rows, weight in (video, [1, 1]), (np.concatenate([video, padding]), [1, 1, 0, 0]):
-        state = devices.replicate(step.make_state(model))
-        results.append(step(state, data.Batch(rows[None], np.array(weight, np.float32)[None])))
+        state = devices.replicate(train_step.make_state(model))
+        results.append(take_step(state, data.Batch(rows[None], np.array(weight, np.float32)[None])))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_gradient_clipping_and_adam(tiny):
 
     g = {"a": jnp.array([3e-3, -4e-3])}
     for clip, scale in (10000, 1.0), (0, 1.0), (None, 1.0), (1e-3, 0.2):
-        optimizer = step.make_optimizer(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1))
+        optimizer = train_step.make_optimizer(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1))
         updates, _ = optimizer.update(g, optimizer.init(g))
         clipped = g["a"] * scale
         np.testing.assert_allclose(updates["a"], -0.1 * clipped / (abs(clipped) + 1e-4), rtol=1e-4)
@@ -153,7 +153,7 @@ def test_gradient_clipping_and_adam(tiny):
 
 def test_validation_does_not_depend_on_batch_size(tiny):
     model = CWVAE(tiny)
-    params = step.make_state(model).params
+    params = train_step.make_state(model).params
     test = data.windows(tiny, "test")
     results = []
     for batch_size, batches in (2, 3), (6, 1), (3, 2):
@@ -166,7 +166,7 @@ def test_validation_does_not_depend_on_batch_size(tiny):
 
 def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
     model = CWVAE(tiny)
-    params = step.make_state(model).params
+    params = train_step.make_state(model).params
     test = data.windows(tiny, "test")
     video = np.stack([test[0], test[1]])
     changed = video.copy()

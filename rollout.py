@@ -145,11 +145,13 @@ def apply(model: CWVAE, method: str, params: Any, *arguments: Any, **keywords: A
 @partial(jax.jit, static_argnums=(0, 4))
 def filter_context(model: CWVAE, params: Any, video: Array, inputs: Any, use_obs: str | None) -> Any:
     rollouts, state = model.apply(params, video, inputs, use_obs=use_obs, method="observe")
-    one_step = model.apply(params, rollouts, inputs, method="decode_prior")
-    return model.apply(params, rollouts, method="decode"), one_step, state
+    prior = rollouts[0].prior
+    stoch = prior.mean if model.config.cell_mean_only else prior.mean + prior.stddev * inputs[0].noise
+    one_step = (rollouts[0]._replace(stoch=stoch),)
+    return (*(model.apply(params, seen, method="decode") for seen in (rollouts, one_step)), state)
 
 
 @partial(jax.jit, static_argnums=0)
-def imagine_frames(model: CWVAE, params: Any, inputs: Any, state: Any) -> tuple[Array, Any]:
+def imagine_frames(model: CWVAE, params: Any, inputs: Any, state: Any) -> Any:
     rollouts, state = model.apply(params, inputs, state, method="imagine")
     return model.apply(params, rollouts, method="decode"), state

@@ -45,6 +45,7 @@ def train(config: Config) -> TrainState:
         with runs.opened(config, devices) as run, interrupts.held_at_exit():
             c, model = run.config, CWVAE(run.config)
             steps = data.training_steps(c, train_set)
+            metrics: dict[str, Any]
             step, state, metrics = run.restore(model)
             devices.say(f"Run directory: {run.path}" + (f", resumed at step {step}" if step else ""))
             train_step = make_train_step(model)

@@ -2,16 +2,19 @@
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
+from jax import Array
 
-import rollout
 import tools
 from analyses.arguments import directory_for, parse_runs, single, whole
 from analyses.worker import Worker
 from config import ConfigError
-from noise import draw
+from cwvae import CWVAE
+from noise import Inputs, draw
 from report import plots
 
 
@@ -50,7 +53,23 @@ def blind(arguments: Sequence[str]) -> None:
 def predict_blind(worker: Worker, number: int, video: np.ndarray, context: int, use_obs: str) -> np.ndarray:
     """Reconstruction and prediction of a test sequence uint8 [T, H, W, C], with the same noise for each `use_obs`."""
     inputs = draw(worker.config, worker.keys(number, 1), len(video), context)
-    frames = rollout.apply(
-        worker.model, "observe_and_imagine", worker.params, video[None, :context], inputs, use_obs=use_obs
-    )
+    frames = observe_and_imagine(worker.model, worker.params, video[None, :context], inputs, use_obs)
     return np.asarray(tools.to_uint8(frames))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def observe_and_imagine(model: CWVAE, params: Any, context: Array, inputs: Sequence[Inputs], use_obs: str) -> Array:
+    """Predict from any number of context frames (Section 3.6); return all frames that `inputs` are for.
+
+    A level that sees the context follows its posterior in the ticks that end within the context, and its prior from
+    there on.
+    """
+    T, k = context.shape[1], model.config.tmp_abs_factor
+
+    def frames(model: CWVAE) -> Array:
+        features = [x if x is None else x[:, : T // k**level] for level, x in enumerate(model.seen(context, use_obs))]
+        rollouts, _ = model.unroll(inputs, None, features)
+        return model.decode(rollouts)
+
+    predicted: Any = model.apply(params, method=frames)
+    return predicted

@@ -1,7 +1,6 @@
 """Losses over the steps of several trainings, from their logs."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def read_log(run: Path) -> list[dict[str, float]]:
     """
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    log = [json.loads(line) for line in lines if logs.before(line, sys.maxsize)]
+    log = [json.loads(line) for line in lines if logs.step_of(line) >= 0]
     if not log:
         raise ConfigError(f"{run} has logged nothing yet; train longer, or lower --save_scalars_every")
     return log

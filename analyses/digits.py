@@ -69,7 +69,7 @@ def digits(arguments: Sequence[str]) -> None:
     write_readout("digits", results, directory, more)
 
 
-def digit_windows(config: Config, split: str) -> data.MovingDigits:
+def digit_windows(config: Config, split: str) -> MovingDigits:
     """Windows that know their digits.
 
     Raises:
@@ -81,7 +81,7 @@ def digit_windows(config: Config, split: str) -> data.MovingDigits:
             "MNIST's moving digits with --dataset mnist --datadir DIRECTORY of MNIST's idx files"
         )
     windows = data.windows(config, split)
-    assert isinstance(windows, data.MovingDigits)
+    assert isinstance(windows, MovingDigits)
     return windows
 
 

@@ -39,7 +39,7 @@ import train
 from benchmarks import textbook
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
-from fast import convolutions
+from fast import convolutions, scan
 from noise import Inputs, draw, sequence_keys, ticks
 from system.devices import Devices, use_compilation_cache
 from system.interrupts import exit_codes
@@ -221,7 +221,7 @@ def bench_tricks(config: Config) -> list[Row]:
         forms |= form
         contenders[name] = bench.textbook_stepper(**forms)
     with mock.patch.object(convolutions, "CHUNK", 10**9):
-        with mock.patch.object(cwvae, "scan", plain_scan):
+        with mock.patch.object(scan, "scan", plain_scan):
             contenders["+ projections, prior outside the scan, fused gates"] = traced(bench.stepper())
         contenders["+ nothing but states and their gradients inside the scan"] = traced(bench.stepper())
     contenders["+ chunks of frames, patches made anew (training step)"] = bench.stepper()
@@ -408,14 +408,14 @@ def bench_kernels(config: Config) -> list[Row]:
         except (NotImplementedError, RuntimeError) as error:
             print(f"Without {target}: JAX's compiler for {backend} isn't installed ({error})")
             continue
-        forms = {"training step": cwvae.scan}
+        forms = {"training step": scan.scan}
         if backend == "cuda":
             forms = {"with JAX's scan": plain_scan} | forms
-        for name, scan in forms.items():
+        for name, form in forms.items():
             with (
                 mock.patch.object(jax, "default_backend", lambda backend=backend: backend),
                 mock.patch.object(jax, "pmap", functools.partial(jax.pmap, devices=[device])),
-                mock.patch.object(cwvae, "scan", scan),
+                mock.patch.object(scan, "scan", form),
             ):
                 program = lower_step(config, 1, config.batch_size).compile()
             if backend == "cuda":

@@ -34,8 +34,31 @@ class Layer(NamedTuple):
     bias: Array | None
 
 
+def unroll(cell: Any, state: Any, inputs: tuple) -> tuple[Any, Any]:
+    """Call cell.tick(state, *inputs of a tick) -> (state, outputs) for each tick of a Flax module.
+
+    Args:
+        cell: the module, within its parent's `apply` or `init`.
+        state: before the first tick, [B, ...].
+        inputs: pytrees of [B, T, ...].
+
+    Returns:
+        States and outputs of all ticks, [B, T, ...].
+    """
+    inputs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), inputs)
+    if cell.is_initializing():
+        cell.tick(state, *jax.tree.map(lambda x: x[0], inputs))
+    unbound = cell.clone(parent=None)
+
+    def tick(params: Any, state: Any, inputs: tuple) -> tuple[Any, Any]:
+        return unbound.apply({"params": params}, state, *inputs, method="tick")
+
+    unrolled = scan(tick, cell.variables["params"], state, inputs)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), unrolled)
+
+
 def scan(tick: Callable[..., tuple[Any, Any]], params: Any, state: Any, inputs: Any) -> tuple[Any, Any]:
-    """Unroll tick(params, state, inputs) -> (state, outputs) over time, as `lax.scan` would.
+    """Call tick(params, state, inputs) -> (state, outputs) for each tick, as `lax.scan` would.
 
     Args:
         tick: takes one tick's inputs, or with a leading axis those of all ticks at once.
@@ -46,7 +69,7 @@ def scan(tick: Callable[..., tuple[Any, Any]], params: Any, state: Any, inputs: 
     Returns:
         States and outputs of all ticks, [T, ...] each.
     """
-    unrolled = 1 if on_cpu() else UNROLL
+    at_once = 1 if on_cpu() else UNROLL
     T = jax.tree.leaves(inputs)[0].shape[0]
     layers, contributions, dtype = prepare(
         tick, params, jax.tree.map(lambda x: jnp.broadcast_to(x, (T, *x.shape)), state), inputs
@@ -61,14 +84,14 @@ def scan(tick: Callable[..., tuple[Any, Any]], params: Any, state: Any, inputs: 
 
         def known_weights(x: Array, *_: Any) -> Array:
             layer, contribution = layers[len(computed)], inputs[0][len(computed)]
-            constant = layer.bias if contribution is None else contribution
+            constant: Any = layer.bias if contribution is None else contribution
             computed.append(dot(x, layer.kernel, dtype) + constant)
             return computed[-1]
 
         with meaning(known_weights):
             return tick(params, before, inputs[1]), computed
 
-    def unroll(layers: list[Layer], params: Any, state: Any, inputs: Any) -> tuple[Any, Any]:
+    def follow(layers: list[Layer], params: Any, state: Any, inputs: Any) -> tuple[Any, Any]:
         """Return the states before and after each tick."""
         layers = in_matmul_precision(layers)
 
@@ -76,17 +99,17 @@ def scan(tick: Callable[..., tuple[Any, Any]], params: Any, state: Any, inputs: 
             (state, _), _ = call(layers, params, state, inputs)
             return state, state
 
-        _, after = jax.lax.scan(body, state, inputs, unroll=unrolled)
+        _, after = jax.lax.scan(body, state, inputs, unroll=at_once)
         return jax.tree.map(lambda first, x: jnp.concatenate([first[None], x[:-1]]), state, after), after
 
     @jax.custom_vjp
     def run(layers: list[Layer], params: Any, state: Any, inputs: Any) -> tuple[Any, Any]:
-        before, after = unroll(layers, params, state, inputs)
+        before, after = follow(layers, params, state, inputs)
         (_, outputs), _ = call(layers, params, before, inputs)
         return after, outputs
 
     def forward(layers: list[Layer], params: Any, state: Any, inputs: Any) -> tuple:
-        before, after = unroll(layers, params, state, inputs)
+        before, after = follow(layers, params, state, inputs)
         (_, outputs), pullback, computed = jax.vjp(call, layers, params, before, inputs, has_aux=True)
         return (after, outputs), (pullback, layers, params, (before, inputs, computed))
 
@@ -108,7 +131,7 @@ def scan(tick: Callable[..., tuple[Any, Any]], params: Any, state: Any, inputs: 
             return *to_state((after, outputs)), after
 
         end = jax.tree.map(lambda x: jnp.zeros_like(x[0]), gradient[0])
-        state, after = jax.lax.scan(body, end, (ticks, gradient), reverse=True, unroll=unrolled)
+        state, after = jax.lax.scan(body, end, (ticks, gradient), reverse=True, unroll=at_once)
         to_layers, to_params, _, to_inputs = pullback((after, gradient[1]))
         return to_layers, to_params, state, to_inputs
 

@@ -26,6 +26,7 @@ import runs
 import tools
 import videos.digits
 from analyses import digits
+from analyses.blind import observe_and_imagine
 from analyses.compare import find_results
 from analyses.worker import Worker
 from config import ConfigError
@@ -151,7 +152,7 @@ def test_prediction_by_level_is_open_loop(run, use_obs):
     found = rollout.open_loop(model, params, video[:, :4], keys, 8, use_obs)
     want = np.concatenate([found.reconstruction, *found.prediction], axis=1)
     inputs = draw(c, keys, 12, context=4)
-    got = model.apply(params, video[:, :4], inputs, use_obs, method="observe_and_imagine")
+    got = observe_and_imagine(model, params, video[:, :4], inputs, use_obs)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -176,9 +177,8 @@ def test_only_levels_that_see_depend_on_the_context(tiny):
     model, video = CWVAE(c), data.windows(c, "test")[0][None, :5]
     inputs = draw(c, jax.random.split(jax.random.key(0), 1), 12, context=5)
     params = jax.jit(model.init)(jax.random.key(0), video[:, :4], part(c, inputs, 0, 4))
-    predict = jax.jit(functools.partial(model.apply, method="observe_and_imagine"), static_argnums=3)
     for use_obs, same in ("FFF", True), ("FFT", False), ("TFF", False):
-        a, b = (predict(params, frames, inputs, use_obs) for frames in (video, 255 - video))
+        a, b = (observe_and_imagine(model, params, frames, inputs, use_obs) for frames in (video, 255 - video))
         assert a.shape == (1, 12, 64, 64, 1) and np.array_equal(a, b) == same
 
 

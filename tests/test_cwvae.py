@@ -341,8 +341,7 @@ def test_open_loop_equals_observe_then_imagine_for_any_chunk():
 
 def test_prior_one_step_ahead_equals_the_textbook_form():
     c, model, params, video, inputs = make(T=4, levels=2, tmp_abs_factor=2)
-    rollouts, _ = model.apply(params, video, inputs, method="observe")
-    got = model.apply(params, rollouts, inputs, method="decode_prior")
+    got = rollout.filter_context(model.module, params, video, inputs, None)[1]
     noise = [x.noise for x in inputs]
     mean, stddev, _, _, _, h = oracle.elbo(c, params["params"], video, noise)["levels"][0]
     for t in range(4):

@@ -14,6 +14,7 @@ from conftest import COMPILED, ROOT, flags
 
 import config as configuration
 import train
+import train_step
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
 

@@ -57,5 +57,19 @@ def test_wandb_that_fails_is_left_alone(tmp_path, capsys):
     log = logs.Log(tmp_path, 0, run)
     for step in 1, 2, 3:
         log.metrics(step, {"loss": 1.0})
-    assert run.calls == 1 and capsys.readouterr().out.count("wandb failed (gone); training goes on without it") == 1
+    assert run.calls == 1 and capsys.readouterr().out.count("wandb failed (gone); training continues without it") == 1
     assert len(log.path.read_text().splitlines()) == 3
+
+
+def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, monkeypatch, capsys):
+    log = logs.Log(tmp_path, 0, None)
+
+    def refused(*_):
+        raise OSError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "open", refused)
+        log.metrics(1, {"loss": 1.0})
+    assert "can't be written (Permission denied); training continues" in capsys.readouterr().out
+    log.metrics(2, {"loss": 2.0})
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2]

@@ -19,7 +19,7 @@ import data
 import runs
 import train
 import train_step
-from config import ConfigError
+from config import Config, ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
 from system.devices import Devices
@@ -105,6 +105,19 @@ def test_random_seed_is_saved_and_used_on_resume(tiny):
     # One directory, named without the random seed, holds everything.
     assert list(Path(c.logdir).glob("*/*")) == [runs.directory(c)]
     assert (runs.directory(c) / "metrics.jsonl").exists() and (runs.directory(c) / "checkpoints" / "2").exists()
+
+
+def test_a_runs_own_config_file_is_that_run(tiny):
+    """Also if its seed was a random one, which isn't part of its name."""
+    for seed in None, 7:
+        c = dataclasses.replace(tiny, seed=seed)
+        with runs.opened(c, Devices()) as run:
+            pass
+        saved = configuration.load(run.path / "config.yml")
+        assert saved.seed is not None and runs.directory(saved) == run.path
+        assert runs.directory(dataclasses.replace(saved, seed=saved.seed + 1)) != run.path
+        with runs.opened(saved, Devices()) as again:
+            assert (again.path, again.config) == (run.path, run.config)
 
 
 def test_resuming_as_another_model_is_refused(tiny):
@@ -214,6 +227,19 @@ def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):
     saved = (run / "wandb_id").read_text()
     done = run_program("train.py", flags(wandb="auto", max_steps=3, save_gifs=True), tmp_path)
     assert done.returncode == 0 and (run / "wandb_id").read_text() == saved
+
+
+def test_a_refused_start_leaves_the_live_runs_wandb_alone(tmp_path):
+    arguments = flags(wandb="offline", max_steps=1)
+    (run,) = (runs.directory(Config(**TINY | dict(wandb="offline", logdir=str(tmp_path / "logs")))),)
+    with runs.locked(run):
+        (run / "wandb_id").write_text("live")
+        done = run_program("train.py", arguments, tmp_path)
+        assert done.returncode == 2 and "is being trained by another process" in done.stderr
+    assert not list(tmp_path.glob("logs/wandb/*")) and (run / "wandb_id").read_text() == "live"
+    done = run_program("train.py", arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("logs/wandb/offline-run-*-live")) and (run / "wandb_id").read_text() == "live"
 
 
 def test_a_sweep_beats_flags_which_beat_yaml(tmp_path):

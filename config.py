@@ -143,10 +143,10 @@ class Config:
     save_gifs_every: int = option(1000, "steps between two videos", at_least=1, free=True)
     save_model_every: int = option(1000, "steps between two rolling checkpoints", at_least=1, free=True)
     save_named_model_every: int = option(
-        5000, "steps between two checkpoints that are kept for ever", at_least=1, free=True
+        5000, "steps between two checkpoints that are kept forever", at_least=1, free=True
     )
     wandb: str = option(
-        "auto", "auto (online where a key is configured, else offline), online, offline or disabled", free=True
+        "auto", "auto (online if a key is configured, else offline), online, offline or disabled", free=True
     )
 
     # EVALUATION

@@ -12,8 +12,6 @@ from pathlib import Path
 import jax
 import pytest
 
-import train_step
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -22,6 +20,7 @@ import analyses.worker  # noqa: E402
 import eval  # noqa: E402
 import runs  # noqa: E402
 import train  # noqa: E402
+import train_step  # noqa: E402
 from config import Config  # noqa: E402
 from cwvae import CWVAE  # noqa: E402
 

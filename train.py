@@ -84,7 +84,7 @@ def train(config: Config) -> TrainState:
 
 
 def is_due(step: int, *every: int, steps: int) -> bool:
-    """Whether `step` is the last one or a multiple of one of `every`."""
+    """Return whether `step` is the last one or a multiple of one of `every`."""
     return step > 0 and (step == steps or any(step % interval == 0 for interval in every))
 
 

@@ -19,7 +19,7 @@ from report import plots
 
 
 def blind(arguments: Sequence[str]) -> None:
-    """Draws open-loop predictions of one sequence with each subset of levels blind: blind.png, blind.gif, blind.npz."""
+    """Draw open-loop predictions of one sequence with each subset of levels blind: blind.png, blind.gif, blind.npz."""
     runs, given = parse_runs(
         "blind",
         __doc__,
@@ -51,7 +51,7 @@ def blind(arguments: Sequence[str]) -> None:
 
 
 def predict_blind(worker: Worker, number: int, video: np.ndarray, context: int, use_obs: str) -> np.ndarray:
-    """Reconstruction and prediction of a test sequence uint8 [T, H, W, C], with the same noise for each `use_obs`."""
+    """Reconstruct and predict a test sequence uint8 [T, H, W, C], with the same noise for each `use_obs`."""
     inputs = draw(worker.config, worker.keys(number, 1), len(video), context)
     frames = observe_and_imagine(worker.model, worker.params, video[None, :context], inputs, use_obs)
     return np.asarray(tools.to_uint8(frames))[0]

@@ -14,7 +14,7 @@ from system.checkpoints import Checkpoints
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Writes a run of the configuration and one checkpoint, for evaluation: a fifth of the size.
+    """Write a run of the configuration and one checkpoint, for evaluation: a fifth of the size.
 
     Parameters are rounded to half precision's digits and Adam's state is zero, which Orbax's compression makes use of.
     """

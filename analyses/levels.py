@@ -20,7 +20,7 @@ from report import plots, statistics, tables
 
 
 def levels(arguments: Sequence[str]) -> None:
-    """Writes KL and entropies per level as JSON, CSV, Markdown and plot, and each run's latents as NPZ."""
+    """Write KL and entropies per level as JSON, CSV, Markdown and plot, and each run's latents as NPZ."""
     runs, given = parse_runs(
         "levels",
         __doc__,
@@ -58,7 +58,7 @@ def level_terms(rollouts: tuple[LevelRollout, ...]) -> dict[str, Array]:
 
 
 def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
-    """KL and entropies of each level in nats, over the first `frames` frames of the test sequences.
+    """Return KL and entropies of each level in nats, over the first `frames` frames of the test sequences.
 
     Levels that `use_obs` blinds follow their prior. Each batch's latents go to `latents/level_<l>_<first example>.npz`:
     example [B], stoch, prior_mean, prior_stddev, posterior_mean, posterior_stddev [B, T_l, S], deter [B, T_l, D].
@@ -97,7 +97,7 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
 
 
 def write_levels(results: Mapping[str, Any], directory: Path) -> None:
-    """The figures of `information` for each model: levels.json, levels.csv, levels.md, kl.png."""
+    """Write the figures of `information` for each model: levels.json, levels.csv, levels.md, kl.png."""
     depth = max(len(result["levels"]) for result in results.values())
     table_1, details, rows = [], [], []
     for name, result in results.items():

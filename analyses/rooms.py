@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.ndimage
 
 from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
 from analyses.arguments import directory_for, parse_runs, same_readout
@@ -14,8 +14,10 @@ from report import plots, statistics
 
 
 def rooms(arguments: Sequence[str]) -> None:
-    """Whether predicted videos visit the same rooms as the true ones, by their colours (Figure 5a): rooms.png, .json,
-    .csv. See `visits` for what a room is."""
+    """Write how often predicted videos visit the same rooms as the true ones (Figure 5a): rooms.png, .json, .csv.
+
+    See `visits` for what a room is.
+    """
     runs, given = parse_runs("rooms", __doc__, arguments)
     for run in runs:
         same_readout(runs[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
@@ -73,7 +75,7 @@ CATEGORIES = ("same room", "to the hallway", "to another room")
 
 
 def histograms(video: np.ndarray) -> np.ndarray:
-    """Colour histogram of each frame of uint8 [T, H, W, 3], smoothed: [T, BINS**3], with sum 1."""
+    """Return the colour histogram of each frame of uint8 [T, H, W, 3], smoothed: [T, BINS**3], with sum 1."""
     T = len(video)
     bins = (video.reshape(T, -1, 3).astype(int) * BINS // 256) @ [BINS**2, BINS, 1]
     counted = np.stack([np.bincount(frame, minlength=BINS**3) for frame in bins]).reshape(T, BINS, BINS, BINS)
@@ -82,7 +84,7 @@ def histograms(video: np.ndarray) -> np.ndarray:
 
 
 def visits(colors: np.ndarray, known: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Which room each frame shows, by the colours of walls, floor and hallway, which differ from room to room.
+    """Find which room each frame shows, by the colours of walls, floor and hallway, which differ from room to room.
 
     A frame belongs to the room whose histogram it shares most with, if that is at least SAME_ROOM; STAY frames in a
     row that belong to no room, but to each other, found a new one, with their mean histogram. Other frames show the
@@ -117,7 +119,7 @@ def visits(colors: np.ndarray, known: Sequence[np.ndarray] = ()) -> tuple[np.nda
 
 
 def settled(shown: np.ndarray) -> np.ndarray:
-    """Stretches of fewer than STAY frames, and of frames without a room (-1), become part of the stretch before."""
+    """Make stretches of fewer than STAY frames, and of frames without a room (-1), part of the stretch before."""
     starts = np.flatnonzero(np.diff(shown, prepend=shown[0] - 1))
     lengths = np.diff(starts, append=len(shown))
     result, current = shown.copy(), -1
@@ -131,7 +133,7 @@ def settled(shown: np.ndarray) -> np.ndarray:
 
 
 def category(shown: np.ndarray) -> int:
-    """Which of CATEGORIES a sequence of rooms is: one stay, two, or more."""
+    """Return which of CATEGORIES a sequence of rooms is: one stay, two, or more."""
     return min(int((np.diff(shown) != 0).sum()), len(CATEGORIES) - 1)
 
 
@@ -144,7 +146,7 @@ class Rooms(NamedTuple):
 
 
 def read_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: int) -> Rooms:
-    """Reads the rooms of a true video uint8 [T, H, W, 3], and of its context continued by each prediction."""
+    """Read the rooms of a true video uint8 [T, H, W, 3], and of its context continued by each prediction."""
     colors = histograms(video)
     truth, known = visits(colors)
     agreements, rights = [], []
@@ -156,7 +158,7 @@ def read_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: in
 
 
 def category_accuracy(reads: Sequence[Rooms]) -> dict[str, dict[str, float]]:
-    """How often predictions have their truth's category.
+    """Return how often predictions have their truth's category.
 
     Returns:
         For each of CATEGORIES that occurs, the share with its confidence interval, and the number of "sequences".

@@ -58,7 +58,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turn(contenders: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
-    """Seconds of each run, the contenders taking turns; the first, which compiles, doesn't count."""
+    """Return the seconds of each run, the contenders taking turns; the first, which compiles, doesn't count."""
     for run in contenders.values():
         seconds(run)
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -77,7 +77,7 @@ def timed(what: str, times: list[float], **more: float) -> Row:
 
 
 def compared(times: dict[str, list[float]], **amounts: float) -> list[Row]:
-    """Two contenders' times, with each amount divided by their seconds, and how many times as fast the second is."""
+    """Return two contenders' times, each amount by their seconds, and how many times as fast the second is."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     first, second = medians.values()
     return [
@@ -93,7 +93,7 @@ def compared(times: dict[str, list[float]], **amounts: float) -> list[Row]:
 
 
 def multiply_adds(config: Config) -> dict[str, float]:
-    """Multiply-adds per frame, forward, of the model as the paper states it."""
+    """Return the multiply-adds per frame, forward, of the model as the paper states it."""
     c = config
     base, feature_size = c.filters * c.channels_mult, 2 * 2 * 8 * c.filters * c.channels_mult
     S, D, E, width = c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size, c.enc_dense_embed_size
@@ -114,13 +114,13 @@ def multiply_adds(config: Config) -> dict[str, float]:
 
 
 def training_flop(config: Config) -> float:
-    """Of a step: a multiplication and an addition each, forward once and backward twice."""
+    """Return those of a step: a multiplication and an addition each, forward once and backward twice."""
     return 6 * sum(multiply_adds(config).values()) * config.batch_size * config.seq_len
 
 
 def floor(config: Config) -> tuple[float, list[Row]]:
-    """The seconds below which no step can come, and how they are made up: matmuls and dependent ticks as fast as this
-    machine does them by themselves."""
+    """Return the seconds below which no step can come, and what they are made of: matmuls and dependent ticks, as fast
+    as this machine does them by themselves."""
     dtype = jnp.dtype(config.dtype)
     size = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((size, size), dtype)
@@ -158,7 +158,7 @@ class Bench:
         self.keys = sequence_keys(jax.random.key(0), 0, c.batch_size)
 
     def stepper(self) -> Callable[[], Any]:
-        """Takes training steps, one a call."""
+        """Return a function that takes a training step a call."""
         step, state = make_train_step(self.model), self.devices.replicate(self.host)
 
         def run() -> Any:
@@ -169,7 +169,7 @@ class Bench:
         return run
 
     def textbook_stepper(self, **forms: Any) -> Callable[[], Any]:
-        """The same steps in the textbook form, on one device."""
+        """Return the same in the textbook form, on one device."""
         c, optimizer = self.config, make_optimizer(self.config)
 
         @functools.partial(jax.jit, donate_argnums=0)
@@ -200,7 +200,7 @@ class Bench:
 
 
 def bench_step(config: Config) -> list[Row]:
-    """A training step against the textbook form of the same model, and against the machine's floor."""
+    """Time a training step against the textbook form of the same model, and against the machine's floor."""
     c, bench = config, Bench(config)
     times = in_turn({"textbook form": bench.textbook_stepper(), "training step": bench.stepper()})
     least, rows = floor(c)
@@ -209,7 +209,7 @@ def bench_step(config: Config) -> list[Row]:
 
 
 def bench_tricks(config: Config) -> list[Row]:
-    """The training step from the textbook form to ours, one trick after the other."""
+    """Time the training step from the textbook form to ours, one trick after the other."""
     bench = Bench(config)
     forms: dict[str, Any] = {}
     contenders = {"textbook form": bench.textbook_stepper()}
@@ -235,13 +235,13 @@ def bench_tricks(config: Config) -> list[Row]:
 
 
 def traced(run: Callable[[], Any]) -> Callable[[], Any]:
-    """After its first call a program stays as it is."""
+    """Call it once: a program that is compiled stays as it is."""
     run()
     return run
 
 
 def plain_scan(tick: Any, params: Any, state: Any, inputs: Any) -> Any:
-    """`fast.scan.scan` as one would write it, and as JAX differentiates it."""
+    """Do what `fast.scan.scan` does as one would write it, and as JAX differentiates it."""
 
     def body(state: Any, inputs: Any) -> Any:
         state, outputs = tick(params, state, inputs)
@@ -251,7 +251,7 @@ def plain_scan(tick: Any, params: Any, state: Any, inputs: Any) -> Any:
 
 
 def bench_parts(config: Config) -> list[Row]:
-    """Where a training step's time goes: each part by itself, forward, and forward with backward."""
+    """Time each part of a training step by itself, forward, and forward with backward."""
     c = config
     B, T, S, D = c.batch_size, c.seq_len, c.cell_stoch_size, c.cell_deter_size
     random = np.random.default_rng(0)
@@ -292,7 +292,7 @@ def bench_parts(config: Config) -> list[Row]:
 
 
 def bench_rollout(config: Config) -> list[Row]:
-    """Open-loop prediction up to `eval_seq_len` frames, against the textbook form, which encodes all frames."""
+    """Time open-loop prediction up to `eval_seq_len` frames against the textbook form, which encodes all frames."""
     c = config
     model = CWVAE(dataclasses.replace(c, seed=0))
     params = make_state(model).params
@@ -313,7 +313,7 @@ def bench_rollout(config: Config) -> list[Row]:
 
 
 def bench_metrics(config: Config) -> list[Row]:
-    """SSIM and PSNR of `batch_size` videos of 100 frames, both protocols, against scikit-image frame by frame."""
+    """Time SSIM and PSNR of `batch_size` videos of 100 frames, both protocols, against scikit-image frame by frame."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     random = np.random.default_rng(0)
@@ -335,7 +335,7 @@ def bench_metrics(config: Config) -> list[Row]:
 
 
 def lower_step(config: Config, devices: int, per_device: int) -> Any:
-    """The training step, traced for shapes alone."""
+    """Return the training step, traced for shapes alone."""
     c, model = config, CWVAE(config)
     state = jax.eval_shape(functools.partial(make_state, model))
     shape = devices, per_device, c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels
@@ -352,7 +352,7 @@ def memory_row(what: str, program: Any) -> Row:
 
 
 def bench_memory(config: Config) -> list[Row]:
-    """Device memory, as the compiler has laid it out, of each program; nothing is run."""
+    """Return each program's device memory, as the compiler has laid it out; nothing is run."""
     c, model = config, CWVAE(config)
     B, frame, chunk = c.batch_size, (FRAME_SIZE, FRAME_SIZE, c.channels), rollout.chunk_size(c)
 
@@ -398,7 +398,7 @@ TARGETS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def bench_kernels(config: Config) -> list[Row]:
-    """What compilers make of a training step for accelerators that needn't be there: kernels on a GPU, and memory."""
+    """Compile a training step for accelerators that needn't be there: kernels on a GPU, and memory."""
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     rows = []
@@ -429,7 +429,7 @@ def bench_kernels(config: Config) -> list[Row]:
 
 
 def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
-    """Kernels that a compiled GPU program launches outside its loops, and of each loop: iterations, kernels in each."""
+    """Count the kernels that a compiled GPU program launches outside loops, and each loop's iterations and kernels."""
     computations: dict[str, list[str]] = {}
     for line in program.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -453,7 +453,7 @@ def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
 
 
 def bench_compile(config: Config) -> list[Row]:
-    """From the start of Python to the end of the first step, without and with a warm compilation cache."""
+    """Time from the start of Python to the end of the first step, without and with a warm compilation cache."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for cache in "empty", "warm":
@@ -467,7 +467,7 @@ def bench_compile(config: Config) -> list[Row]:
 
 
 def first_step(config: Config) -> list[Row]:
-    """What `bench_compile` starts: trains for one step and ends."""
+    """Train for one step and end: what `bench_compile` starts."""
 
     def update(progress: Any, loss: Any) -> None:
         jax.block_until_ready(loss)
@@ -481,8 +481,10 @@ def first_step(config: Config) -> list[Row]:
 
 
 def bench_train(config: Config) -> list[Row]:
-    """A whole training's steps from one log to the next, with data, validation, videos and checkpoint, against the bare
-    step. Up to the first log, things compile."""
+    """Time a whole training from one log to the next, with data, validation, videos and checkpoint, against bare steps.
+
+    Up to the first log, things compile.
+    """
     every = config.save_scalars_every
     c = dataclasses.replace(
         config, seed=0, wandb="disabled", max_steps=2 * every, save_gifs_every=every, save_model_every=every
@@ -515,7 +517,7 @@ def bench_train(config: Config) -> list[Row]:
 
 
 def bench_data(config: Config) -> list[Row]:
-    """From mp4 to frames, and from frames to batches of 50 windows of 100 colour frames (61 MB each)."""
+    """Time mp4 to frames, and frames to batches of 50 windows of 100 colour frames (61 MB each)."""
     with tempfile.TemporaryDirectory() as folder:
         videos = Path(folder) / "train"
         videos.mkdir()
@@ -570,7 +572,7 @@ def bench_data(config: Config) -> list[Row]:
 
 
 def encode(noise: np.ndarray, frames: int) -> bytes:
-    """An mp4 of slowly changing noise."""
+    """Return an mp4 of slowly changing noise."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=20)
@@ -586,7 +588,7 @@ def encode(noise: np.ndarray, frames: int) -> bytes:
 
 
 def memory_besides_page_cache() -> float:
-    """Megabytes of anonymous memory of this process."""
+    """Return the megabytes of anonymous memory of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1000

@@ -17,10 +17,10 @@ def accuracy_line(summary: Mapping[str, Any]) -> plots.Line:
     return plots.Line(curve["value"], curve["low"], curve["high"])
 
 
-def accuracy_lines(runs: Sequence[TrainedModel], results: Mapping[str, Any]) -> dict[str, plots.Line]:
+def accuracy_lines(models: Sequence[TrainedModel], results: Mapping[str, Any]) -> dict[str, plots.Line]:
     """Return each model's line, and dotted beside it that of its posterior reconstruction."""
-    lines = {run.name: accuracy_line(results[run.name]) for run in runs}
-    for run in runs:
+    lines = {run.name: accuracy_line(results[run.name]) for run in models}
+    for run in models:
         name = f"{run.name}, {POSTERIOR}"
         lines[name] = plots.Line(np.array(results[name]["curve"]["value"]), beside=run.name)
     return lines

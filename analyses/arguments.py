@@ -44,7 +44,7 @@ def parse_named(
     return named, given, values
 
 
-def parse_runs(
+def parse_models(
     command: str, description: str | None, arguments: Sequence[str], **special: str
 ) -> tuple[list[TrainedModel], dict[str, str]]:
     """Return the models that a command line names, with its keys in place of their own, and its special flags.
@@ -94,10 +94,10 @@ def new_directory(command: str, out: str | None, run: Path | None = None) -> Pat
     return directory
 
 
-def single(command: str, runs: Sequence[TrainedModel]) -> TrainedModel:
-    if len(runs) > 1:
+def single(command: str, models: Sequence[TrainedModel]) -> TrainedModel:
+    if len(models) > 1:
         raise ConfigError(f"command line: {command} takes a single run")
-    return runs[0]
+    return models[0]
 
 
 def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
@@ -111,8 +111,8 @@ def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -
     return value
 
 
-def directory_for(command: str, runs: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
-    return new_directory(command, given.get("out"), runs[0].checkpoint.run if len(runs) == 1 else None)
+def directory_for(command: str, models: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
+    return new_directory(command, given.get("out"), models[0].checkpoint.run if len(models) == 1 else None)
 
 
 def same_readout(a: TrainedModel, b: TrainedModel, keys: Sequence[str]) -> None:

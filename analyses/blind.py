@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 import tools
-from analyses.arguments import directory_for, parse_runs, single, whole
+from analyses.arguments import directory_for, parse_models, single, whole
 from analyses.worker import Worker
 from config import ConfigError
 from cwvae import CWVAE
@@ -20,14 +20,14 @@ from report import plots
 
 def blind(arguments: Sequence[str]) -> None:
     """Draw open-loop predictions of one sequence with each subset of levels blind: blind.png, blind.gif, blind.npz."""
-    runs, given = parse_runs(
+    models, given = parse_models(
         "blind",
         __doc__,
         arguments,
         example="number of the test sequence (default: 0)",
         blind_ctx="context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)",
     )
-    run = single("blind", runs)
+    run = single("blind", models)
     number, blind_context = whole(given, "example", 0, at_least=0), whole(given, "blind_ctx", 8)
     worker = Worker(run)
     if number >= len(worker.test):
@@ -35,7 +35,7 @@ def blind(arguments: Sequence[str]) -> None:
     video = worker.test[number]
     if blind_context >= len(video):
         raise ConfigError(f"blind_ctx: must be less than the sequence's {len(video)} frames, got {blind_context}")
-    directory = directory_for("blind", runs, given)
+    directory = directory_for("blind", models, given)
     rows, context = {"truth": video}, {}
     for use_obs in itertools.product("TF", repeat=run.config.levels):
         hidden = [str(level) for level, letter in enumerate(use_obs) if letter == "F"]

@@ -14,7 +14,7 @@ from jax import Array
 
 import data
 from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
-from analyses.arguments import directory_for, parse_runs, same_readout
+from analyses.arguments import directory_for, parse_models, same_readout
 from analyses.worker import Worker
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import floats
@@ -28,12 +28,14 @@ def digits(arguments: Sequence[str]) -> None:
     Each frame counts by itself: right if the classifier finds the truth's digits in it, in any order. Frames where
     digits hide each other can't all be read: the same figure for the true frames is the ceiling.
     """
-    runs, given = parse_runs("digits", __doc__, arguments)
-    train_set, test_set = (digit_windows(run.config, split) for run, split in ((runs[0], "train"), (runs[0], "test")))
-    for run in runs[1:]:
-        same_readout(runs[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
-    workers = [Worker(run) for run in runs]
-    print(f"Training a classifier of {runs[0].config.num_digits} digits")
+    models, given = parse_models("digits", __doc__, arguments)
+    train_set, test_set = (
+        digit_windows(run.config, split) for run, split in ((models[0], "train"), (models[0], "test"))
+    )
+    for run in models[1:]:
+        same_readout(models[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
+    workers = [Worker(run) for run in models]
+    print(f"Training a classifier of {models[0].config.num_digits} digits")
     read = train_digit_reader(train_set)
     clean, total = clean_accuracy(read, test_set)
     print(f"It reads {100 * clean:.2f} % of {total} true test frames without overlap")
@@ -42,14 +44,14 @@ def digits(arguments: Sequence[str]) -> None:
             f"digits: the classifier reads {100 * clean:.2f} % of true frames; below "
             f"{100 * NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
         )
-    directory = directory_for("digits", runs, given)
+    directory = directory_for("digits", models, given)
     results: dict[str, Any] = {}
     truth: list[np.ndarray] = []
-    for run, worker in zip(runs, workers, strict=True):
+    for run, worker in zip(models, workers, strict=True):
         rights, upper = [], []
         for first, valid, video in worker.batches():
             labels = np.stack([test_set.digits_in(first + row) for row in range(valid)])
-            if run is runs[0]:
+            if run is models[0]:
                 truth.append(right_digits(read, video[:valid, run.config.open_loop_ctx :], labels))
             samples = (
                 right_digits(read, worker.predictions(video, first, sample)[:valid], labels)
@@ -59,7 +61,7 @@ def digits(arguments: Sequence[str]) -> None:
             upper.append(right_digits(read, worker.reconstructions(video, first)[:valid], labels))
         results[run.name] = statistics.summary(np.concatenate(rights))
         results[f"{run.name}, {POSTERIOR}"] = statistics.summary(np.concatenate(upper))
-    lines = accuracy_lines(runs, results)
+    lines = accuracy_lines(models, results)
     results["true frames"] = statistics.summary(np.concatenate(truth))
     by_chance = chance(train_set)
     lines["true frames"] = plots.Line(np.array(results["true frames"]["curve"]["value"]), reference=True)
@@ -212,8 +214,8 @@ def train_digit_reader(
 def clean_accuracy(read: Reader, test: MovingDigits, count: int = 2000) -> tuple[float, int]:
     """Return the share of true test frames that are read right, and of how many.
 
-    They are those of `count` frames, from all times, in which no pixel belongs to two digits: if digits hide each other,
-    even a perfect reader must guess.
+    They are those of `count` frames, from all times, in which no pixel belongs to two digits: if digits hide each
+    other, even a perfect reader must guess.
     """
     frames, labels = [], []
     for index in range(min(count // 10, len(test))):

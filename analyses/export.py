@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import runs
-from analyses.arguments import directory_for, parse_runs, single
+from analyses.arguments import directory_for, parse_models, single
 from config import Config, ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
@@ -18,7 +18,7 @@ def export(arguments: Sequence[str]) -> None:
 
     Parameters are rounded to half precision's digits and Adam's state is zero, which Orbax's compression makes use of.
     """
-    models, given = parse_runs("export", __doc__, arguments)
+    models, given = parse_models("export", __doc__, arguments)
     run = single("export", models)
     state = runs.load_state(CWVAE(run.config), run.checkpoint)
     with np.errstate(over="ignore"):  # refused below

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 import rollout
-from analyses.arguments import directory_for, parse_runs, whole
+from analyses.arguments import directory_for, parse_models, whole
 from analyses.worker import Worker
 from config import ConfigError
 from cwvae import LevelRollout, entropy, kl_divergence, per_level
@@ -21,24 +21,24 @@ from report import plots, statistics, tables
 
 def levels(arguments: Sequence[str]) -> None:
     """Write KL and entropies per level as JSON, CSV, Markdown and plot, and each run's latents as NPZ."""
-    runs, given = parse_runs(
+    models, given = parse_models(
         "levels",
         __doc__,
         arguments,
         frames="frames of each test sequence that are read (default: seq_len, as in Table 1)",
     )
-    frames = [whole(given, "frames", run.config.seq_len) for run in runs]
-    for run, T in zip(runs, frames, strict=True):
+    frames = [whole(given, "frames", run.config.seq_len) for run in models]
+    for run, T in zip(models, frames, strict=True):
         if 0 < run.config.eval_seq_len < T:
             raise ConfigError(
                 f"frames: test sequences of {run.name} have eval_seq_len = {run.config.eval_seq_len} frames, fewer "
                 f"than {T}; lower --frames or raise --eval_seq_len"
             )
-    workers = [Worker(run) for run in runs]
-    directory = directory_for("levels", runs, given)
+    workers = [Worker(run) for run in models]
+    directory = directory_for("levels", models, given)
     results = {}
-    for i, (run, worker, T) in enumerate(zip(runs, workers, frames, strict=True)):
-        latents = directory / ("latents" if len(runs) == 1 else f"latents_{i}")
+    for i, (run, worker, T) in enumerate(zip(models, workers, frames, strict=True)):
+        latents = directory / ("latents" if len(models) == 1 else f"latents_{i}")
         found = {"latents": latents.name, "run": str(run.checkpoint.run), "checkpoint_step": run.checkpoint.step}
         results[run.name] = found | information(worker, T, latents)
     write_levels(results, directory)

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.ndimage
 
 from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
-from analyses.arguments import directory_for, parse_runs, same_readout
+from analyses.arguments import directory_for, parse_models, same_readout
 from analyses.worker import Worker
 from config import ConfigError
 from report import plots, statistics
@@ -18,16 +18,16 @@ def rooms(arguments: Sequence[str]) -> None:
 
     See `visits` for what a room is.
     """
-    runs, given = parse_runs("rooms", __doc__, arguments)
-    for run in runs:
-        same_readout(runs[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
+    models, given = parse_models("rooms", __doc__, arguments)
+    for run in models:
+        same_readout(models[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
         if run.config.channels != 3:
             raise ConfigError(f"dataset: {run.config.dataset} has no colours; rooms are read from those of mazes")
-    workers = [Worker(run) for run in runs]
-    directory = directory_for("rooms", runs, given)
+    workers = [Worker(run) for run in models]
+    directory = directory_for("rooms", models, given)
     found: dict[str, list[Rooms]] = {}
     copies: list[Rooms] = []
-    for run, worker in zip(runs, workers, strict=True):
+    for run, worker in zip(models, workers, strict=True):
         context = run.config.open_loop_ctx
         own, upper = found.setdefault(run.name, []), found.setdefault(f"{run.name}, {POSTERIOR}", [])
         for first, valid, video in worker.batches():
@@ -36,7 +36,7 @@ def rooms(arguments: Sequence[str]) -> None:
             for row in range(valid):
                 own.append(read_rooms(video[row], [frames[row] for frames in samples], context))
                 upper.append(read_rooms(video[row], [reconstruction[row]], context))
-                if run is runs[0]:
+                if run is models[0]:
                     last = np.broadcast_to(video[row, context - 1], video[row, context:].shape)
                     copies.append(read_rooms(video[row], [last], context))
     found[statistics.REFERENCES["copy"]] = copies
@@ -50,7 +50,7 @@ def rooms(arguments: Sequence[str]) -> None:
         for category, copied in shares[statistics.REFERENCES["copy"]].items()
     }
     plots.plot_bars(groups, directory / "rooms.png", "accuracy of the sequence of rooms")
-    lines = accuracy_lines(runs, curves)
+    lines = accuracy_lines(models, curves)
     lines[statistics.REFERENCES["copy"]] = plots.Line(
         np.array(curves[statistics.REFERENCES["copy"]]["curve"]["value"]), reference=True
     )

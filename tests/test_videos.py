@@ -26,10 +26,9 @@ from conftest import ROOT
 
 import config as configuration
 import data
-import published
-import videos
 from config import ConfigError
-from videos import Decoding, Video
+from videos import decoded, digits, published
+from videos.decoded import Decoding, Video
 
 
 def make_video(frames, codec="libx264", format="mp4", size=(64, 64), seed=0, grey=False):
@@ -152,14 +151,16 @@ def for_dataset(tiny, dataset, **keys):
 
 @pytest.mark.parametrize("dataset", ["minerl", "mazes", "mmnist", "kth"])
 def test_from_download_to_evaluation(tiny, server, dataset):
+    import runs
+
     import eval as evaluation
     import train
 
     server.files.update(contents(dataset))
     c = for_dataset(tiny, dataset, max_steps=2, num_examples=2)
     train.train(c)
-    evaluation.evaluate(*evaluation.parse(["--logdir", str(train.run_directory(c)), "--no_save_grid"]))
-    file = videos.FrameFile(data.Path(c.datadir) / "frames" / f"{dataset}-train-{c.channels}")
+    evaluation.evaluate(*evaluation.parse(["--logdir", str(runs.directory(c)), "--no_save_grid"]))
+    file = decoded.FrameFile(data.Path(c.datadir) / "frames" / f"{dataset}-train-{c.channels}")
     if dataset == "kth":
         assert len(file.names) == 2 + 1 + 4 and "person16_boxing_d1_uncomp.avi" in file.names
         assert len(data.windows(c, "test").file.names) == 3
@@ -322,12 +323,12 @@ def test_other_sizes_are_cropped_in_folders_and_stretched_in_published_ones():
     image[:, :, 64:128] = 200  # the middle third
     frames = [av.VideoFrame.from_ndarray(image[0], "rgb24")]
     video = Video("x", data.Path("x.npy"))
-    original, videos.array_frames = videos.array_frames, lambda _: iter(frames)
+    original, decoded.array_frames = decoded.array_frames, lambda _: iter(frames)
     try:
-        (cropped,) = videos.decode(video, Decoding(3, crop=True))
-        (stretched,) = videos.decode(video, Decoding(3))
+        (cropped,) = decoded.decode(video, Decoding(3, crop=True))
+        (stretched,) = decoded.decode(video, Decoding(3))
     finally:
-        videos.array_frames = original
+        decoded.array_frames = original
     assert np.all(cropped == 200)
     assert stretched.shape == (64, 64, 3) and np.all(stretched[:, 24:40] == 200) and not stretched[:, :20].any()
 
@@ -397,7 +398,7 @@ def test_changed_folder(folder):
 def test_damaged_frame_files_are_refused(folder, damage):
     data.windows(folder, "train")
     path = data.Path(folder.datadir) / "frames" / "videos-train-3"
-    frames, index = videos.frames_path(path), videos.index_path(path)
+    frames, index = decoded.frames_path(path), decoded.index_path(path)
     if damage == "shorter":
         os.truncate(frames, frames.stat().st_size - 1)
     elif damage == "index":
@@ -439,7 +440,7 @@ def test_killed_while_decoding(large):
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output
-    assert aside.exists() and not videos.index_path(aside.with_name("videos-train-3")).exists()
+    assert aside.exists() and not decoded.index_path(aside.with_name("videos-train-3")).exists()
     train = data.windows(large, "train")
     assert len(train) == 12 + 60 * 40 and not aside.exists()
     np.testing.assert_array_equal(train[len(train) - 1], reference(make_video(400, seed=11))[-10:])
@@ -473,7 +474,7 @@ def test_datadir_that_can_not_be_written(folder, monkeypatch):
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(videos.filelock.FileLock, "acquire", read_only)
+    monkeypatch.setattr(decoded.filelock.FileLock, "acquire", read_only)
     assert len(data.windows(folder, "train")) == windows
     with pytest.raises(ConfigError, match=r"can't write to .*frames \(Read-only file system\); choose another"):
         data.windows(folder, "test")
@@ -526,7 +527,7 @@ def test_moving_mnist_from_idx_files(tiny, tmp_path):
         250,
     }
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"junk")
-    data.digits_of_mnist.cache_clear()
+    digits.of_mnist.cache_clear()
     with pytest.raises(ConfigError, match="train-images-idx3-ubyte isn't an idx file of 28x28 images"):
         data.windows(c, "train")
     with pytest.raises(ConfigError, match=r"nowhere/train-images-idx3-ubyte\[.gz\] is missing"):

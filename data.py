@@ -49,7 +49,9 @@ def windows(config: Config, split: str) -> Windows:
         images, labels = digits.of_scikit_learn, digits.labels_of_scikit_learn
         return digits.MovingDigits(images, labels, split, length or 1000, c.num_digits, c.digit_speed)
     if c.dataset == "mnist":
-        idx_images, idx_labels = (functools.partial(read, c.datadir) for read in (digits.of_mnist, digits.labels_of_mnist))
+        idx_images, idx_labels = (
+            functools.partial(read, c.datadir) for read in (digits.of_mnist, digits.labels_of_mnist)
+        )
         return digits.MovingDigits(idx_images, idx_labels, split, length or 1000, c.num_digits, c.digit_speed)
     return VideoWindows(frame_file(c, split), length, split)
 
@@ -64,8 +66,14 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
         if not c.rebuild_frames and decoded.index_path(path).exists() and not (datadir / split).exists():
             return decoded.FrameFile(path)
         folder = decoded.Folder(datadir / split)
+
+        def found() -> decoded.Videos:
+            if folder.ignored:
+                print(f"Ignored in {folder.folder}, since they aren't videos: {decoded.listed(folder.ignored)}")
+            return folder
+
         how = decoded.Decoding(c.channels, crop=True, luma=True)
-        return decoded.frame_file(path, lambda: folder, how, folder.origin, c.rebuild_frames)
+        return decoded.frame_file(path, found, how, folder.origin, c.rebuild_frames)
 
     def prepared() -> decoded.Videos:
         from videos import published  # TFDS is slow to import, and only needed once

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import zipfile
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -31,7 +32,7 @@ from videos import decoded, digits, published
 from videos.decoded import Decoding, Video
 
 
-def make_video(frames, codec="libx264", format="mp4", size=(64, 64), seed=0, grey=False):
+def make_video(frames, codec="libx264", format="mp4", size=(64, 64), seed=0, grey=False, rotation=0, pixel_aspect=None):
     """The bytes of a video of moving gradients: frames differ, also from those of other seeds."""
     random = np.random.default_rng(seed)
     width, height = size
@@ -39,6 +40,10 @@ def make_video(frames, codec="libx264", format="mp4", size=(64, 64), seed=0, gre
     with av.open(buffer, "w", format=format) as container:
         stream = container.add_stream(codec, rate=20)
         stream.width, stream.height = size
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if pixel_aspect:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         stream.pix_fmt = {"libx264": "yuv420p", "mpeg4": "yuv420p", "libvpx": "yuv420p", "gif": "rgb8"}[codec]
         phase, colour = random.uniform(0, 6, 2), random.uniform(60, 195, 3)
         for t in range(frames):
@@ -321,7 +326,7 @@ def test_grey_folder(folder):
 def test_other_sizes_are_cropped_in_folders_and_stretched_in_published_ones():
     image = np.zeros((1, 64, 192, 3), np.uint8)
     image[:, :, 64:128] = 200  # the middle third
-    frames = [av.VideoFrame.from_ndarray(image[0], "rgb24")]
+    frames = [(av.VideoFrame.from_ndarray(image[0], "rgb24"), 1)]
     video = Video("x", data.Path("x.npy"))
     original, decoded.array_frames = decoded.array_frames, lambda _: iter(frames)
     try:
@@ -331,6 +336,110 @@ def test_other_sizes_are_cropped_in_folders_and_stretched_in_published_ones():
         decoded.array_frames = original
     assert np.all(cropped == 200)
     assert stretched.shape == (64, 64, 3) and np.all(stretched[:, 24:40] == 200) and not stretched[:, :20].any()
+
+
+def decoded_frames(content, how=None):
+    return np.stack(list(decoded.decode(Video("x", content), how or Decoding(3, crop=True, luma=True))))
+
+
+def encoded_frames(content):
+    with av.open(io.BytesIO(content)) as container:
+        return list(container.decode(video=0))
+
+
+def test_colours_are_scaled_at_full_resolution():
+    """Bars of saturated colours, against the mean of four pixels each."""
+    image = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)[np.arange(128) // 4 % 4]
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=20, options={"crf": "1"})
+        stream.width = stream.height = 128
+        frame = av.VideoFrame.from_ndarray(np.tile(image, (128, 1, 1)), "rgb24")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    (want,) = reference(buffer.getvalue()).astype(float)
+    want = want.reshape(64, 2, 64, 2, 3).mean((1, 3))
+    for how in Decoding(3), Decoding(3, crop=True):
+        assert np.abs(decoded_frames(buffer.getvalue(), how)[0] - want).mean() < 0.5
+    luma = decoded_frames(buffer.getvalue(), Decoding(1, crop=True, luma=True))[0, ..., 0]
+    assert np.abs(luma - want @ [0.299, 0.587, 0.114]).mean() < 0.5
+
+
+@pytest.mark.parametrize("how", [Decoding(1), Decoding(3), Decoding(1, crop=True, luma=True)])
+def test_grey_videos_are_scaled_as_ffmpeg_does(how):
+    content = make_video(5, size=(160, 120), grey=True)
+    size = (86, 64) if how.crop else (64, 64)
+    reformatter = av.video.reformatter.VideoReformatter()
+    frames = [
+        reformatter.reformat(frame, *size, "rgb24", interpolation="AREA").to_ndarray()
+        for frame in encoded_frames(content)
+    ]
+    want = np.stack(frames)[:, :, (size[0] - 64) // 2 :][:, :, :64, : how.channels]
+    np.testing.assert_array_equal(decoded_frames(content, how), want)
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+@pytest.mark.parametrize("format", ["mp4", "mov", "matroska"])
+def test_rotated_videos_are_turned_upright(rotation, format):
+    """`rotation` is counterclockwise."""
+    content = make_video(3, format=format, size=(128, 64), rotation=rotation)
+    want = decoded_frames(make_video(3, format=format, size=(128, 64)))
+    np.testing.assert_array_equal(decoded_frames(content), np.rot90(want, rotation // 90, axes=(1, 2)))
+    assert encoded_frames(content)[0].rotation % 360 == rotation % 360
+
+
+def test_display_matrices():
+    """Against their definition: where the matrix moves a corner."""
+    corners = np.arange(4).reshape(2, 2, 1)  # of pixels at x, y = +-1
+    for matrix in (
+        ([1, 0], [0, 1]),
+        ([-1, 0], [0, 1]),
+        ([1, 0], [0, -1]),
+        ([0, 1], [1, 0]),
+        ([0, 1], [-1, 0]),
+        ([0, -1], [-1, 0]),
+    ):
+        want = np.empty((2, 2, 1))
+        for y, x in np.ndindex(2, 2):
+            to_x, to_y = np.array([2 * x - 1, 2 * y - 1]) @ matrix
+            want[(to_y + 1) // 2, (to_x + 1) // 2] = corners[y, x]
+        np.testing.assert_array_equal(decoded.upright(corners, 65536 * np.array(matrix)), want)
+
+
+def test_pixels_that_are_not_square():
+    """128x64 pixels, each half as wide as high, are a square picture: nothing is cut."""
+    content = make_video(3, size=(128, 64), pixel_aspect=Fraction(1, 2))
+    with av.open(io.BytesIO(content)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(1, 2)
+    np.testing.assert_array_equal(decoded_frames(content), decoded_frames(content, Decoding(3)))
+
+
+def test_more_suffixes_and_links_to_folders(folder, tmp_path, capsys):
+    train = data.Path(folder.datadir) / "train"
+    for path in train.rglob("*.*"):
+        path.unlink()
+    for name, format in ("a.mkv", "matroska"), ("b.mov", "mov"), ("c.m4v", "mp4"), ("D.MP4", "mp4"):
+        (train / name).write_bytes(make_video(12, format=format))
+    np.save(tmp_path / "e.npy", np.zeros((11, 64, 64, 3), np.uint8))
+    (tmp_path / "e.npy").rename(train / "E.NPY")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "f.mp4").write_bytes(make_video(12))
+    (train / "link").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(train)
+    (train / "gone.mp4").symlink_to("nowhere.mp4")
+    (train / "notes.txt").write_text("not a video")
+    (train / "._a.mkv").write_bytes(b"macOS")
+    windows = data.windows(folder, "train")
+    assert windows.file.names == ["D.MP4", "E.NPY", "a.mkv", "b.mov", "c.m4v", "link/f.mp4"]
+    line = f"Ignored in {train}, since they aren't videos: ._a.mkv, gone.mp4, notes.txt\n"
+    assert line in capsys.readouterr().out
+    data.windows(folder, "train")
+    assert "Ignored" not in capsys.readouterr().out
+
+
+def test_long_lists_are_cut():
+    names = [str(i) for i in range(7)]
+    assert decoded.listed(names, 7) == "0, 1, 2, 3, 4, 5, 6" and decoded.listed(names, 5) == "0, 1, 2, 3, 4 and 2 more"
 
 
 def test_broken_and_short_videos_are_listed_and_skipped(folder, capsys):
@@ -355,7 +464,7 @@ def test_broken_and_short_videos_are_listed_and_skipped(folder, capsys):
 def test_no_usable_video(folder):
     for path in (data.Path(folder.datadir) / "train").rglob("*.*"):
         path.unlink()
-    refused(folder, "train holds no videos; put .avi, .gif, .mp4")
+    refused(folder, "train holds no videos; put .avi, .gif, .m4v, .mkv, .mov, .mp4")
     (data.Path(folder.datadir) / "train" / "a.mp4").write_bytes(b"junk")
     refused(folder, "none of the 1 videos for videos-train-3 can be decoded")
     refused(dataclasses.replace(folder, datadir="nowhere"), "nowhere/train is missing")

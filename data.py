@@ -57,12 +57,12 @@ def windows(config: Config, split: str) -> Windows:
 
 
 def frame_file(config: Config, split: str) -> decoded.FrameFile:
-    """The frames of a split's videos: decoded now, and before that downloaded, where they aren't there yet."""
+    """Return the frames of a split's videos; download and decode these first if needed."""
     c = config
     datadir = Path(c.datadir)
     path = datadir / "frames" / f"{c.dataset}-{split}-{c.channels}"
     if c.dataset == "videos":
-        # A folder that is gone after decoding is no reason to stop.
+        # After decoding, the folder may go.
         if not c.rebuild_frames and decoded.index_path(path).exists() and not (datadir / split).exists():
             return decoded.FrameFile(path)
         folder = decoded.Folder(datadir / split)
@@ -78,14 +78,16 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
     def prepared() -> decoded.Videos:
         from videos import published  # TFDS is slow to import, and only needed once
 
-        builder = published.prepare(c.dataset, datadir)
-        source = published.PreparedVideos(builder.as_data_source(split=split))
+        builder = published.prepare(c.dataset, datadir, c.rebuild_frames)
+        videos = published.PreparedVideos(c.dataset, builder, split)
         expected = builder.VIDEOS.get(split)
-        if expected not in (None, len(source)):
-            print(f"Warning: {c.dataset} has {len(source)} {split} videos; {expected} were published")
-        return source
+        if expected not in (None, len(videos)):
+            count = f"{c.dataset} has {len(videos)} {split} videos; {expected} were published"
+            print(f"Warning: {count}. To prepare it again, {videos.remedy}")
+        decoded.remove_others(path.parent, c.dataset, videos.origin)
+        return videos
 
-    return decoded.frame_file(path, prepared, decoded.Decoding(c.channels), c.dataset, c.rebuild_frames)
+    return decoded.frame_file(path, prepared, decoded.Decoding(c.channels), rebuild=c.rebuild_frames)
 
 
 class VideoWindows:

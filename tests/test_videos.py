@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
 from fractions import Fraction
 
@@ -111,8 +112,10 @@ def server(monkeypatch):
             asked.append(name)
             content = files.get(name)
             self.send_response(200 if content is not None else 404)
-            self.send_header("Content-Length", str(len(content or b"")))
+            if server.states_length:
+                self.send_header("Content-Length", str(len(content or b"")))
             self.end_headers()
+            time.sleep(server.pause)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self.wfile.write(content or b"")
 
@@ -127,9 +130,8 @@ def server(monkeypatch):
         local = [f"http://127.0.0.1:{httpd.server_port}/{url.rsplit('/', 1)[1]}" for url in cls.URLS]
         monkeypatch.setattr(cls, "URLS", local)
         monkeypatch.setattr(cls, "VIDEOS", {})
-        monkeypatch.setattr(cls, "_checksums_path", None, raising=False)
-        monkeypatch.setattr(cls, "url_infos", None, raising=False)
-    yield type("Server", (), {"files": files, "asked": asked, "stop": lambda self=None: httpd.shutdown()})
+    server = types.SimpleNamespace(files=files, asked=asked, states_length=True, pause=0)
+    yield server
     httpd.shutdown()
     httpd.server_close()
     thread.join()
@@ -189,11 +191,7 @@ def test_from_download_to_evaluation(tiny, server, dataset):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
         str(
-            len(
-                published.PreparedVideos(
-                    published.prepare(dataset, data.Path(c.datadir)).as_data_source(split="train")
-                )[0].content
-            )
+            len(published.PreparedVideos(dataset, published.prepare(dataset, data.Path(c.datadir)), "train")[0].content)
         )
     )
     assert "@" in done.stdout and "False" in done.stdout
@@ -231,20 +229,210 @@ def test_connection_refused_or_silent(tiny, server, monkeypatch):
         monkeypatch.setattr(published.GqnMazes, "URLS", [f"http://127.0.0.1:{silent.getsockname()[1]}/gqn_mazes.zip"])
         refused(c, r"can't be downloaded from .* \(no connection\)")  # bound, but not listening
         silent.listen()
-        monkeypatch.setattr(published, "CONNECT_SECONDS", 1)
+        monkeypatch.setattr(published, "SILENCE_SECONDS", 1)
         refused(c, r"can't be downloaded from .* \(no connection\)")  # accepts, and never answers
     assert time.monotonic() - begin < 15
 
 
-def test_truncated_zip(tiny, server):
+@pytest.mark.parametrize("what", ["truncated", "html"])
+@pytest.mark.parametrize("states_length", [True, False])
+def test_not_a_whole_zip(tiny, server, what, states_length):
     whole = contents("mazes")["gqn_mazes.zip"]
-    server.files["gqn_mazes.zip"] = whole[: len(whole) // 2]
+    wrong = whole[: len(whole) // 2] if what == "truncated" else b"<html>Please log in</html>"
+    server.files["gqn_mazes.zip"], server.states_length = wrong, states_length
     c = for_dataset(tiny, "mazes")
-    refused(c, "a zip of mazes is damaged")
-    # Deleted as told, and the source mended: the checksum is another one than recorded.
-    shutil.rmtree(data.Path(c.datadir) / "downloads")
+    refused(
+        c, rf"the {len(wrong):,} bytes that http.* sent aren't a whole zip; run again later, or put the zip by hand"
+    )
+    # Nothing of it is kept: once the source is right, the same command works.
     server.files["gqn_mazes.zip"] = whole
     assert len(data.windows(c, "train")) == 9
+
+
+def test_connection_lost(tiny, server, monkeypatch):
+    monkeypatch.setattr(published, "SILENCE_SECONDS", 1)
+    whole = contents("mazes")["gqn_mazes.zip"]
+
+    class Content(bytes):
+        def __len__(self):
+            return 10**6  # that is announced
+
+    server.files["gqn_mazes.zip"] = Content(whole)
+    refused(
+        for_dataset(tiny, "mazes"),
+        r"can't be downloaded from .* \((no connection|connection lost after [\d,]+ bytes)\)",
+    )
+
+
+def test_each_zip_is_asked_for_once(tiny, server):
+    server.files.update(contents("kth"))
+    data.windows(for_dataset(tiny, "kth"), "train")
+    assert sorted(server.asked) == sorted(server.files)
+
+
+def test_damaged_video_in_a_zip(tiny, server):
+    """The zip opens, but the checksum of a file in it is wrong."""
+    whole = contents("mazes")["gqn_mazes.zip"]
+    at = whole.index(b"train/2.mp4") + 2000
+    server.files["gqn_mazes.zip"] = whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]
+    c = for_dataset(tiny, "mazes")
+    path = data.Path(c.datadir) / "downloads" / "gqn_mazes" / "gqn_mazes.zip"
+    refused(c, rf"{path} is damaged \(Bad CRC-32 for file 'train/2.mp4'\); delete it and run again")
+    path.unlink()
+    server.files["gqn_mazes.zip"] = whole
+    assert len(data.windows(c, "train")) == 9
+
+
+@pytest.mark.parametrize("how", ["deflate64", "encrypted"])
+def test_zip_that_python_can_not_unpack(tiny, server, how):
+    content = bytearray(contents("mazes")["gqn_mazes.zip"])
+    for magic, flags in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8):
+        at = content.find(magic)
+        while at >= 0:
+            content[at + flags + 2 * (how == "deflate64")] = {"deflate64": 9, "encrypted": 1}[how]
+            at = content.find(magic, at + 1)
+    server.files["gqn_mazes.zip"] = bytes(content)
+    refused(
+        for_dataset(tiny, "mazes"),
+        r"train/1.mp4 in .*gqn_mazes.zip can't be unpacked \(.*\); pack it again with deflate and no password",
+    )
+
+
+def test_macos_metadata_is_no_video(tiny, server):
+    server.files.update(contents("kth"))
+    with zipfile.ZipFile(io.BytesIO(server.files["boxing.zip"])) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    junk = {f"{folder}._person01_boxing_d1_uncomp.avi": b"junk" for folder in ("", "__MACOSX/")}
+    server.files["boxing.zip"] = zipped(files | junk)
+    file = data.windows(for_dataset(tiny, "kth"), "train").file
+    assert len(file.names) == 7 and not file.skipped
+
+
+def test_prepared_by_the_earlier_codes(tiny, server):
+    """They prepare version 1.0.0, in a format that needs TensorFlow; it stays as it is."""
+    c = for_dataset(tiny, "mazes")
+    theirs = data.Path(c.datadir) / "gqn_mazes" / "1.0.0"
+    theirs.mkdir(parents=True)
+    (theirs / "dataset_info.json").write_text('{"fileFormat": "tfrecord", "name": "gqn_mazes", "version": "1.0.0"}')
+    before = (theirs / "dataset_info.json").read_bytes()
+    server.files.update(contents("mazes"))
+    assert len(data.windows(c, "train")) == 9
+    assert (theirs / "dataset_info.json").read_bytes() == before
+    # An earlier version of ours has that number too, and is used.
+    other = dataclasses.replace(c, datadir=str(data.Path(c.datadir).parent / "other"))
+    ours = data.Path(other.datadir) / "gqn_mazes" / "1.0.0"
+    shutil.copytree(theirs.with_name("1.1.0"), ours)
+    info = ours / "dataset_info.json"
+    info.write_text(info.read_text().replace("1.1.0", "1.0.0"))
+    (ours / "source.txt").unlink()
+    server.files.clear()
+    assert len(data.windows(other, "train")) == 9
+    # What is damaged is named.
+    (theirs.with_name("1.1.0") / "dataset_info.json").write_text("{")
+    with pytest.raises(
+        ConfigError, match=r"can't read the dataset in .*gqn_mazes/1.1.0 \(.*\); delete it and run again"
+    ):
+        data.windows(c, "test")
+
+
+def test_two_processes_prepare_once(tiny, server):
+    """They want the two splits of a dataset that isn't there yet, at the same time."""
+    server.files.update(contents("mazes"))
+    server.pause = 3
+    program = "import sys; sys.path.insert(0, {!r}); import config, data; from videos import published; "
+    program += "published.GqnMazes.URLS = {!r}; "
+    program += "c = config.Config(dataset='mazes', channels=3, seq_len=10, eval_seq_len=20, open_loop_ctx=8, levels=1, datadir={!r}); "
+    program += "print(len(data.windows(c, sys.argv[1])))"
+    program = program.format(str(ROOT), published.GqnMazes.URLS, tiny.datadir)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, split], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for split in ("train", "test")
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [output.splitlines()[-1] for output in outputs] == ["9", "2"]
+    assert server.asked == ["gqn_mazes.zip"]
+
+
+def test_leftovers_are_removed(tiny, server):
+    """What a killed download or preparation left, of this program or TFDS's."""
+    c = for_dataset(tiny, "mazes")
+    server.files.update(contents("mazes"))
+    datadir = data.Path(c.datadir)
+    (url,) = published.GqnMazes.URLS
+    tmp = published.resource.get_dl_fname(url) + ".tmp.0123"
+    for folder in (
+        datadir / "downloads" / "gqn_mazes" / tmp,
+        datadir / "downloads" / tmp,
+        datadir / "gqn_mazes" / "incomplete.ABCDEF_1.0.0",
+        datadir / "gqn_mazes" / "incomplete.new",
+    ):
+        folder.mkdir(parents=True)
+        (folder / "half").write_bytes(b"x")
+    (datadir / "downloads" / "gqn_mazes" / "gqn_mazes.zip.new").write_bytes(b"x")
+    (datadir / "downloads" / "others.zip.tmp.1").mkdir()
+    data.windows(c, "train")
+    assert {path.name for path in (datadir / "gqn_mazes").iterdir()} == {"1.1.0"}
+    assert {path.name for path in (datadir / "downloads" / "gqn_mazes").iterdir()} == {"gqn_mazes.zip"}
+    assert [path.name for path in (datadir / "downloads").glob("*.tmp.*")] == ["others.zip.tmp.1"]
+
+
+def test_killed_while_replacing(tiny, server):
+    c = for_dataset(tiny, "mazes")
+    server.files.update(contents("mazes"))
+    data.windows(c, "train")
+    prepared = data.Path(c.datadir) / "gqn_mazes" / "1.1.0"
+    aside = prepared.with_name("incomplete.new")
+    aside.mkdir()
+    prepared.rename(aside / "replaced")
+    server.files.clear()
+    shutil.rmtree(data.Path(c.datadir) / "downloads")
+    assert len(data.windows(c, "test")) == 2
+
+
+def test_useless_dataset_is_replaced(tiny, server, capsys):
+    c = for_dataset(tiny, "mazes")
+    right = contents("mazes")["gqn_mazes.zip"]
+    server.files["gqn_mazes.zip"] = zipped({f"{split}/1.mp4": b"junk" for split in ("train", "test")})
+    manual = data.Path(c.datadir) / "downloads" / "manual"
+    remedy = f"put gqn_mazes.zip as published into {manual} and run again with --rebuild_frames"
+    refused(c, f"none of the 1 videos for mazes-train-3 can be decoded; {remedy}")
+    (manual / "gqn_mazes.zip").write_bytes(right)
+    again = dataclasses.replace(c, rebuild_frames=True)
+    assert len(data.windows(again, "train")) == 9 and len(data.windows(again, "test")) == 2
+    assert capsys.readouterr().out.count("Preparing mazes again") == 1
+
+
+def test_replaced_zip(tiny, server, capsys):
+    """--rebuild_frames prepares again what changed, and only that; frames of the old zip aren't used any more."""
+    c = for_dataset(tiny, "mazes")
+    again = dataclasses.replace(c, rebuild_frames=True)
+    server.files.update(contents("mazes"))
+    assert len(data.windows(c, "train")) == 9 and len(data.windows(c, "test")) == 2
+    manual = data.Path(c.datadir) / "downloads" / "manual" / "gqn_mazes.zip"
+    manual.write_bytes(server.files["gqn_mazes.zip"])
+    capsys.readouterr()
+    data.windows(again, "train")
+    assert "Preparing" not in capsys.readouterr().out
+    # A damaged one replaces nothing.
+    manual.write_bytes(server.files["gqn_mazes.zip"][:2000])
+    with pytest.raises(ConfigError, match=rf"{manual} is damaged \(.*\); delete it and run again"):
+        data.windows(again, "train")
+    assert len(data.windows(c, "train")) == 9
+    manual.write_bytes(zipped({"train/1.mp4": make_video(30, seed=7), "test/1.mp4": b"junk"}))
+    assert len(data.windows(again, "train")) == 3
+    printed = capsys.readouterr().out
+    assert (
+        "Preparing mazes again from" in printed and "mazes-test-3.*, which was decoded from another source" in printed
+    )
+    with pytest.raises(ConfigError, match="none of the 1 videos for mazes-test-3 can be decoded"):
+        data.windows(c, "test")
+    # Without any zip, what is prepared is kept.
+    manual.unlink()
+    shutil.rmtree(manual.parent.parent / "gqn_mazes")
+    assert len(data.windows(again, "train")) == 3
 
 
 def test_wrong_checksum(tiny, server):
@@ -255,7 +443,7 @@ def test_wrong_checksum(tiny, server):
     for path in datadir / "downloads" / "gqn_mazes", datadir / "gqn_mazes", datadir / "frames":
         shutil.rmtree(path)
     server.files["gqn_mazes.zip"] = zipped({"train/1.mp4": make_video(30), "test/1.mp4": make_video(30)})
-    refused(c, r"isn't what it sent the first time .*checksums.tsv")
+    refused(c, r"isn't what it sent the first time; delete .*checksums.tsv")
 
 
 def test_prepared_again_from_the_downloaded_zip(tiny, server):
@@ -278,7 +466,12 @@ def test_counts_that_differ_are_said(tiny, server, monkeypatch, capsys):
     server.files.update(contents("minerl"))
     monkeypatch.setattr(published.MinerlNavigate, "VIDEOS", {"train": 961, "test": 225})
     data.windows(for_dataset(tiny, "minerl"), "train")
-    assert "Warning: minerl has 3 train videos; 961 were published" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (
+        "Warning: minerl has 3 train videos; 961 were published. To prepare it again, put minerl_navigate.zip"
+        in printed
+    )
+    assert "downloads/manual and run again with --rebuild_frames" in printed
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -555,6 +748,14 @@ def test_killed_while_decoding(large):
     np.testing.assert_array_equal(train[len(train) - 1], reference(make_video(400, seed=11))[-10:])
 
 
+def test_failed_rebuild_keeps_the_frames(folder, monkeypatch):
+    windows = data.windows(folder, "train")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**6))
+    with pytest.raises(ConfigError, match="MB free"):
+        data.windows(dataclasses.replace(folder, rebuild_frames=True), "train")
+    assert data.windows(folder, "train").file.names == windows.file.names
+
+
 def test_two_at_once(large):
     processes = [start_preparing(large), start_preparing(large)]
     outputs = [process.communicate()[0] for process in processes]
@@ -565,7 +766,7 @@ def test_two_at_once(large):
 
 def test_too_little_space(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
-    refused(folder, r"has 0.0 GB free, decoded frames need 0.0 GB; free some")
+    refused(folder, r"has 1 MB free, decoded frames need 2 MB; free some")
 
 
 def test_full_disk(folder, monkeypatch):

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeGuard
@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import FRAME_SIZE, ConfigError
+from system.files import replace_file
 
 
 class Video(NamedTuple):
@@ -199,7 +200,7 @@ class FrameFile:
     """
 
     def __init__(self, path: Path):
-        """Opens a frame file, without its suffix.
+        """Open a frame file, given without its suffix.
 
         Raises:
             ConfigError: it is damaged.
@@ -234,14 +235,16 @@ def checksum(index: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
-def frame_file(path: Path, open_videos: Any, how: Decoding, origin: str, rebuild: bool = False) -> FrameFile:
-    """The frame file at `path` (without suffix), decoded now where it isn't there, by one process at a time.
+def frame_file(
+    path: Path, open_videos: Callable[[], Videos], how: Decoding, origin: str | None = None, rebuild: bool = False
+) -> FrameFile:
+    """Open the frame file at `path` (without suffix); decode it first if needed, by one process at a time.
 
     Args:
-        path: where it is or shall be.
-        open_videos: returns the `Videos`; only called to decode.
-        how: to decode.
-        origin: what the videos are; a file of other videos isn't used.
+        path: where it is or will be.
+        open_videos: returns the videos; only called to decode.
+        how: how to decode.
+        origin: if given, that of the videos; a file of others is refused.
         rebuild: decode again.
 
     Raises:
@@ -249,12 +252,9 @@ def frame_file(path: Path, open_videos: Any, how: Decoding, origin: str, rebuild
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path.with_name(path.name + ".lock"))
-        with waiting(lock, path):
+        with one_process(path.with_name(path.name + ".lock"), f"decoding {path}.*"):
             if rebuild or not index_path(path).exists():
-                with contextlib.suppress(FileNotFoundError):
-                    index_path(path).unlink()
-                build(path, open_videos(), how, origin)
+                build(path, open_videos(), how)
     except OSError as error:
         if index_path(path).exists() and not rebuild:
             pass  # complete, on a disk that can't be written
@@ -265,7 +265,7 @@ def frame_file(path: Path, open_videos: Any, how: Decoding, origin: str, rebuild
         else:
             raise ConfigError(f"datadir: can't write to {path.parent} ({error.strerror}); choose another") from error
     file = FrameFile(path)
-    if file.origin != origin:
+    if origin not in (None, file.origin):
         raise ConfigError(
             f"datadir: the videos have changed since {path}.* was decoded; run again with --rebuild_frames"
         )
@@ -273,24 +273,50 @@ def frame_file(path: Path, open_videos: Any, how: Decoding, origin: str, rebuild
 
 
 @contextlib.contextmanager
-def waiting(lock: filelock.BaseFileLock, path: Path) -> Iterator[None]:
-    """Holds the lock, which the system takes back from a process that dies; says so where another process has it."""
+def one_process(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock, which the system releases if the process dies; say so if another process holds it.
+
+    Args:
+        lock: the lock's file.
+        what: what it is held for, such as "decoding x".
+    """
+    held = filelock.FileLock(lock)
     try:
-        lock.acquire(timeout=0)
+        held.acquire(timeout=0)
     except filelock.Timeout:
-        print(f"Another process is decoding {path}.*; waiting for it")
-        lock.acquire()
+        print(f"Another process is {what}; waiting for it")
+        held.acquire()
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
-def build(path: Path, videos: Videos, how: Decoding, origin: str) -> None:
-    """Decodes the videos, some at a time, into a file beside the final one, and moves it there.
+def remove_others(frames: Path, dataset: str, origin: str) -> None:
+    """Remove a dataset's frame files in the folder `frames` that were decoded from other videos."""
+    for index in frames.glob(f"{dataset}-*.json"):
+        path = index.with_suffix("")
+        with contextlib.suppress(ConfigError):  # a damaged one is refused when it is used
+            if FrameFile(path).origin != origin:
+                print(f"Removing {path}.*, which was decoded from another source")
+                index.unlink()
+                frames_path(path).unlink()
+
+
+def listed(names: Collection[str], limit: int = 100) -> str:
+    """Join names for a message, the first `limit` of them."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(itertools.islice(names, limit)) + more
+
+
+def build(path: Path, videos: Videos, how: Decoding) -> None:
+    """Decode videos in parallel into a file beside the final one, then move it there.
 
     Threads decode (PyAV releases the GIL). Of a long video only some megabytes of frames are held in memory, the rest
-    goes to disk.
+    is on disk.
+
+    Raises:
+        ConfigError: too little space, or none of the videos can be decoded.
     """
     frame_bytes = FRAME_SIZE * FRAME_SIZE * how.channels
     expected = sum(count_frames(videos[i]) for i in range(len(videos)))
@@ -299,7 +325,7 @@ def build(path: Path, videos: Videos, how: Decoding, origin: str) -> None:
     print(f"Decoding {len(videos)} videos, about {expected:,} frames, {needed / 1e9:.2f} GB, to {path}.frames")
     if needed > free:
         raise ConfigError(
-            f"datadir: {path.parent} has {free / 1e9:.1f} GB free, decoded frames need {needed / 1e9:.1f} GB; "
+            f"datadir: {path.parent} has {free // 10**6:,} MB free, decoded frames need {-(-needed // 10**6):,} MB; "
             "free some, or choose another"
         )
 
@@ -341,28 +367,29 @@ def build(path: Path, videos: Videos, how: Decoding, origin: str) -> None:
             out.flush()
             os.fsync(out.fileno())
         if skipped:
-            listed = "; ".join(f"{name} ({reason})" for name, reason in skipped.items())
-            print(f"Skipped {len(skipped)} unreadable videos: {listed}")
+            reasons = [f"{name} ({reason})" for name, reason in skipped.items()]
+            print(f"Skipped {len(skipped)} unreadable videos: {listed(reasons)}")
         if not kept:
-            raise ConfigError(f"datadir: none of the {len(videos)} videos for {path.name} can be decoded")
+            raise ConfigError(
+                f"datadir: none of the {len(videos)} videos for {path.name} can be decoded; {videos.remedy}"
+            )
+        index_path(path).unlink(missing_ok=True)
         os.replace(aside, frames_path(path))
     finally:
         aside.unlink(missing_ok=True)
     index: dict[str, Any] = {
-        "origin": origin,
+        "origin": videos.origin,
         "channels": how.channels,
         "frames": sum(count for _, count in kept),
         "videos": kept,
         "skipped": skipped,
     }
     index = json.loads(json.dumps(index))
-    new = index_path(path).with_suffix(".json.new")
-    new.write_text(json.dumps(index | {"checksum": checksum(index)}))
-    os.replace(new, index_path(path))
+    replace_file(index_path(path), json.dumps(index | {"checksum": checksum(index)}).encode())
 
 
 def in_order(pool: concurrent.futures.Executor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """`pool.map`, but with at most `ahead` results computed before they are asked for."""
+    """Map like `pool.map`, but compute at most `ahead` results before they are asked for."""
     futures: collections.deque[concurrent.futures.Future] = collections.deque()
     items = iter(items)
     for item in itertools.islice(items, ahead):
@@ -377,12 +404,6 @@ def in_order(pool: concurrent.futures.Executor, function: Any, items: Iterable[A
 # ---------------------------------------------------------------------------------------------- a folder of videos
 
 SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".webm"}
-
-
-def listed(names: Collection[str], limit: int = 100) -> str:
-    """Join names for a message, the first `limit` of them."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(itertools.islice(names, limit)) + more
 
 
 class Folder(Sequence[Video]):

@@ -15,7 +15,7 @@ import numpy as np
 import config as configuration
 import tools
 from config import FRAME_SIZE, Config, ConfigError
-from system.interrupts import exit_codes
+from system.interrupts import Interrupts, exit_codes
 from videos import decoded, digits
 
 
@@ -196,7 +196,11 @@ def batches(order: grain.MapDataset, batch_size: int, steps: range, rows: int, o
 
 
 def look(config: Config) -> None:
-    """Prepares a dataset, prints what it holds, and writes pictures of it, `<datadir>/<dataset>.{png,gif}`."""
+    """Prepare a dataset, print what it holds, and draw some training windows to `<datadir>/<dataset>.{png,gif}`.
+
+    Raises:
+        ConfigError: the dataset can't be prepared, or the pictures can't be written.
+    """
     c = config
     sources = {split: windows(c, split) for split in ("train", "test")}
     print(f"{'split':<6} {'videos':>9} {'frames':>13} {'windows':>9} {'bytes':>16}")
@@ -209,15 +213,21 @@ def look(config: Config) -> None:
         print(f"{split:<6} {counts[0]:9,} {counts[1]:13,} {counts[2]:9,} {counts[3]:16,}")
     train = sources["train"]
     chosen = [train[i] for i in np.linspace(0, len(train) - 1, min(8, len(train))).astype(int)]
-    Path(c.datadir).mkdir(parents=True, exist_ok=True)
     sheet, animation = (Path(c.datadir) / f"{c.dataset}.{suffix}" for suffix in ("png", "gif"))
-    tools.save_grid(np.concatenate(chosen), sheet, strip=len(chosen[0]))
-    tools.save_gif(tools.rgb(np.concatenate(chosen, axis=2)), animation)
+    try:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        tools.save_grid(np.concatenate(chosen), sheet, strip=len(chosen[0]))
+        tools.save_gif(tools.rgb(np.concatenate(chosen, axis=2)), animation)
+    except OSError as error:
+        raise ConfigError(
+            f"datadir: the dataset is complete, but its pictures can't be written to {sheet.parent} "
+            f"({error.strerror or error}); training doesn't need them"
+        ) from error
     print(f"Look at {sheet} and {animation}")
 
 
 def main() -> None:
-    with exit_codes():
+    with exit_codes(), Interrupts():
         look(configuration.parse(sys.argv[1:], "data.py", "Prepare a dataset, and look at it."))
 
 

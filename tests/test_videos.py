@@ -748,6 +748,38 @@ def test_killed_while_decoding(large):
     np.testing.assert_array_equal(train[len(train) - 1], reference(make_video(400, seed=11))[-10:])
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_decoding(large, signum):
+    process = start_preparing(large)
+    aside = data.Path(large.datadir) / "frames" / "videos-train-3.frames.new"
+    while process.poll() is None and not (aside.exists() and aside.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signum)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signum, output
+    assert "Traceback" not in output and f"Interrupted by {signum.name}; call the same command again" in output
+    assert not aside.exists() and not decoded.frames_path(aside.with_name("videos-train-3")).exists()
+
+
+def test_interrupted_while_a_long_video_is_decoded(folder, monkeypatch):
+    """Its thread ends at the next frame, not at the video's end."""
+    frame, given = (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24"), 1), []
+
+    def frames(_):
+        for i in range(20_000):
+            given.append(i)
+            yield frame
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoded, "file_frames", frames)
+    monkeypatch.setattr(decoded.concurrent.futures.Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.windows(folder, "train")
+    assert len(given) < 10_000
+
+
 def test_failed_rebuild_keeps_the_frames(folder, monkeypatch):
     windows = data.windows(folder, "train")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**6))
@@ -854,6 +886,21 @@ def test_looking_at_a_dataset(folder, capsys):
         assert sheet.size == (10 * 65 - 1, 8 * 65 - 1)
     with Image.open(data.Path(folder.datadir) / "videos.gif") as gif:
         assert gif.n_frames == 10
+
+
+def test_pictures_that_can_not_be_written(folder, monkeypatch, capsys):
+    """The dataset is complete, on a disk that can only be read."""
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(data.tools, "save_grid", read_only)
+    message = (
+        rf"the dataset is complete, but its pictures can't be written to {folder.datadir} \(Read-only file system\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        data.look(folder)
+    assert "train          6           135" in capsys.readouterr().out
 
 
 def test_data_command_line(tmp_path):

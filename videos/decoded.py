@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -329,11 +330,15 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
             "free some, or choose another"
         )
 
+    stopped = threading.Event()
+
     def decode_aside(video: Video) -> tuple[str, Any]:
         spool: Any = spools.enter_context(tempfile.SpooledTemporaryFile(32 * 2**20, dir=str(path.parent)))
         try:
             count = 0
             for frame in decode(video, how):
+                if stopped.is_set():
+                    raise Unreadable("interrupted")
                 spool.write(frame.tobytes())
                 count += 1
             if not count:
@@ -355,15 +360,18 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
             concurrent.futures.ThreadPoolExecutor(threads) as pool,
             tqdm(total=expected or None, unit=" frames", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar,
         ):
-            for name, result in in_order(pool, decode_aside, (videos[i] for i in range(len(videos))), 2 * threads):
-                if isinstance(result, str):
-                    skipped[name] = result
-                    continue
-                count, spool = result
-                with spool:
-                    shutil.copyfileobj(spool, out)
-                kept.append((name, count))
-                bar.update(count)
+            try:
+                for name, result in in_order(pool, decode_aside, (videos[i] for i in range(len(videos))), 2 * threads):
+                    if isinstance(result, str):
+                        skipped[name] = result
+                        continue
+                    count, spool = result
+                    with spool:
+                        shutil.copyfileobj(spool, out)
+                    kept.append((name, count))
+                    bar.update(count)
+            finally:
+                stopped.set()  # after an error or an interrupt, the threads end at their next frame
             out.flush()
             os.fsync(out.fileno())
         if skipped:

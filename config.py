@@ -86,10 +86,12 @@ class Config:
     dataset: str = option(
         "mmnist",
         "minerl, mazes, mmnist, kth; digits (embedded: no download); mnist (moving digits from MNIST's idx files in "
-        "datadir); videos (files in datadir/train and datadir/test)",
+        "datadir); videos (files below datadir/train and datadir/test)",
     )
     datadir: str = option("datasets", "directory of the datasets", free=True)
-    rebuild_frames: bool = option(False, "decode the videos again", free=True)
+    rebuild_frames: bool = option(
+        False, "decode the videos again; prepare a published dataset again if its zips changed", free=True
+    )
     seq_len: int = option(100, "frames of a training sequence", at_least=1)
     eval_seq_len: int = option(
         1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0, free=True
@@ -161,6 +163,8 @@ class Config:
         for field in dataclasses.fields(self):
             value = coerce(field, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        if self.use_obs is not None:  # the TensorFlow code takes lower case, too
+            object.__setattr__(self, "use_obs", self.use_obs.upper())
         self._check()
 
     def _check(self) -> None:

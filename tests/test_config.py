@@ -46,6 +46,7 @@ def test_flags_mend_what_yaml_alone_could_not(tmp_path):
         (["--no-save-grid"], "no_save_grid", True),
         (["--use_obs", "TTF"], "use_obs", "TTF"),
         (["--use-obs=TFF"], "use_obs", "TFF"),
+        (["--use_obs", "ttf"], "use_obs", "TTF"),
         (["--use_obs", "null"], "use_obs", None),
         (["--beta", "0.5"], "beta", 0.5),
         (["--beta", "[1,0.5,1e-1]"], "beta", (1.0, 0.5, 0.1)),

@@ -148,7 +148,7 @@ def test_bad_input_exits_with_one_line_and_code_2():
         for field in dataclasses.fields(Config):
             assert f"--{field.name}" in done.stdout
         help = " ".join(done.stdout.split())
-        assert "temporal abstraction factor k: level l ticks every k**l frames (default: 6)" in help
+        assert "temporal abstraction factor k: level l ticks every k^l frames (default: 6)" in help
 
 
 @pytest.mark.parametrize("name", ["minerl", "mazes", "mmnist", "digits", "small", "debug"])

@@ -224,7 +224,7 @@ def bench_tricks(config: Config) -> list[Row]:
         with mock.patch.object(scan, "scan", plain_scan):
             contenders["+ projections, prior outside the scan, fused gates"] = traced(bench.stepper())
         contenders["+ nothing but states and their gradients inside the scan"] = traced(bench.stepper())
-    contenders["+ chunks of frames, patches made anew (training step)"] = bench.stepper()
+    contenders["+ chunks of frames, patches made again (training step)"] = bench.stepper()
     times = in_turn(contenders)
     rows, before = [], 0.0
     for name, values in times.items():

@@ -3,7 +3,7 @@
 
 VENV ?= .venv
 # The first Python that is new enough. (A version manager may have a command for one that isn't installed: hence the trial.)
-PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
 train: $(VENV)/train

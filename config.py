@@ -86,10 +86,12 @@ class Config:
     dataset: str = option(
         "mmnist",
         "minerl, mazes, mmnist, kth; digits (embedded: no download); mnist (moving digits from MNIST's idx files in "
-        "datadir); videos (files in datadir/train and datadir/test)",
+        "datadir); videos (files below datadir/train and datadir/test)",
     )
     datadir: str = option("datasets", "directory of the datasets", free=True)
-    rebuild_frames: bool = option(False, "decode the videos again", free=True)
+    rebuild_frames: bool = option(
+        False, "decode the videos again; prepare a published dataset again if its zips changed", free=True
+    )
     seq_len: int = option(100, "frames of a training sequence", at_least=1)
     eval_seq_len: int = option(
         1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0, free=True
@@ -143,10 +145,10 @@ class Config:
     save_gifs_every: int = option(1000, "steps between two videos", at_least=1, free=True)
     save_model_every: int = option(1000, "steps between two rolling checkpoints", at_least=1, free=True)
     save_named_model_every: int = option(
-        5000, "steps between two checkpoints that are kept for ever", at_least=1, free=True
+        5000, "steps between two checkpoints that are kept forever", at_least=1, free=True
     )
     wandb: str = option(
-        "auto", "auto (online where a key is configured, else offline), online, offline or disabled", free=True
+        "auto", "auto (online if a key is configured, else offline), online, offline or disabled", free=True
     )
 
     # EVALUATION
@@ -161,10 +163,12 @@ class Config:
         for field in dataclasses.fields(self):
             value = coerce(field, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        if self.use_obs is not None:  # the TensorFlow code takes lower case, too
+            object.__setattr__(self, "use_obs", self.use_obs.upper())
         self._check()
 
     def _check(self) -> None:
-        """Checks each value's range, then the combinations."""
+        """Check each value's range, then the combinations."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             numbers = value if isinstance(value, tuple) else (value,)
@@ -206,7 +210,7 @@ class Config:
 
     @property
     def run_name(self) -> str:
-        """The run's directory name: the earlier codes' name, then what else sets this training apart from others."""
+        """Name the run's directory: the earlier codes' name, then what else sets this training apart from others."""
         c = self
         name = (
             f"{c.dataset}_cwvae_{c.cell_type.lower()}_{c.levels}l_f{c.tmp_abs_factor}_decsd{c.dec_stddev}"
@@ -222,7 +226,7 @@ class Config:
         return name
 
     def updated(self, values: Mapping[str, Any], source: str) -> "Config":
-        """This configuration with `values` in place of its own.
+        """Return this configuration with `values` in place of its own.
 
         Raises:
             ConfigError: an unknown key or a value that can't work, after the name of the `source`.
@@ -230,11 +234,11 @@ class Config:
         return dataclasses.replace(self, **typed(values, source))
 
     def to_json(self) -> str:
-        """All keys; `Config(**json.loads(text))` is the same Config."""
+        """Return all keys; `Config(**json.loads(text))` is the same Config."""
         return json.dumps(dataclasses.asdict(self))
 
     def save(self, path: Path) -> None:
-        """Writes all keys as YAML; `load` reads the same Config back."""
+        """Write all keys as YAML; `load` reads the same Config back."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
@@ -249,22 +253,22 @@ CHANNELS = {"minerl": (3,), "mazes": (3,), "mmnist": (1,), "kth": (1,), "digits"
 
 
 def choose(key: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ConfigError unless `value` is one of `choices`."""
+    """Raise ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{key}: must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """'; did you mean ...?' with the most similar known word, or nothing where none is similar."""
+    """Return '; did you mean ...?' with the most similar known word, or nothing if none is similar."""
     matches = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def coerce(field: dataclasses.Field, value: Any) -> Any:
-    """`value` as the field's type. Text is read as YAML first, and as a float where YAML reads text (1e-4).
+    """Return `value` as the field's type. Text is read as YAML first, and as a float if YAML reads text (1e-4).
 
     Raises:
-        ConfigError: `value` is no such thing.
+        ConfigError: `value` can't be that.
     """
     kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
     if isinstance(value, str) and value.strip().lower() in ("null", "none", "~", "") and type(None) in kinds:
@@ -285,7 +289,7 @@ FAILED = object()
 
 
 def convert(kind: Any, value: Any) -> Any:
-    """`value` as `kind`, one of the types that fields have, or FAILED."""
+    """Return `value` as `kind`, one of the types that fields have, or FAILED."""
     if kind is types.NoneType:
         return None if value is None else FAILED
     if kind is bool:
@@ -309,7 +313,7 @@ def convert(kind: Any, value: Any) -> Any:
 
 
 def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`values` with each value as its field's type.
+    """Return `values` with each value as its field's type.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one) or a value of another type, after the `source`.
@@ -325,7 +329,7 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The values in a YAML file.
+    """Return the values in a YAML file.
 
     Raises:
         ConfigError: no such file, no YAML mapping, an unknown key or a value of another type.
@@ -344,14 +348,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load(path: str | Path) -> Config:
-    """The configuration in a YAML file, over the defaults; raises ConfigError as `read_yaml` and `Config` do."""
+    """Return the configuration in a YAML file, over the defaults; raise ConfigError as `read_yaml` and `Config` do."""
     return merged(path, {})
 
 
 def parse_flags(
     argv: Sequence[str], program: str, description: str, keys: bool = True, **special: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Reads `--key value`, `--key=value` and, for booleans, `--key`; dashes in keys count as underscores.
+    """Read `--key value`, `--key=value` and, for booleans, `--key`; dashes in keys count as underscores.
 
     Args:
         argv: the arguments, without the program's name.
@@ -397,12 +401,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def merged(path: str | Path | None, flags: Mapping[str, str]) -> Config:
-    """Defaults < the YAML file, if any < flags; raises ConfigError as `read_yaml`, `typed` and `Config` do."""
+    """Merge defaults < the YAML file, if any < flags; raise ConfigError as `read_yaml`, `typed` and `Config` do."""
     return Config(**(read_yaml(path) if path is not None else {}) | typed(flags, "command line"))
 
 
 def parse(argv: Sequence[str], program: str = "train.py", description: str = "Train a Clockwork VAE.") -> Config:
-    """The configuration from a command line: defaults < `--config` file < flags.
+    """Return the configuration of a command line: defaults < `--config` file < flags.
 
     Raises:
         ConfigError: as `load` and `parse_flags` do.

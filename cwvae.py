@@ -30,7 +30,7 @@ from jax import Array
 from config import Config
 from fast.convolutions import frame_by_frame
 from fast.layers import Convolution, Dense, lecun_normal, linear
-from fast.scan import scan
+from fast.scan import unroll
 from noise import Inputs, ticks
 
 # ---------------------------------------------------------------------------------------------- one level
@@ -86,7 +86,7 @@ class RSSMCell(nn.Module):
     def tick(
         self, state: LevelState, context: Array, features: Array | None, noise: Array, keep: Array | None
     ) -> tuple[LevelState, Gaussian]:
-        """Take one step, [B, ...] each: return the state after it, and what its stoch was sampled from."""
+        """Return the state after one tick, and the distribution of its stoch, [B, ...] each."""
         stoch, deter = state
         if keep is not None:
             stoch = stoch * keep
@@ -113,26 +113,12 @@ class RSSMCell(nn.Module):
         rollouts = []
         for part, sight in (slice(seen), features), (slice(seen, T), None):
             if len(range(T)[part]):
-                keep = None if inputs.keep is None else inputs.keep[part]
-                rollout = self.unroll(state, context[:, part], sight, inputs.noise[:, part], keep)
-                state = LevelState(rollout.stoch[:, -1], rollout.deter[:, -1])
-                rollouts.append(rollout)
+                keep = None if inputs.keep is None else inputs.keep[None, part, None]
+                states, belief = unroll(self, state, (context[:, part], sight, inputs.noise[:, part], keep))
+                prior = belief if sight is None else self.prior(states.deter)
+                rollouts.append(LevelRollout(prior, belief, *states))
+                state = jax.tree.map(lambda x: x[:, -1], states)
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *rollouts), state
-
-    def unroll(
-        self, state: LevelState, context: Array, features: Array | None, noise: Array, keep: Array | None
-    ) -> LevelRollout:
-        """Call `tick` for each tick, [B, ticks, ...]."""
-        over_time = [None if x is None else jnp.swapaxes(x, 0, 1) for x in (context, features, noise)]
-        keep = None if keep is None else keep[:, None, None]
-        if self.is_initializing():
-            self.tick(state, *(None if x is None else x[0] for x in (*over_time, keep)))
-            self.prior(state.deter)
-        cell = self.clone(parent=None)
-        tick = lambda params, state, inputs: cell.apply({"params": params}, state, *inputs, method="tick")  # noqa: E731
-        states, posterior = scan(tick, self.variables["params"], state, (*over_time, keep))
-        prior = posterior if features is None else self.prior(states.deter)
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), LevelRollout(prior, posterior, *states))
 
 
 class Prior(nn.Module):
@@ -365,17 +351,6 @@ class CWVAE(nn.Module):
         """Predict as many frames as `inputs` are for with the prior alone; otherwise as `observe`."""
         return self.unroll(inputs, state, [None] * self.config.levels)
 
-    def observe_and_imagine(self, context: Array, inputs: Sequence[Inputs], use_obs: str) -> Array:
-        """Predict from any number of context frames (Section 3.6); return reconstruction and prediction as frames.
-
-        A level that sees the context follows its posterior in the ticks that end within the context, and its prior from
-        there on. All frames that `inputs` are for are computed at once: for a few sequences.
-        """
-        T, k = context.shape[1], self.config.tmp_abs_factor
-        features = [None if x is None else x[:, : T // k**level] for level, x in enumerate(self.seen(context, use_obs))]
-        rollouts, _ = self.unroll(inputs, None, features)
-        return self.decode(rollouts)
-
     def seen(self, video: Array, use_obs: str | None) -> list[Array | None]:
         """Return each level's features [B, T_l, F], None for blind levels."""
         letters = use_obs or "T" * self.config.levels
@@ -399,17 +374,14 @@ class CWVAE(nn.Module):
             assert inputs[level].noise.shape == (B, T_l, c.cell_stoch_size), (level, inputs[level].noise.shape, T_l)
             context = context[:, :T_l]
             if level == 0 and self.action_size:
-                context = jnp.concatenate([context, self.checked(inputs[0].actions)], -1)
+                if inputs[0].actions is None:
+                    raise ValueError(f"actions: this model needs [B, T, {self.action_size}], got None")
+                context = jnp.concatenate([context, inputs[0].actions], -1)
             rollout, last = self.cells[level](state.levels[level], context, features[level], inputs[level])
             context = jnp.repeat(rollout.output, c.tmp_abs_factor, axis=1)
             rollouts.insert(0, rollout)
             states.insert(0, last)
         return tuple(rollouts), State(tuple(states), T % block == 0)
-
-    def checked(self, actions: Array | None) -> Array:
-        if actions is None:
-            raise ValueError(f"actions: this model needs [B, T, {self.action_size}], got None")
-        return actions
 
     def initial_state(self, batch: int) -> State:
         """Return zeros at every level."""
@@ -420,12 +392,6 @@ class CWVAE(nn.Module):
     def decode(self, rollouts: Sequence[LevelRollout]) -> Array:
         """Return the frames' means [B, T, H, W, C] (not clipped to [0, 1])."""
         return self.decoder(rollouts[0].output)
-
-    def decode_prior(self, rollouts: Sequence[LevelRollout], inputs: Sequence[Inputs]) -> Array:
-        """Return frames predicted by level 0's prior one step ahead of those that were observed, [B, T, H, W, C]."""
-        prior, deter = rollouts[0].prior, rollouts[0].deter
-        stoch = prior.mean if self.config.cell_mean_only else prior.mean + prior.stddev * inputs[0].noise
-        return self.decoder(jnp.concatenate([stoch, deter], -1))
 
     def elbo(self, video: Array, inputs: Sequence[Inputs], state: State | None = None) -> tuple["Terms", State]:
         """Return the terms of the evidence lower bound (Equation 5), and the state; arguments as in `observe`."""

@@ -15,7 +15,7 @@ import numpy as np
 import config as configuration
 import tools
 from config import FRAME_SIZE, Config, ConfigError
-from system.interrupts import exit_codes
+from system.interrupts import Interrupts, exit_codes
 from videos import decoded, digits
 
 
@@ -38,10 +38,10 @@ class Batch(NamedTuple):
 
 
 def windows(config: Config, split: str) -> Windows:
-    """The windows of `split` ("train" or "test"): `seq_len` frames for training, `eval_seq_len` for test.
+    """Return the windows of `split` ("train" or "test"), of `seq_len` or `eval_seq_len` frames.
 
     Raises:
-        ConfigError: the dataset can't be had, or is no such thing; with the remedy.
+        ConfigError: the dataset is missing and can't be prepared, or isn't what it should be; with the remedy.
     """
     c = config
     length = c.seq_len if split == "train" else c.eval_seq_len
@@ -49,42 +49,56 @@ def windows(config: Config, split: str) -> Windows:
         images, labels = digits.of_scikit_learn, digits.labels_of_scikit_learn
         return digits.MovingDigits(images, labels, split, length or 1000, c.num_digits, c.digit_speed)
     if c.dataset == "mnist":
-        idx_images, idx_labels = (functools.partial(read, c.datadir) for read in (digits.of_mnist, digits.labels_of_mnist))
+        idx_images, idx_labels = (
+            functools.partial(read, c.datadir) for read in (digits.of_mnist, digits.labels_of_mnist)
+        )
         return digits.MovingDigits(idx_images, idx_labels, split, length or 1000, c.num_digits, c.digit_speed)
     return VideoWindows(frame_file(c, split), length, split)
 
 
 def frame_file(config: Config, split: str) -> decoded.FrameFile:
-    """The frames of a split's videos: decoded now, and before that downloaded, where they aren't there yet."""
+    """Return the frames of a split's videos; download and decode these first if needed."""
     c = config
     datadir = Path(c.datadir)
     path = datadir / "frames" / f"{c.dataset}-{split}-{c.channels}"
     if c.dataset == "videos":
-        # A folder that is gone after decoding is no reason to stop.
+        # After decoding, the folder may go.
         if not c.rebuild_frames and decoded.index_path(path).exists() and not (datadir / split).exists():
             return decoded.FrameFile(path)
         folder = decoded.Folder(datadir / split)
+
+        def found() -> decoded.Videos:
+            if folder.ignored:
+                print(f"Ignored in {folder.folder}, since they aren't videos: {decoded.listed(folder.ignored)}")
+            return folder
+
         how = decoded.Decoding(c.channels, crop=True, luma=True)
-        return decoded.frame_file(path, lambda: folder, how, folder.origin, c.rebuild_frames)
+        return decoded.frame_file(path, found, how, folder.origin, c.rebuild_frames)
 
     def prepared() -> decoded.Videos:
         from videos import published  # TFDS is slow to import, and only needed once
 
-        builder = published.prepare(c.dataset, datadir)
-        source = published.PreparedVideos(builder.as_data_source(split=split))
+        builder = published.prepare(c.dataset, datadir, c.rebuild_frames)
+        videos = published.PreparedVideos(c.dataset, builder, split)
         expected = builder.VIDEOS.get(split)
-        if expected not in (None, len(source)):
-            print(f"Warning: {c.dataset} has {len(source)} {split} videos; {expected} were published")
-        return source
+        if expected not in (None, len(videos)):
+            count = f"{c.dataset} has {len(videos)} {split} videos; {expected} were published"
+            print(f"Warning: {count}. To prepare it again, {videos.remedy}")
+        decoded.remove_others(path.parent, c.dataset, videos.origin)
+        return videos
 
-    return decoded.frame_file(path, prepared, decoded.Decoding(c.channels), c.dataset, c.rebuild_frames)
+    return decoded.frame_file(path, prepared, decoded.Decoding(c.channels), rebuild=c.rebuild_frames)
 
 
 class VideoWindows:
-    """The windows of decoded videos: of each, as many as fit, from its beginning on; with `length` 0, whole videos."""
+    """The windows of decoded videos: as many as fit into each, from its first frame; with `length` 0, whole videos."""
 
     def __init__(self, file: decoded.FrameFile, length: int, split: str):
-        """Raises ConfigError where no video is as long as a window, or whole videos differ in length."""
+        """Divide the videos into windows.
+
+        Raises:
+            ConfigError: no video is as long as a window, or whole videos differ in length.
+        """
         self.file = file
         if not length and len(set(file.lengths)) > 1:
             raise ConfigError(
@@ -98,8 +112,8 @@ class VideoWindows:
             key = "seq_len" if split == "train" else "eval_seq_len"
             raise ConfigError(f"{key}: no {split} video has {self.length} frames; set at most {max(file.lengths)}")
         if short:
-            names = ", ".join(name for name, count in zip(file.names[:1000], counts, strict=False) if not count)
-            print(f"Skipped {short} {split} videos of less than {self.length} frames: {names}")
+            names = [name for name, count in zip(file.names, counts, strict=True) if not count]
+            print(f"Skipped {short} {split} videos of less than {self.length} frames: {decoded.listed(names)}")
         self.video = np.repeat(np.arange(len(counts)), counts)
         first = np.cumsum(counts) - counts
         within = np.arange(len(self.video)) - first[self.video]
@@ -109,11 +123,11 @@ class VideoWindows:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """uint8 [T, 64, 64, C]"""
+        """Return a window, uint8 [T, 64, 64, C]."""
         return self._frames(self.starts[index])
 
     def anywhere(self, index: int, random: np.random.Generator) -> np.ndarray:
-        """A window of the same video as window `index`, from a random frame on."""
+        """Return a window of the same video as window `index`, from a random frame on."""
         video = self.video[index]
         slack = self.file.lengths[video] - self.length
         return self._frames(self.file.starts[video] + random.integers(slack + 1))
@@ -123,7 +137,7 @@ class VideoWindows:
 
 
 def training_order(config: Config, train: Windows) -> grain.MapDataset:
-    """The windows' numbers in the whole training: `num_epochs` passes over them, each in a random order of its own.
+    """Return the numbers of the windows in the order of training: `num_epochs` passes, each in a new random order.
 
     Any position is found at once, without the ones before it.
     """
@@ -131,19 +145,19 @@ def training_order(config: Config, train: Windows) -> grain.MapDataset:
 
 
 def training_indices(config: Config, train: Windows, step: int) -> list[int]:
-    """The numbers of the windows in the batch of a step (counted from 0)."""
+    """Return the numbers of the windows in the batch of a step (counted from 0)."""
     order, B = training_order(config, train), config.batch_size
     return [int(order[i]) for i in range(step * B, min((step + 1) * B, len(order)))]
 
 
 def training_steps(config: Config, train: Windows) -> int:
-    """Batches in a training, the last of which may be partial; no more than `max_steps`."""
+    """Count the batches of a training, the last of which may be partial; at most `max_steps`."""
     steps = -(-len(train) * config.num_epochs // config.batch_size)
     return min(steps, config.max_steps or steps)
 
 
 def training_sequences(config: Config, train: Windows) -> grain.MapDataset:
-    """The windows of the whole training in their order."""
+    """Return the windows in the order of training, uint8 [T, 64, 64, C] each."""
     order = training_order(config, train)
     if config.random_start and isinstance(train, VideoWindows):
         return order.random_map(train.anywhere)
@@ -151,7 +165,7 @@ def training_sequences(config: Config, train: Windows) -> grain.MapDataset:
 
 
 def training_batches(config: Config, train: Windows, start: int, rows: int, own: slice = ALL) -> Iterator[Batch]:
-    """The batches from step `start` on, padded to `rows` rows, of which those in `own` are read (ahead, by threads)."""
+    """Read the batches from step `start` on, padded to `rows` rows, of which only those in `own` are read."""
     return batches(
         training_sequences(config, train), config.batch_size, range(start, training_steps(config, train)), rows, own
     )
@@ -160,14 +174,17 @@ def training_batches(config: Config, train: Windows, start: int, rows: int, own:
 def eval_batches(
     test: Windows, batch_size: int, count: int, rows: int, own: slice = ALL, first: int = 0
 ) -> Iterator[Batch]:
-    """The first `count` windows in their own order, in batches padded to `rows` rows, from batch number `first` on."""
+    """Read the first `count` windows in their order, in batches padded to `rows` rows, from batch number `first` on."""
     count = min(count, len(test))
     order = grain.MapDataset.source(test)[:count]
     return batches(order, batch_size, range(first, -(-count // batch_size)), rows, own)
 
 
 def batches(order: grain.MapDataset, batch_size: int, steps: range, rows: int, own: slice) -> Iterator[Batch]:
-    """Batch n holds the windows from n * batch_size on, read by threads: the work is in code that releases the GIL."""
+    """Read batches ahead in threads, since the work is in code that releases the GIL.
+
+    Batch n holds the windows from n * batch_size on.
+    """
     shape = order[0].shape
     mine = range(rows)[own]
 
@@ -186,7 +203,11 @@ def batches(order: grain.MapDataset, batch_size: int, steps: range, rows: int, o
 
 
 def look(config: Config) -> None:
-    """Prepares a dataset, prints what it holds, and writes pictures of it, `<datadir>/<dataset>.{png,gif}`."""
+    """Prepare a dataset, print what it holds, and draw some training windows to `<datadir>/<dataset>.{png,gif}`.
+
+    Raises:
+        ConfigError: the dataset can't be prepared, or the pictures can't be written.
+    """
     c = config
     sources = {split: windows(c, split) for split in ("train", "test")}
     print(f"{'split':<6} {'videos':>9} {'frames':>13} {'windows':>9} {'bytes':>16}")
@@ -199,15 +220,21 @@ def look(config: Config) -> None:
         print(f"{split:<6} {counts[0]:9,} {counts[1]:13,} {counts[2]:9,} {counts[3]:16,}")
     train = sources["train"]
     chosen = [train[i] for i in np.linspace(0, len(train) - 1, min(8, len(train))).astype(int)]
-    Path(c.datadir).mkdir(parents=True, exist_ok=True)
     sheet, animation = (Path(c.datadir) / f"{c.dataset}.{suffix}" for suffix in ("png", "gif"))
-    tools.save_grid(np.concatenate(chosen), sheet, strip=len(chosen[0]))
-    tools.save_gif(tools.rgb(np.concatenate(chosen, axis=2)), animation)
+    try:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        tools.save_grid(np.concatenate(chosen), sheet, strip=len(chosen[0]))
+        tools.save_gif(tools.rgb(np.concatenate(chosen, axis=2)), animation)
+    except OSError as error:
+        raise ConfigError(
+            f"datadir: the dataset is complete, but its pictures can't be written to {sheet.parent} "
+            f"({error.strerror or error}); training doesn't need them"
+        ) from error
     print(f"Look at {sheet} and {animation}")
 
 
 def main() -> None:
-    with exit_codes():
+    with exit_codes(), Interrupts():
         look(configuration.parse(sys.argv[1:], "data.py", "Prepare a dataset, and look at it."))
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains and evaluates the paper's models on one dataset, and draws its figures and tables. The same call goes on where it stopped.
+# Trains and evaluates the paper's models on one dataset, and draws its figures and tables. The same call resumes where it stopped.
 #
 #   bash results.sh CONFIG DIRECTORY [--key value ...]      # e.g. configs/small.yml results --seed 1
 #
 # Keys apply to every training. The models: cwvae (three levels, k = 6), k2, k4, k8, notmpabs (k = 1), rssm (one level), and
-# where the dataset is generated slow and fast digits. Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
+# if the dataset is generated, slow and fast digits. Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
 # Paths are those from here. With another Python than the active one: PYTHON=.venv/bin/python bash results.sh ...
 set -eo pipefail
 if [ $# -lt 2 ]; then

@@ -19,10 +19,10 @@ from config import Config, ConfigError
 from cwvae import CWVAE
 from noise import key_for, sequence_keys
 from runs import Run
-from step import NEVER, TrainState, make_train_step
 from system.devices import Devices, connect, use_compilation_cache
 from system.interrupts import Interrupted, Interrupts, exit_codes
 from system.logs import Progress, wandb_session, with_sweep
+from train_step import NEVER, TrainState, make_train_step
 
 
 def train(config: Config) -> TrainState:
@@ -45,6 +45,7 @@ def train(config: Config) -> TrainState:
         with runs.opened(config, devices) as run, interrupts.held_at_exit():
             c, model = run.config, CWVAE(run.config)
             steps = data.training_steps(c, train_set)
+            metrics: dict[str, Any]
             step, state, metrics = run.restore(model)
             devices.say(f"Run directory: {run.path}" + (f", resumed at step {step}" if step else ""))
             train_step = make_train_step(model)
@@ -83,7 +84,7 @@ def train(config: Config) -> TrainState:
 
 
 def is_due(step: int, *every: int, steps: int) -> bool:
-    """Whether `step` is the last one or a multiple of one of `every`."""
+    """Return whether `step` is the last one or a multiple of one of `every`."""
     return step > 0 and (step == steps or any(step % interval == 0 for interval in every))
 
 

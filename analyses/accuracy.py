@@ -17,17 +17,17 @@ def accuracy_line(summary: Mapping[str, Any]) -> plots.Line:
     return plots.Line(curve["value"], curve["low"], curve["high"])
 
 
-def accuracy_lines(runs: Sequence[TrainedModel], results: Mapping[str, Any]) -> dict[str, plots.Line]:
-    """Each run's line, and dotted beside it the one of its posterior reconstruction."""
-    lines = {run.name: accuracy_line(results[run.name]) for run in runs}
-    for run in runs:
+def accuracy_lines(models: Sequence[TrainedModel], results: Mapping[str, Any]) -> dict[str, plots.Line]:
+    """Return each model's line, and dotted beside it that of its posterior reconstruction."""
+    lines = {run.name: accuracy_line(results[run.name]) for run in models}
+    for run in models:
         name = f"{run.name}, {POSTERIOR}"
         lines[name] = plots.Line(np.array(results[name]["curve"]["value"]), beside=run.name)
     return lines
 
 
 def write_readout(kind: str, results: Mapping[str, Any], directory: Path, more: Mapping[str, Any]) -> None:
-    """`statistics.summary`s by name as `<kind>.json` and `<kind>.csv`, printed."""
+    """Write `statistics.summary`s by name as `<kind>.json` and `<kind>.csv`, and print them."""
     lines = {"accuracy": {kind: results}}
     tables.write(directory / f"{kind}.csv", tables.to_csv(tables.CSV_HEADER, tables.csv_rows(lines)))
     tables.write(directory / f"{kind}.json", tables.to_json({**more, "lines": results}))

@@ -24,7 +24,7 @@ class TrainedModel(NamedTuple):
 def parse_named(
     arguments: Sequence[str], program: str, description: str, keys: bool = True, **special: str
 ) -> tuple[list[tuple[str, Path]], dict[str, str], dict[str, str]]:
-    """The `[NAME=]DIRECTORY`s that a command line begins with, the name empty where there is none; then its flags.
+    """Read the `[NAME=]DIRECTORY`s that a command line begins with (without a name: an empty one), then its flags.
 
     Returns:
         The directories by name, and what `config.parse_flags` returns, with `--out` among the special flags.
@@ -44,10 +44,10 @@ def parse_named(
     return named, given, values
 
 
-def parse_runs(
+def parse_models(
     command: str, description: str | None, arguments: Sequence[str], **special: str
 ) -> tuple[list[TrainedModel], dict[str, str]]:
-    """The runs that a command line names, with its keys in place of their configurations', and its special flags.
+    """Return the models that a command line names, with its keys in place of their own, and its special flags.
 
     Raises:
         ConfigError: as `eval.parse` does.
@@ -61,7 +61,7 @@ def parse_runs(
 
 
 def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
-    """The given names; where one is missing, the values of the keys in which the models differ.
+    """Return the given names; if one is missing, the values of the keys in which the models differ.
 
     Raises:
         ConfigError: two have the same name.
@@ -78,7 +78,7 @@ def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
 
 
 def new_directory(command: str, out: str | None, run: Path | None = None) -> Path:
-    """Makes the directory of the results: `out`, or `<run>/<command>_<time>`.
+    """Make the directory of the results: `out`, or `<run>/<command>_<time>`.
 
     Raises:
         ConfigError: there are results already, or neither is given.
@@ -94,14 +94,14 @@ def new_directory(command: str, out: str | None, run: Path | None = None) -> Pat
     return directory
 
 
-def single(command: str, runs: Sequence[TrainedModel]) -> TrainedModel:
-    if len(runs) > 1:
+def single(command: str, models: Sequence[TrainedModel]) -> TrainedModel:
+    if len(models) > 1:
         raise ConfigError(f"command line: {command} takes a single run")
-    return runs[0]
+    return models[0]
 
 
 def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
-    """A special flag that is a whole number."""
+    """Return a special flag that is a whole number."""
     try:
         value = int(given.get(key, default))
     except ValueError:
@@ -111,12 +111,12 @@ def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -
     return value
 
 
-def directory_for(command: str, runs: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
-    return new_directory(command, given.get("out"), runs[0].checkpoint.run if len(runs) == 1 else None)
+def directory_for(command: str, models: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
+    return new_directory(command, given.get("out"), models[0].checkpoint.run if len(models) == 1 else None)
 
 
 def same_readout(a: TrainedModel, b: TrainedModel, keys: Sequence[str]) -> None:
-    """Raises ConfigError unless two runs are read on the same test sequences."""
+    """Raise ConfigError unless two models are read on the same test sequences."""
     for key in keys:
         x, y = getattr(a.config, key), getattr(b.config, key)
         if x != y:

@@ -2,29 +2,32 @@
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
+from jax import Array
 
-import rollout
 import tools
-from analyses.arguments import directory_for, parse_runs, single, whole
+from analyses.arguments import directory_for, parse_models, single, whole
 from analyses.worker import Worker
 from config import ConfigError
-from noise import draw
+from cwvae import CWVAE
+from noise import Inputs, draw
 from report import plots
 
 
 def blind(arguments: Sequence[str]) -> None:
-    """Draws open-loop predictions of one sequence with each subset of levels blind: blind.png, blind.gif, blind.npz."""
-    runs, given = parse_runs(
+    """Draw open-loop predictions of one sequence with each subset of levels blind: blind.png, blind.gif, blind.npz."""
+    models, given = parse_models(
         "blind",
         __doc__,
         arguments,
         example="number of the test sequence (default: 0)",
         blind_ctx="context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)",
     )
-    run = single("blind", runs)
+    run = single("blind", models)
     number, blind_context = whole(given, "example", 0, at_least=0), whole(given, "blind_ctx", 8)
     worker = Worker(run)
     if number >= len(worker.test):
@@ -32,7 +35,7 @@ def blind(arguments: Sequence[str]) -> None:
     video = worker.test[number]
     if blind_context >= len(video):
         raise ConfigError(f"blind_ctx: must be less than the sequence's {len(video)} frames, got {blind_context}")
-    directory = directory_for("blind", runs, given)
+    directory = directory_for("blind", models, given)
     rows, context = {"truth": video}, {}
     for use_obs in itertools.product("TF", repeat=run.config.levels):
         hidden = [str(level) for level, letter in enumerate(use_obs) if letter == "F"]
@@ -48,9 +51,25 @@ def blind(arguments: Sequence[str]) -> None:
 
 
 def predict_blind(worker: Worker, number: int, video: np.ndarray, context: int, use_obs: str) -> np.ndarray:
-    """Reconstruction and prediction of a test sequence uint8 [T, H, W, C], with the same noise for each `use_obs`."""
+    """Reconstruct and predict a test sequence uint8 [T, H, W, C], with the same noise for each `use_obs`."""
     inputs = draw(worker.config, worker.keys(number, 1), len(video), context)
-    frames = rollout.apply(
-        worker.model, "observe_and_imagine", worker.params, video[None, :context], inputs, use_obs=use_obs
-    )
+    frames = observe_and_imagine(worker.model, worker.params, video[None, :context], inputs, use_obs)
     return np.asarray(tools.to_uint8(frames))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def observe_and_imagine(model: CWVAE, params: Any, context: Array, inputs: Sequence[Inputs], use_obs: str) -> Array:
+    """Predict from any number of context frames (Section 3.6); return all frames that `inputs` are for.
+
+    A level that sees the context follows its posterior in the ticks that end within the context, and its prior from
+    there on.
+    """
+    T, k = context.shape[1], model.config.tmp_abs_factor
+
+    def frames(model: CWVAE) -> Array:
+        features = [x if x is None else x[:, : T // k**level] for level, x in enumerate(model.seen(context, use_obs))]
+        rollouts, _ = model.unroll(inputs, None, features)
+        return model.decode(rollouts)
+
+    predicted: Any = model.apply(params, method=frames)
+    return predicted

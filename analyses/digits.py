@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
+import scipy.ndimage
 from flax import linen as nn
 from jax import Array
 
 import data
 from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
-from analyses.arguments import directory_for, parse_runs, same_readout
+from analyses.arguments import directory_for, parse_models, same_readout
 from analyses.worker import Worker
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import floats
@@ -23,17 +23,19 @@ from videos.digits import MovingDigits, compose
 
 
 def digits(arguments: Sequence[str]) -> None:
-    """Accuracy of the digits' identities in predicted frames over time (Figure 5b): digits.png, .json, .csv.
+    """Write how often digits' identities are right in predicted frames over time (Figure 5b): digits.png, .json, .csv.
 
     Each frame counts by itself: right if the classifier finds the truth's digits in it, in any order. Frames where
     digits hide each other can't all be read: the same figure for the true frames is the ceiling.
     """
-    runs, given = parse_runs("digits", __doc__, arguments)
-    train_set, test_set = (digit_windows(run.config, split) for run, split in ((runs[0], "train"), (runs[0], "test")))
-    for run in runs[1:]:
-        same_readout(runs[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
-    workers = [Worker(run) for run in runs]
-    print(f"Training a classifier of {runs[0].config.num_digits} digits")
+    models, given = parse_models("digits", __doc__, arguments)
+    train_set, test_set = (
+        digit_windows(run.config, split) for run, split in ((models[0], "train"), (models[0], "test"))
+    )
+    for run in models[1:]:
+        same_readout(models[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
+    workers = [Worker(run) for run in models]
+    print(f"Training a classifier of {models[0].config.num_digits} digits")
     read = train_digit_reader(train_set)
     clean, total = clean_accuracy(read, test_set)
     print(f"It reads {100 * clean:.2f} % of {total} true test frames without overlap")
@@ -42,14 +44,14 @@ def digits(arguments: Sequence[str]) -> None:
             f"digits: the classifier reads {100 * clean:.2f} % of true frames; below "
             f"{100 * NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
         )
-    directory = directory_for("digits", runs, given)
+    directory = directory_for("digits", models, given)
     results: dict[str, Any] = {}
     truth: list[np.ndarray] = []
-    for run, worker in zip(runs, workers, strict=True):
+    for run, worker in zip(models, workers, strict=True):
         rights, upper = [], []
         for first, valid, video in worker.batches():
             labels = np.stack([test_set.digits_in(first + row) for row in range(valid)])
-            if run is runs[0]:
+            if run is models[0]:
                 truth.append(right_digits(read, video[:valid, run.config.open_loop_ctx :], labels))
             samples = (
                 right_digits(read, worker.predictions(video, first, sample)[:valid], labels)
@@ -59,7 +61,7 @@ def digits(arguments: Sequence[str]) -> None:
             upper.append(right_digits(read, worker.reconstructions(video, first)[:valid], labels))
         results[run.name] = statistics.summary(np.concatenate(rights))
         results[f"{run.name}, {POSTERIOR}"] = statistics.summary(np.concatenate(upper))
-    lines = accuracy_lines(runs, results)
+    lines = accuracy_lines(models, results)
     results["true frames"] = statistics.summary(np.concatenate(truth))
     by_chance = chance(train_set)
     lines["true frames"] = plots.Line(np.array(results["true frames"]["curve"]["value"]), reference=True)
@@ -69,8 +71,8 @@ def digits(arguments: Sequence[str]) -> None:
     write_readout("digits", results, directory, more)
 
 
-def digit_windows(config: Config, split: str) -> data.MovingDigits:
-    """Windows that know their digits.
+def digit_windows(config: Config, split: str) -> MovingDigits:
+    """Return windows that know their digits.
 
     Raises:
         ConfigError: the dataset has no labels.
@@ -81,7 +83,7 @@ def digit_windows(config: Config, split: str) -> data.MovingDigits:
             "MNIST's moving digits with --dataset mnist --datadir DIRECTORY of MNIST's idx files"
         )
     windows = data.windows(config, split)
-    assert isinstance(windows, data.MovingDigits)
+    assert isinstance(windows, MovingDigits)
     return windows
 
 
@@ -119,7 +121,7 @@ class DigitClassifier(nn.Module):
 
 
 def neighbourhoods(x: Array, stride: int) -> Array:
-    """The 3x3 pixels around each place, as channels: a Dense layer on them is a convolution, and on CPUs a fast one.
+    """Return the 3x3 pixels around each place as channels: a Dense layer on them is a convolution, fast on CPUs.
 
     [N, H, W, C] -> [N, H / stride, W / stride, 9 C]
     """
@@ -129,27 +131,27 @@ def neighbourhoods(x: Array, stride: int) -> Array:
 
 
 def digit_sets(digits: int) -> np.ndarray:
-    """All ways to have `digits` digits in any order, as how often each of the ten occurs, int [sets, 10]."""
+    """Return all ways to have `digits` digits in any order, as how often each of the ten occurs, int [sets, 10]."""
     chosen = itertools.combinations_with_replacement(range(10), digits)
     return np.array([np.bincount(combination, minlength=10) for combination in chosen])
 
 
 def counts(labels: np.ndarray) -> np.ndarray:
-    """Digits [..., n] from 0 to 9 -> how often each of the ten occurs, [..., 10]."""
+    """Return how often each of the ten digits occurs in digits [..., n] from 0 to 9, [..., 10]."""
     return (labels[..., None] == np.arange(10)).sum(-2)
 
 
 def draw_frames(
     glyphs: np.ndarray, labels: np.ndarray, digits: int, count: int, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames with digits anywhere: uint8 [count, 64, 64, 1], and which they are, [count, digits]."""
+    """Return frames with digits anywhere, uint8 [count, 64, 64, 1], and which they are, [count, digits]."""
     chosen = random.integers(len(glyphs), size=(digits, count))
     corners = random.integers(FRAME_SIZE - glyphs.shape[-1] + 1, size=(digits, count, 2))
     return compose(glyphs[chosen], corners)[..., None], labels[chosen.T]
 
 
 def distorted(glyphs: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Glyphs [N, h, w], each turned (by 7 degrees), stretched (by 8 % each way) and sheared (by 10 %) at random.
+    """Turn (by 7 degrees), stretch (by 8 % each way) and shear (by 10 %) each glyph of [N, h, w] at random.
 
     The numbers are standard deviations. What the classifier has to learn is in no other handwriting otherwise.
     """
@@ -170,7 +172,7 @@ def distorted(glyphs: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def train_digit_reader(
     train: MovingDigits, steps: int = 5000, batch_size: int = 64, copies: int = 15, seed: int = 0
 ) -> Reader:
-    """Trains a `DigitClassifier` on frames of the training digits with Adam, the rate falling to zero as a cosine.
+    """Train a `DigitClassifier` on frames of the training digits with Adam, the rate falling to zero as a cosine.
 
     Each digit comes as it is and in `copies` distorted forms: there are only 1,498 of scikit-learn's.
     """
@@ -210,8 +212,11 @@ def train_digit_reader(
 
 
 def clean_accuracy(read: Reader, test: MovingDigits, count: int = 2000) -> tuple[float, int]:
-    """The share of true test frames read right, and of how many: those of `count`, from all times, in which no pixel
-    belongs to two digits. Where digits hide each other, even a perfect reader must guess."""
+    """Return the share of true test frames that are read right, and of how many.
+
+    They are those of `count` frames, from all times, in which no pixel belongs to two digits: if digits hide each
+    other, even a perfect reader must guess.
+    """
     frames, labels = [], []
     for index in range(min(count // 10, len(test))):
         times = np.linspace(0, test.frames - 1, min(10, test.frames)).astype(int)
@@ -224,14 +229,14 @@ def clean_accuracy(read: Reader, test: MovingDigits, count: int = 2000) -> tuple
 
 
 def right_digits(read: Reader, videos: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Where videos uint8 [B, T, H, W, C] show the digits [B, digits], in any order: 1, else 0, [B, T]."""
+    """Return 1 for frames of uint8 [B, T, H, W, C] that show the digits [B, digits] in any order, else 0, [B, T]."""
     B, T = videos.shape[:2]
     found = read(videos.reshape(B * T, *videos.shape[2:])).reshape(B, T, 10)
     return (found == counts(labels)[:, None]).all(-1).astype(float)
 
 
 def chance(windows: MovingDigits) -> float:
-    """The probability that digits drawn anew are the same ones: what a model that has forgotten them reaches."""
+    """Return the probability that digits drawn again are the same: what a model that has forgotten them reaches."""
     shares = np.bincount(windows.labels, minlength=10) / len(windows.labels)
     drawn = np.array(list(itertools.product(range(10), repeat=windows.digits)))
     probability = shares[drawn].prod(-1)

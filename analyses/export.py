@@ -6,25 +6,26 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from analyses.arguments import directory_for, parse_runs, single
+import runs
+from analyses.arguments import directory_for, parse_models, single
 from config import Config, ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Writes a run of the configuration and one checkpoint, for evaluation: a fifth of the size.
+    """Write a run of the configuration and one checkpoint, for evaluation: a fifth of the size.
 
     Parameters are rounded to half precision's digits and Adam's state is zero, which Orbax's compression makes use of.
     """
-    runs, given = parse_runs("export", __doc__, arguments)
-    run = single("export", runs)
+    models, given = parse_models("export", __doc__, arguments)
+    run = single("export", models)
     state = runs.load_state(CWVAE(run.config), run.checkpoint)
     with np.errstate(over="ignore"):  # refused below
         params = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(x.dtype), state.params)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):
         raise ConfigError(f"{run.checkpoint.run} has parameters beyond half precision's range; share the run itself")
-    directory = directory_for("export", runs, given)
+    directory = directory_for("export", models, given)
     default = Config()
     dataclasses.replace(run.config, datadir=default.datadir, logdir=default.logdir).save(directory / "config.yml")
     with Checkpoints(directory / "checkpoints") as checkpoints:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 import rollout
-from analyses.arguments import directory_for, parse_runs, whole
+from analyses.arguments import directory_for, parse_models, whole
 from analyses.worker import Worker
 from config import ConfigError
 from cwvae import LevelRollout, entropy, kl_divergence, per_level
@@ -20,25 +20,25 @@ from report import plots, statistics, tables
 
 
 def levels(arguments: Sequence[str]) -> None:
-    """Writes KL and entropies per level as JSON, CSV, Markdown and plot, and each run's latents as NPZ."""
-    runs, given = parse_runs(
+    """Write KL and entropies per level as JSON, CSV, Markdown and plot, and each run's latents as NPZ."""
+    models, given = parse_models(
         "levels",
         __doc__,
         arguments,
         frames="frames of each test sequence that are read (default: seq_len, as in Table 1)",
     )
-    frames = [whole(given, "frames", run.config.seq_len) for run in runs]
-    for run, T in zip(runs, frames, strict=True):
+    frames = [whole(given, "frames", run.config.seq_len) for run in models]
+    for run, T in zip(models, frames, strict=True):
         if 0 < run.config.eval_seq_len < T:
             raise ConfigError(
                 f"frames: test sequences of {run.name} have eval_seq_len = {run.config.eval_seq_len} frames, fewer "
                 f"than {T}; lower --frames or raise --eval_seq_len"
             )
-    workers = [Worker(run) for run in runs]
-    directory = directory_for("levels", runs, given)
+    workers = [Worker(run) for run in models]
+    directory = directory_for("levels", models, given)
     results = {}
-    for i, (run, worker, T) in enumerate(zip(runs, workers, frames, strict=True)):
-        latents = directory / ("latents" if len(runs) == 1 else f"latents_{i}")
+    for i, (run, worker, T) in enumerate(zip(models, workers, frames, strict=True)):
+        latents = directory / ("latents" if len(models) == 1 else f"latents_{i}")
         found = {"latents": latents.name, "run": str(run.checkpoint.run), "checkpoint_step": run.checkpoint.step}
         results[run.name] = found | information(worker, T, latents)
     write_levels(results, directory)
@@ -58,7 +58,7 @@ def level_terms(rollouts: tuple[LevelRollout, ...]) -> dict[str, Array]:
 
 
 def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
-    """KL and entropies of each level in nats, over the first `frames` frames of the test sequences.
+    """Return KL and entropies of each level in nats, over the first `frames` frames of the test sequences.
 
     Levels that `use_obs` blinds follow their prior. Each batch's latents go to `latents/level_<l>_<first example>.npz`:
     example [B], stoch, prior_mean, prior_stddev, posterior_mean, posterior_stddev [B, T_l, S], deter [B, T_l, D].
@@ -97,7 +97,7 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
 
 
 def write_levels(results: Mapping[str, Any], directory: Path) -> None:
-    """The figures of `information` for each model: levels.json, levels.csv, levels.md, kl.png."""
+    """Write the figures of `information` for each model: levels.json, levels.csv, levels.md, kl.png."""
     depth = max(len(result["levels"]) for result in results.values())
     table_1, details, rows = [], [], []
     for name, result in results.items():

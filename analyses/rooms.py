@@ -4,28 +4,30 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.ndimage
 
 from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
-from analyses.arguments import directory_for, parse_runs, same_readout
+from analyses.arguments import directory_for, parse_models, same_readout
 from analyses.worker import Worker
 from config import ConfigError
 from report import plots, statistics
 
 
 def rooms(arguments: Sequence[str]) -> None:
-    """Whether predicted videos visit the same rooms as the true ones, by their colours (Figure 5a): rooms.png, .json,
-    .csv. See `visits` for what a room is."""
-    runs, given = parse_runs("rooms", __doc__, arguments)
-    for run in runs:
-        same_readout(runs[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
+    """Write how often predicted videos visit the same rooms as the true ones (Figure 5a): rooms.png, .json, .csv.
+
+    See `visits` for what a room is.
+    """
+    models, given = parse_models("rooms", __doc__, arguments)
+    for run in models:
+        same_readout(models[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
         if run.config.channels != 3:
             raise ConfigError(f"dataset: {run.config.dataset} has no colours; rooms are read from those of mazes")
-    workers = [Worker(run) for run in runs]
-    directory = directory_for("rooms", runs, given)
+    workers = [Worker(run) for run in models]
+    directory = directory_for("rooms", models, given)
     found: dict[str, list[Rooms]] = {}
     copies: list[Rooms] = []
-    for run, worker in zip(runs, workers, strict=True):
+    for run, worker in zip(models, workers, strict=True):
         context = run.config.open_loop_ctx
         own, upper = found.setdefault(run.name, []), found.setdefault(f"{run.name}, {POSTERIOR}", [])
         for first, valid, video in worker.batches():
@@ -34,7 +36,7 @@ def rooms(arguments: Sequence[str]) -> None:
             for row in range(valid):
                 own.append(read_rooms(video[row], [frames[row] for frames in samples], context))
                 upper.append(read_rooms(video[row], [reconstruction[row]], context))
-                if run is runs[0]:
+                if run is models[0]:
                     last = np.broadcast_to(video[row, context - 1], video[row, context:].shape)
                     copies.append(read_rooms(video[row], [last], context))
     found[statistics.REFERENCES["copy"]] = copies
@@ -48,7 +50,7 @@ def rooms(arguments: Sequence[str]) -> None:
         for category, copied in shares[statistics.REFERENCES["copy"]].items()
     }
     plots.plot_bars(groups, directory / "rooms.png", "accuracy of the sequence of rooms")
-    lines = accuracy_lines(runs, curves)
+    lines = accuracy_lines(models, curves)
     lines[statistics.REFERENCES["copy"]] = plots.Line(
         np.array(curves[statistics.REFERENCES["copy"]]["curve"]["value"]), reference=True
     )
@@ -73,7 +75,7 @@ CATEGORIES = ("same room", "to the hallway", "to another room")
 
 
 def histograms(video: np.ndarray) -> np.ndarray:
-    """Colour histogram of each frame of uint8 [T, H, W, 3], smoothed: [T, BINS**3], with sum 1."""
+    """Return the colour histogram of each frame of uint8 [T, H, W, 3], smoothed: [T, BINS**3], with sum 1."""
     T = len(video)
     bins = (video.reshape(T, -1, 3).astype(int) * BINS // 256) @ [BINS**2, BINS, 1]
     counted = np.stack([np.bincount(frame, minlength=BINS**3) for frame in bins]).reshape(T, BINS, BINS, BINS)
@@ -82,7 +84,7 @@ def histograms(video: np.ndarray) -> np.ndarray:
 
 
 def visits(colors: np.ndarray, known: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Which room each frame shows, by the colours of walls, floor and hallway, which differ from room to room.
+    """Find which room each frame shows, by the colours of walls, floor and hallway, which differ from room to room.
 
     A frame belongs to the room whose histogram it shares most with, if that is at least SAME_ROOM; STAY frames in a
     row that belong to no room, but to each other, found a new one, with their mean histogram. Other frames show the
@@ -117,7 +119,7 @@ def visits(colors: np.ndarray, known: Sequence[np.ndarray] = ()) -> tuple[np.nda
 
 
 def settled(shown: np.ndarray) -> np.ndarray:
-    """Stretches of fewer than STAY frames, and of frames without a room (-1), become part of the stretch before."""
+    """Make stretches of fewer than STAY frames, and of frames without a room (-1), part of the stretch before."""
     starts = np.flatnonzero(np.diff(shown, prepend=shown[0] - 1))
     lengths = np.diff(starts, append=len(shown))
     result, current = shown.copy(), -1
@@ -131,7 +133,7 @@ def settled(shown: np.ndarray) -> np.ndarray:
 
 
 def category(shown: np.ndarray) -> int:
-    """Which of CATEGORIES a sequence of rooms is: one stay, two, or more."""
+    """Return which of CATEGORIES a sequence of rooms is: one stay, two, or more."""
     return min(int((np.diff(shown) != 0).sum()), len(CATEGORIES) - 1)
 
 
@@ -144,7 +146,7 @@ class Rooms(NamedTuple):
 
 
 def read_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: int) -> Rooms:
-    """Reads the rooms of a true video uint8 [T, H, W, 3], and of its context continued by each prediction."""
+    """Read the rooms of a true video uint8 [T, H, W, 3], and of its context continued by each prediction."""
     colors = histograms(video)
     truth, known = visits(colors)
     agreements, rights = [], []
@@ -156,7 +158,7 @@ def read_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: in
 
 
 def category_accuracy(reads: Sequence[Rooms]) -> dict[str, dict[str, float]]:
-    """How often predictions have their truth's category.
+    """Return how often predictions have their truth's category.
 
     Returns:
         For each of CATEGORIES that occurs, the share with its confidence interval, and the number of "sequences".

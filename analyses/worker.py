@@ -29,8 +29,8 @@ class Worker:
         self.count = min(run.config.num_examples, len(self.test))
 
     def batches(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Number of the first sequence, how many there are, and the frames uint8 [rows, T, H, W, C], of which the
-        rows behind that number are padding."""
+        """Yield the first sequence's number, how many there are, and their frames uint8 [rows, T, H, W, C]; the rows
+        behind these are padding."""
         size = min(self.config.batch_size, self.count)
         batches = data.eval_batches(self.test, size, self.count, self.devices.rows(size))
         with tqdm(total=self.count, desc=self.name, unit="sequence", dynamic_ncols=True) as bar:
@@ -40,22 +40,22 @@ class Worker:
                 bar.update(valid)
 
     def keys(self, first: int, rows: int, sample: int = 0) -> Array:
-        """Those of eval.py, so that samples are the same."""
+        """Return the keys that eval.py uses, so that samples are the same."""
         return example_keys(self.config, first, rows, sample)
 
     def predictions(self, video: np.ndarray, first: int, sample: int) -> np.ndarray:
-        """The frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
+        """Return the frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
         keys = self.keys(first, len(video), sample)
         chunks = rollout.predict(self.model, self.params, video, keys, self.devices.put)
         return joined(chunks)
 
     def reconstructions(self, video: np.ndarray, first: int) -> np.ndarray:
-        """The same frames as the posterior reconstructs them, which sees them: what predictions are bounded by."""
+        """Return the same frames as the posterior, which sees them, reconstructs them: the bound of predictions."""
         keys = self.keys(first, len(video))
         chunks = rollout.reconstruct(self.model, self.params, video, keys, self.devices.put)
         return joined(chunks)[:, self.config.open_loop_ctx :]
 
 
 def joined(chunks: Iterable[Array]) -> np.ndarray:
-    """Frames that come in chunks of time, as uint8 [B, T, H, W, C]."""
+    """Join frames that come in chunks of time, as uint8 [B, T, H, W, C]."""
     return np.concatenate([np.asarray(tools.to_uint8(chunk)) for chunk in chunks], axis=1)

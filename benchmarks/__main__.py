@@ -1,4 +1,4 @@
-"""Benchmarks: python bench.py step --config configs/mmnist.yml --batch_size 2 [--json FILE] [--key value ...]
+"""Benchmarks: python -m benchmarks step --config configs/mmnist.yml --batch_size 2 [--json FILE] [--key value ...]
 
 Not tests: machines are noisy. What is compared runs in turn in one process, each run waiting for the devices; medians.
 Compilation is measured apart.
@@ -33,15 +33,17 @@ from jax.experimental import topologies
 import config as configuration
 import cwvae
 import data
+import rollout
 import tools
 import train
+from benchmarks import textbook
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
-from system.devices import Devices
+from fast import convolutions, scan
+from noise import Inputs, draw, sequence_keys, ticks
+from system.devices import Devices, use_compilation_cache
 from system.interrupts import exit_codes
-
-sys.path.append(str(Path(__file__).parent / "tests"))
-import textbook  # the textbook form, which the tests check too
+from train_step import make_optimizer, make_state, make_train_step
 
 Row = dict[str, Any]
 
@@ -56,7 +58,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turn(contenders: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
-    """Seconds of each run, the contenders taking turns; the first, which compiles, doesn't count."""
+    """Return the seconds of each run, the contenders taking turns; the first, which compiles, doesn't count."""
     for run in contenders.values():
         seconds(run)
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -75,7 +77,7 @@ def timed(what: str, times: list[float], **more: float) -> Row:
 
 
 def compared(times: dict[str, list[float]], **amounts: float) -> list[Row]:
-    """Two contenders' times, with each amount divided by their seconds, and how many times as fast the second is."""
+    """Return two contenders' times, each amount by their seconds, and how many times as fast the second is."""
     medians = {name: statistics.median(values) for name, values in times.items()}
     first, second = medians.values()
     return [
@@ -91,7 +93,7 @@ def compared(times: dict[str, list[float]], **amounts: float) -> list[Row]:
 
 
 def multiply_adds(config: Config) -> dict[str, float]:
-    """Multiply-adds per frame, forward, of the model as the paper states it."""
+    """Return the multiply-adds per frame, forward, of the model as the paper states it."""
     c = config
     base, feature_size = c.filters * c.channels_mult, 2 * 2 * 8 * c.filters * c.channels_mult
     S, D, E, width = c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size, c.enc_dense_embed_size
@@ -112,13 +114,13 @@ def multiply_adds(config: Config) -> dict[str, float]:
 
 
 def training_flop(config: Config) -> float:
-    """Of a step: a multiplication and an addition each, forward once and backward twice."""
+    """Return those of a step: a multiplication and an addition each, forward once and backward twice."""
     return 6 * sum(multiply_adds(config).values()) * config.batch_size * config.seq_len
 
 
 def floor(config: Config) -> tuple[float, list[Row]]:
-    """The seconds below which no step can come, and how they are made up: matmuls and dependent ticks as fast as this
-    machine does them by themselves."""
+    """Return the seconds below which no step can come, and what they are made of: matmuls and dependent ticks, as fast
+    as this machine does them by themselves."""
     dtype = jnp.dtype(config.dtype)
     size = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((size, size), dtype)
@@ -131,7 +133,7 @@ def floor(config: Config) -> tuple[float, list[Row]]:
     state = jnp.ones((1, config.cell_deter_size), dtype)
     tick = statistics.median(in_turn({"": lambda: chain(state)}, 10)[""]) / length
 
-    count = sum(cwvae.ticks(config, config.seq_len))
+    count = sum(ticks(config, config.seq_len))
     arithmetic, sequence = training_flop(config) / rate, 2 * count * tick
     return arithmetic + sequence, [
         row("floor: arithmetic", "ms", arithmetic * 1e3, TFLOP=training_flop(config) / 1e12, TFLOP_per_s=rate / 1e12),
@@ -148,16 +150,16 @@ class Bench:
     def __init__(self, config: Config):
         c = self.config = dataclasses.replace(config, seed=0)
         self.model, self.devices = CWVAE(c), Devices()
-        self.host = jax.tree.map(np.asarray, train.make_state(self.model))
+        self.host = jax.tree.map(np.asarray, make_state(self.model))
         shape = (self.devices.rows(c.batch_size), c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels)
         self.video = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         weight = (np.arange(shape[0]) < c.batch_size).astype(np.float32)
         self.batch = next(self.devices.spread(iter([data.Batch(self.video, weight)])))
-        self.keys = train.sequence_keys(jax.random.key(0), 0, c.batch_size)
+        self.keys = sequence_keys(jax.random.key(0), 0, c.batch_size)
 
     def stepper(self) -> Callable[[], Any]:
-        """Takes training steps, one a call."""
-        step, state = train.make_train_step(self.model), self.devices.replicate(self.host)
+        """Return a function that takes a training step a call."""
+        step, state = make_train_step(self.model), self.devices.replicate(self.host)
 
         def run() -> Any:
             nonlocal state
@@ -167,18 +169,18 @@ class Bench:
         return run
 
     def textbook_stepper(self, **forms: Any) -> Callable[[], Any]:
-        """The same steps in the textbook form, on one device."""
-        c, optimizer = self.config, train.make_optimizer(self.config)
+        """Return the same in the textbook form, on one device."""
+        c, optimizer = self.config, make_optimizer(self.config)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: Any, video: Any, step: Any) -> Any:
             params, opt_state = state
-            keys = train.sequence_keys(jax.random.fold_in(jax.random.key(0), step), 0, c.batch_size)
-            noise = cwvae.draw_noise(c, keys, c.seq_len)
+            keys = sequence_keys(jax.random.fold_in(jax.random.key(0), step), 0, c.batch_size)
+            noise = [x.noise for x in draw(c, keys, c.seq_len)]
 
             def loss(params: Any) -> Any:
-                terms = textbook.elbo(c, params, video, noise, **forms)
-                terms |= {"kl_prior": terms["kl"], "kl_posterior": terms["kl"]}
+                found = textbook.elbo(c, params, video, noise, **forms)
+                terms = cwvae.Terms(**found, kl_prior=found["kl"], kl_posterior=found["kl"])
                 return cwvae.objective(c, terms, jnp.ones(c.batch_size), c.seq_len)
 
             gradients, metrics = jax.grad(loss, has_aux=True)(params)
@@ -198,7 +200,7 @@ class Bench:
 
 
 def bench_step(config: Config) -> list[Row]:
-    """A training step against the textbook form of the same model, and against the machine's floor."""
+    """Time a training step against the textbook form of the same model, and against the machine's floor."""
     c, bench = config, Bench(config)
     times = in_turn({"textbook form": bench.textbook_stepper(), "training step": bench.stepper()})
     least, rows = floor(c)
@@ -207,22 +209,22 @@ def bench_step(config: Config) -> list[Row]:
 
 
 def bench_tricks(config: Config) -> list[Row]:
-    """The training step from the textbook form to ours, one trick after the other."""
+    """Time the training step from the textbook form to ours, one trick after the other."""
     bench = Bench(config)
     forms: dict[str, Any] = {}
     contenders = {"textbook form": bench.textbook_stepper()}
     for name, form in (
-        ("+ convolutions", {"conv": cwvae.conv}),
-        ("+ transposed convolutions", {"conv_transpose": cwvae.conv_transpose}),
+        ("+ convolutions", {"conv": convolutions.conv}),
+        ("+ transposed convolutions", {"conv_transpose": convolutions.conv_transpose}),
         ("+ sum before the last Dense", {"sum_first": True}),
     ):
         forms |= form
         contenders[name] = bench.textbook_stepper(**forms)
-    with mock.patch.object(cwvae, "CHUNK", 10**9):
-        with mock.patch.object(cwvae, "scan", plain_scan):
+    with mock.patch.object(convolutions, "CHUNK", 10**9):
+        with mock.patch.object(scan, "scan", plain_scan):
             contenders["+ projections, prior outside the scan, fused gates"] = traced(bench.stepper())
         contenders["+ nothing but states and their gradients inside the scan"] = traced(bench.stepper())
-    contenders["+ chunks of frames, patches made anew (training step)"] = bench.stepper()
+    contenders["+ chunks of frames, patches made again (training step)"] = bench.stepper()
     times = in_turn(contenders)
     rows, before = [], 0.0
     for name, values in times.items():
@@ -233,27 +235,23 @@ def bench_tricks(config: Config) -> list[Row]:
 
 
 def traced(run: Callable[[], Any]) -> Callable[[], Any]:
-    """After its first call a program stays as it is."""
+    """Call it once: a program that is compiled stays as it is."""
     run()
     return run
 
 
-def plain_scan(tick: Any, weights: Any, state: Any, inputs: Any, dtype: Any) -> Any:
-    """`cwvae.scan` as one would write it, and as JAX differentiates it."""
-
-    def dense(name: str, x: Any) -> Any:
-        kernel, bias = weights[name]
-        return cwvae.dot(x, kernel, dtype) + bias
+def plain_scan(tick: Any, params: Any, state: Any, inputs: Any) -> Any:
+    """Do what `fast.scan.scan` does as one would write it, and as JAX differentiates it."""
 
     def body(state: Any, inputs: Any) -> Any:
-        state, outputs = tick(dense, state, inputs)
+        state, outputs = tick(params, state, inputs)
         return state, (state, outputs)
 
     return jax.lax.scan(body, state, inputs)[1]
 
 
 def bench_parts(config: Config) -> list[Row]:
-    """Where a training step's time goes: each part by itself, forward, and forward with backward."""
+    """Time each part of a training step by itself, forward, and forward with backward."""
     c = config
     B, T, S, D = c.batch_size, c.seq_len, c.cell_stoch_size, c.cell_deter_size
     random = np.random.default_rng(0)
@@ -266,11 +264,11 @@ def bench_parts(config: Config) -> list[Row]:
         "decoder": (cwvae.Decoder(c), (output,)),
     }
     feature_size = cwvae.Encoder(c).feature_size
-    for level, count in enumerate(cwvae.ticks(c, T)):
+    for level, count in enumerate(ticks(c, T)):
         context, features, noise = (
             jnp.asarray(random.normal(size=(B, count, size)), jnp.float32) for size in (S + D, feature_size, S)
         )
-        arguments = state, context, features, noise, jnp.ones(count)
+        arguments = state, context, features, Inputs(noise)
         parts[f"cell of level {level}"] = cwvae.RSSMCell(c, S + D, feature_size), arguments
 
     contenders: dict[str, Callable[[], Any]] = {}
@@ -283,8 +281,8 @@ def bench_parts(config: Config) -> list[Row]:
         wanted = (0,) if "convolutions" in name or "Dense" in name else (0, 1)  # the video needs no gradient
         contenders[f"{name}, forward"] = functools.partial(jax.jit(total), params, *arguments)
         contenders[f"{name}, with backward"] = functools.partial(jax.jit(jax.grad(total, wanted)), params, *arguments)
-    params = train.make_state(CWVAE(dataclasses.replace(c, seed=0))).params
-    optimizer = train.make_optimizer(c)
+    params = make_state(CWVAE(dataclasses.replace(c, seed=0))).params
+    optimizer = make_optimizer(c)
     update = jax.jit(lambda gradients, opt_state: optimizer.update(gradients, opt_state, gradients))
     contenders["optimizer"] = functools.partial(update, params, optimizer.init(params))
     return [timed(name, times) for name, times in in_turn(contenders).items()]
@@ -294,18 +292,20 @@ def bench_parts(config: Config) -> list[Row]:
 
 
 def bench_rollout(config: Config) -> list[Row]:
-    """Open-loop prediction up to `eval_seq_len` frames, against the textbook form, which encodes all frames."""
+    """Time open-loop prediction up to `eval_seq_len` frames against the textbook form, which encodes all frames."""
     c = config
     model = CWVAE(dataclasses.replace(c, seed=0))
-    params = train.make_state(model).params
+    params = make_state(model).params
     T, context = c.eval_seq_len, c.open_loop_ctx
     video = np.random.default_rng(0).integers(0, 256, (c.batch_size, T, FRAME_SIZE, FRAME_SIZE, c.channels), np.uint8)
-    keys = train.sequence_keys(jax.random.key(0), 0, c.batch_size)
+    keys = sequence_keys(jax.random.key(0), 0, c.batch_size)
     slow = jax.jit(functools.partial(textbook.open_loop, c))
     times = in_turn(
         {
-            "textbook form": lambda: slow(params, video, cwvae.draw_noise(c, keys, T)),
-            "open_loop": lambda: list(cwvae.open_loop(model, params, video[:, :context], keys, T - context)),
+            "textbook form": lambda: slow(params, video, [x.noise for x in draw(c, keys, T)]),
+            "open_loop": lambda: list(
+                rollout.open_loop(model, params, video[:, :context], keys, T - context).prediction
+            ),
         },
         3,
     )
@@ -313,7 +313,7 @@ def bench_rollout(config: Config) -> list[Row]:
 
 
 def bench_metrics(config: Config) -> list[Row]:
-    """SSIM and PSNR of `batch_size` videos of 100 frames, both protocols, against scikit-image frame by frame."""
+    """Time SSIM and PSNR of `batch_size` videos of 100 frames, both protocols, against scikit-image frame by frame."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     random = np.random.default_rng(0)
@@ -335,12 +335,12 @@ def bench_metrics(config: Config) -> list[Row]:
 
 
 def lower_step(config: Config, devices: int, per_device: int) -> Any:
-    """The training step, traced for shapes alone."""
+    """Return the training step, traced for shapes alone."""
     c, model = config, CWVAE(config)
-    state = jax.eval_shape(functools.partial(train.make_state, model))
+    state = jax.eval_shape(functools.partial(make_state, model))
     shape = devices, per_device, c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels
     video, weight = jax.ShapeDtypeStruct(shape, np.uint8), jax.ShapeDtypeStruct(shape[:2], np.float32)
-    step: Any = train.make_train_step(model)
+    step: Any = make_train_step(model)
     return step.lower(state, data.Batch(video, weight))
 
 
@@ -352,25 +352,26 @@ def memory_row(what: str, program: Any) -> Row:
 
 
 def bench_memory(config: Config) -> list[Row]:
-    """Device memory, as the compiler has laid it out, of each program; nothing is run."""
+    """Return each program's device memory, as the compiler has laid it out; nothing is run."""
     c, model = config, CWVAE(config)
-    B, frame, chunk = c.batch_size, (FRAME_SIZE, FRAME_SIZE, c.channels), cwvae.chunk_size(c)
+    B, frame, chunk = c.batch_size, (FRAME_SIZE, FRAME_SIZE, c.channels), rollout.chunk_size(c)
 
     def shaped(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.uint8)
 
-    def noise(frames: int) -> Any:
-        return jax.eval_shape(lambda: cwvae.draw_noise(c, train.sequence_keys(jax.random.key(0), 0, B), frames))
+    def inputs(frames: int) -> Any:
+        return jax.eval_shape(lambda: draw(c, sequence_keys(jax.random.key(0), 0, B), frames))
 
-    reset = jax.eval_shape(lambda: cwvae.reset_masks(c, chunk))
     carried = jax.eval_shape(lambda: model.apply({"params": {}}, B, method="initial_state"))
-    params, context = jax.eval_shape(functools.partial(train.make_state, model)).params, c.open_loop_ctx
+    params, context = jax.eval_shape(functools.partial(make_state, model)).params, c.open_loop_ctx
     devices = Devices()
     programs = {
         "training step": lower_step(c, devices.local, devices.rows(B) // devices.total),
-        "validation, a chunk": cwvae._elbo.lower(model, params, shaped(B, chunk, *frame), noise(chunk), carried, reset),
-        "context": cwvae._observe.lower(model, params, shaped(B, context, *frame), noise(context), c.use_obs),
-        "prediction, a chunk": cwvae._imagine.lower(model, params, chunk, noise(chunk), carried, reset),
+        "validation, a chunk": rollout.apply.lower(
+            model, "elbo", params, shaped(B, chunk, *frame), inputs(chunk), state=carried
+        ),
+        "context": rollout.filter_context.lower(model, params, shaped(B, context, *frame), inputs(context), c.use_obs),
+        "prediction, a chunk": rollout.imagine_frames.lower(model, params, inputs(chunk), carried),
     }
     return [memory_row(name, lowered.compile()) for name, lowered in programs.items()]
 
@@ -397,7 +398,7 @@ TARGETS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def bench_kernels(config: Config) -> list[Row]:
-    """What compilers make of a training step for accelerators that needn't be there: kernels on a GPU, and memory."""
+    """Compile a training step for accelerators that needn't be there: kernels on a GPU, and memory."""
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     rows = []
@@ -407,14 +408,14 @@ def bench_kernels(config: Config) -> list[Row]:
         except (NotImplementedError, RuntimeError) as error:
             print(f"Without {target}: JAX's compiler for {backend} isn't installed ({error})")
             continue
-        forms = {"training step": cwvae.scan}
+        forms = {"training step": scan.scan}
         if backend == "cuda":
             forms = {"with JAX's scan": plain_scan} | forms
-        for name, scan in forms.items():
+        for name, form in forms.items():
             with (
                 mock.patch.object(jax, "default_backend", lambda backend=backend: backend),
                 mock.patch.object(jax, "pmap", functools.partial(jax.pmap, devices=[device])),
-                mock.patch.object(cwvae, "scan", scan),
+                mock.patch.object(scan, "scan", form),
             ):
                 program = lower_step(config, 1, config.batch_size).compile()
             if backend == "cuda":
@@ -423,14 +424,12 @@ def bench_kernels(config: Config) -> list[Row]:
                 rows.append(row(f"{target}, {name}: kernels", "per step", total, in_loops=total - outside))
             rows.append(memory_row(f"{target}, {name}: memory", program))
     if not rows:
-        raise ConfigError(
-            "bench.py kernels: no accelerator's compiler is installed; pip install jax[cuda13] or jax[tpu]"
-        )
+        raise ConfigError("kernels: no accelerator's compiler is installed; pip install jax[cuda13] or jax[tpu]")
     return rows
 
 
 def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
-    """Kernels that a compiled GPU program launches outside its loops, and of each loop: iterations, kernels in each."""
+    """Count the kernels that a compiled GPU program launches outside loops, and each loop's iterations and kernels."""
     computations: dict[str, list[str]] = {}
     for line in program.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -454,21 +453,21 @@ def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
 
 
 def bench_compile(config: Config) -> list[Row]:
-    """From the start of Python to the end of the first step, without and with a warm compilation cache."""
+    """Time from the start of Python to the end of the first step, without and with a warm compilation cache."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for cache in "empty", "warm":
             c = dataclasses.replace(config, seed=0, wandb="disabled", logdir=str(Path(folder) / cache))
             c.save(Path(folder) / "config.yml")
             environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "STARTED": str(time.time())}
-            program = [sys.executable, __file__, "first_step", "--config", f"{folder}/config.yml"]
+            program = [sys.executable, "-m", "benchmarks", "first_step", "--config", f"{folder}/config.yml"]
             output = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
             rows.append(row(f"start to first step, {cache} compilation cache", "s", float(output.splitlines()[-1])))
     return rows
 
 
 def first_step(config: Config) -> list[Row]:
-    """What `bench_compile` starts: trains for one step and ends."""
+    """Train for one step and end: what `bench_compile` starts."""
 
     def update(progress: Any, loss: Any) -> None:
         jax.block_until_ready(loss)
@@ -476,14 +475,16 @@ def first_step(config: Config) -> list[Row]:
         os._exit(0)
 
     with mock.patch.object(train.Progress, "update", update):
-        train.use_compilation_cache()
+        use_compilation_cache()
         train.train(config)
     raise AssertionError("not reached")
 
 
 def bench_train(config: Config) -> list[Row]:
-    """A whole training's steps from one log to the next, with data, validation, videos and checkpoint, against the bare
-    step. Up to the first log, things compile."""
+    """Time a whole training from one log to the next, with data, validation, videos and checkpoint, against bare steps.
+
+    Up to the first log, things compile.
+    """
     every = config.save_scalars_every
     c = dataclasses.replace(
         config, seed=0, wandb="disabled", max_steps=2 * every, save_gifs_every=every, save_model_every=every
@@ -516,7 +517,7 @@ def bench_train(config: Config) -> list[Row]:
 
 
 def bench_data(config: Config) -> list[Row]:
-    """From mp4 to frames, and from frames to batches of 50 windows of 100 colour frames (61 MB each)."""
+    """Time mp4 to frames, and frames to batches of 50 windows of 100 colour frames (61 MB each)."""
     with tempfile.TemporaryDirectory() as folder:
         videos = Path(folder) / "train"
         videos.mkdir()
@@ -571,7 +572,7 @@ def bench_data(config: Config) -> list[Row]:
 
 
 def encode(noise: np.ndarray, frames: int) -> bytes:
-    """An mp4 of slowly changing noise."""
+    """Return an mp4 of slowly changing noise."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=20)
@@ -587,7 +588,7 @@ def encode(noise: np.ndarray, frames: int) -> bytes:
 
 
 def memory_besides_page_cache() -> float:
-    """Megabytes of anonymous memory of this process."""
+    """Return the megabytes of anonymous memory of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1000
@@ -629,7 +630,7 @@ def main() -> None:
         configuration.choose("command line", name, list(BENCHMARKS))
         special, flags = configuration.parse_flags(
             argv,
-            f"bench.py {name}",
+            f"python -m benchmarks {name}",
             str(BENCHMARKS[name].__doc__),
             config="YAML file",
             json="also write the results here",

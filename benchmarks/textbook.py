@@ -1,4 +1,4 @@
-"""The model as one would first write it in JAX: what bench.py compares with.
+"""The model as one would first write it in JAX: what the benchmarks compare with.
 
 Everything of a tick is inside the scan, inputs are concatenated, each gate is a matmul of its own, convolutions are
 XLA's. As keywords, some of the fast forms, to be switched on one by one. Shares parameters and noise with the fast
@@ -6,13 +6,18 @@ model; oracle.py, slower still, says what is right.
 """
 
 import math
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import oracle
 from jax import Array
 
-from cwvae import floats, ticks
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import oracle
+
+from cwvae import floats
+from noise import ticks
 
 
 def lax_conv(x: Array, kernel: Array) -> Array:

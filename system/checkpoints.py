@@ -20,7 +20,7 @@ class DamagedCheckpoint(ConfigError):
 
 
 class Checkpoints:
-    """The checkpoints in a directory: the newest two, and for ever one of each `keep_every` steps (None: all)."""
+    """The checkpoints in a directory: the newest two, and forever one of each `keep_every` steps (None: all)."""
 
     def __init__(self, directory: Path, keep_every: int | None = None):
         from orbax.checkpoint import v1 as ocp  # slow to import
@@ -39,7 +39,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Waits until all is written."""
+        """Wait until all is written."""
         try:
             self.orbax.close()
         except Exception as error:
@@ -50,10 +50,9 @@ class Checkpoints:
         return [info.step for info in self.orbax.checkpoints]
 
     def save(self, step: int, state: Any, **notes: Any) -> None:
-        """Saves a pytree of arrays, and notes that JSON can hold. Returns once it is copied; a thread writes it.
+        """Save a pytree of arrays, and notes that JSON can hold. Return once it is copied; a thread writes it.
 
-        Where a save fails (disk full, say), that is told in a line, here or at the next call; earlier checkpoints
-        stay.
+        If a save fails (disk full, say), that is told in a line, here or at the next call; earlier checkpoints stay.
         """
         host = jax.tree.map(lambda x: np.array(x), state)  # a copy: the devices' memory is donated to the next step
         metadata = {"checksum": checksum(host, notes), "notes": notes}
@@ -65,7 +64,7 @@ class Checkpoints:
                 tell(error)
 
     def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """What was saved at `step`: a pytree of numpy arrays of the shapes and dtypes of `like`, and the notes.
+        """Return what was saved at `step`: a pytree of numpy arrays of the shapes and dtypes of `like`, and the notes.
 
         Raises:
             DamagedCheckpoint: it isn't there whole, is of other shapes, or fails its checksum.
@@ -86,7 +85,7 @@ class Checkpoints:
         return state, notes
 
     def load_newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Step, state and notes of the newest intact checkpoint, if any. Says which newer ones are damaged."""
+        """Return step, state and notes of the newest intact checkpoint, if any. Say which newer ones are damaged."""
         for step in reversed(self.steps):
             try:
                 return step, *self.load(step, like)
@@ -100,7 +99,7 @@ def tell(error: Exception) -> None:
 
 
 def checksum(tree: Any, notes: dict[str, Any]) -> int:
-    """Of the bytes of all leaves, their places in the tree, and the notes."""
+    """Return a checksum of the bytes of all leaves, their places in the tree, and the notes."""
     crc = zlib.crc32(json.dumps(notes, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         crc = zlib.crc32(

@@ -79,7 +79,7 @@ class Devices:
         return slice(self.process * count, (self.process + 1) * count)
 
     def replicate(self, tree: Any) -> Any:
-        """Copy a tree to each device, by way of the host: copies of a device's arrays would share, and donate, theirs."""
+        """Copy a tree to each device by way of the host; else it would share, and donate, the memory of its arrays."""
         return jax.device_put(jax.tree.map(np.array, tree), self.everywhere)
 
     def spread(self, batches: Iterator[Any]) -> Iterator[Any]:

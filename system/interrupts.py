@@ -72,7 +72,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """For a program's `main`: a ConfigError ends it with one line and exit code 2, a signal with its own."""
+    """End a program on a ConfigError with one line and exit code 2, and on a signal with the signal's own code."""
     try:
         yield
     except ConfigError as error:

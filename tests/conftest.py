@@ -12,9 +12,6 @@ from pathlib import Path
 import jax
 import pytest
 
-import runs
-import step
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -23,6 +20,7 @@ import analyses.worker  # noqa: E402
 import eval  # noqa: E402
 import runs  # noqa: E402
 import train  # noqa: E402
+import train_step  # noqa: E402
 from config import Config  # noqa: E402
 from cwvae import CWVAE  # noqa: E402
 
@@ -89,7 +87,7 @@ def compile_once():
     with pytest.MonkeyPatch.context() as patch:
         for program in train, eval, analyses.worker, analyses.export:
             patch.setattr(program, "CWVAE", model)
-        patch.setattr(train, "make_train_step", functools.cache(step.make_train_step))
+        patch.setattr(train, "make_train_step", functools.cache(train_step.make_train_step))
         yield
 
 

@@ -9,32 +9,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-import comparisons
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import readouts
 from conftest import ROOT, full_disk
 from PIL import Image
-from test_readouts import easy_glyphs, easy_labels, easy_reader, walk
+from test_digits_and_rooms import easy_glyphs, easy_labels, easy_reader, walk
 
 import analysis
 import config as configuration
 import data
 import eval as evaluation
-import noise
 import rollout
 import runs
 import tools
+import videos.digits
+from analyses import digits
+from analyses.blind import observe_and_imagine
+from analyses.compare import find_results
+from analyses.worker import Worker
 from config import ConfigError
 from cwvae import CWVAE
+from noise import draw, example_keys, part
 from report import statistics, tables
 
 
 def call(command, *arguments):
     """Runs a command that writes below the first run, or to --out; returns that directory."""
-    analysis.COMMANDS[command][0](list(map(str, arguments)))
+    analysis.COMMANDS[command](list(map(str, arguments)))
     out = [argument[6:] for argument in map(str, arguments) if argument.startswith("--out=")]
     return Path(out[0]) if out else max(arguments[0].glob(f"{command}_*"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -55,11 +58,11 @@ def test_levels_are_those_of_the_objective_and_of_the_latents(run):
     model, test = CWVAE(c), data.windows(c, "test")
     params = runs.load_params(model, runs.find_checkpoint(run))
     video = np.stack([test[i][:8] for i in range(3)])
-    terms = rollout.elbo(model, params, video, noise.example_keys(c, 0, 3, 0), chunk=4)
+    terms = rollout.elbo(model, params, video, example_keys(c, 0, 3, 0), chunk=4)
     assert results["frames"] == 8 and [level["ticks"] for level in results["levels"]] == [8, 4, 2]
     for number, level in enumerate(results["levels"]):
         for term in "kl", "entropy_prior", "entropy_posterior":
-            want = float(terms[term][number].mean())
+            want = float(getattr(terms, term)[number].mean())
             assert level["per_sequence"][term]["value"] == pytest.approx(want, rel=1e-3, abs=1e-4)
             assert level["per_tick"][term]["value"] == pytest.approx(want / level["ticks"], rel=1e-3, abs=1e-4)
         found = latents(directory, number)
@@ -129,7 +132,7 @@ def test_a_posterior_equal_to_the_prior_has_no_kl(run, monkeypatch):
             cell["posterior_stats"] = cell["prior_stats"]
         return jax.tree.map(jnp.asarray, tree)
 
-    monkeypatch.setattr(evaluation, "load_params", planted)
+    monkeypatch.setattr(runs, "load_params", planted)
     directory = call("levels", run)
     for level in json.loads((directory / "levels.json").read_text())["digits"]["levels"]:
         assert level["per_sequence"]["kl"]["value"] == pytest.approx(0, abs=1e-4)
@@ -146,10 +149,10 @@ def test_prediction_by_level_is_open_loop(run, use_obs):
     model = CWVAE(c)
     params = runs.load_params(model, runs.find_checkpoint(run))
     video, keys = data.windows(c, "test")[0][None], jax.random.split(jax.random.key(0), 1)
-    parts = rollout.open_loop(model, params, video[:, :4], keys, 8, use_obs)
-    want = np.concatenate([part for name, part in parts if name != "prior_onestep"], axis=1)
-    noise = noise.draw(c, keys, 12)
-    got = model.apply(params, video[:, :4], 8, noise, use_obs, method="predict_by_level")
+    found = rollout.open_loop(model, params, video[:, :4], keys, 8, use_obs)
+    want = np.concatenate([found.reconstruction, *found.prediction], axis=1)
+    inputs = draw(c, keys, 12, context=4)
+    got = observe_and_imagine(model, params, video[:, :4], inputs, use_obs)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -172,13 +175,10 @@ def test_only_levels_that_see_depend_on_the_context(tiny):
     """From other frames as context, the prediction of a model that is blind at all levels is the same, to the bit."""
     c = dataclasses.replace(tiny, cell_embed_size=16, enc_dense_embed_size=16)  # some units of each layer are active
     model, video = CWVAE(c), data.windows(c, "test")[0][None, :5]
-    noise = noise.draw(c, jax.random.split(jax.random.key(0), 1), 12)
-    params = jax.jit(model.init)(
-        jax.random.key(0), video[:, :4], [x[:, : 4 // 2**level] for level, x in enumerate(noise)]
-    )
-    predict = jax.jit(functools.partial(model.apply, method="predict_by_level"), static_argnums=(2, 4))
+    inputs = draw(c, jax.random.split(jax.random.key(0), 1), 12, context=5)
+    params = jax.jit(model.init)(jax.random.key(0), video[:, :4], part(c, inputs, 0, 4))
     for use_obs, same in ("FFF", True), ("FFT", False), ("TFF", False):
-        a, b = (predict(params, frames, 7, noise, use_obs) for frames in (video, 255 - video))
+        a, b = (observe_and_imagine(model, params, frames, inputs, use_obs) for frames in (video, 255 - video))
         assert a.shape == (1, 12, 64, 64, 1) and np.array_equal(a, b) == same
 
 
@@ -188,9 +188,9 @@ def test_only_levels_that_see_depend_on_the_context(tiny):
 def test_digits(run, monkeypatch, tmp_path, capsys):
     """On easy glyphs, with the real classifier: the truth is read, and an untrained model's frames aren't."""
     reader = easy_reader()
-    monkeypatch.setattr(data, "digits_of_scikit_learn", easy_glyphs)
-    monkeypatch.setattr(data, "labels_of_scikit_learn", easy_labels)
-    monkeypatch.setattr(readouts, "train_digit_reader", lambda train: reader)
+    monkeypatch.setattr(videos.digits, "of_scikit_learn", easy_glyphs)
+    monkeypatch.setattr(videos.digits, "labels_of_scikit_learn", easy_labels)
+    monkeypatch.setattr(digits, "train_digit_reader", lambda train: reader)
     directory = call(
         "digits", f"a={run}", f"b={run / 'checkpoints' / '2'}", f"--out={tmp_path / 'digits'}", "--num_samples=2"
     )
@@ -206,7 +206,7 @@ def test_digits(run, monkeypatch, tmp_path, capsys):
 
 def test_digits_are_not_drawn_by_a_poor_classifier(run, monkeypatch):
     monkeypatch.setattr(
-        readouts, "train_digit_reader", functools.partial(readouts.train_digit_reader, steps=1, batch_size=2, copies=0)
+        digits, "train_digit_reader", functools.partial(digits.train_digit_reader, steps=1, batch_size=2, copies=0)
     )
     with pytest.raises(ConfigError, match="% of true frames; below 97 % nothing is drawn"):
         call("digits", run)
@@ -215,23 +215,23 @@ def test_digits_are_not_drawn_by_a_poor_classifier(run, monkeypatch):
 
 def test_perfect_predictions_reach_the_ceiling(run, monkeypatch):
     """Planted: predictions are the truth."""
-    monkeypatch.setattr(readouts, "train_digit_reader", lambda train: lambda frames: fake_counts(frames))
-    monkeypatch.setattr(readouts, "clean_accuracy", lambda read, test: (0.98, 10))
-    monkeypatch.setattr(analysis.Worker, "predictions", lambda self, video, first, sample: video[:, 4:])
+    monkeypatch.setattr(digits, "train_digit_reader", lambda train: lambda frames: fake_counts(frames))
+    monkeypatch.setattr(digits, "clean_accuracy", lambda read, test: (0.98, 10))
+    monkeypatch.setattr(Worker, "predictions", lambda self, video, first, sample: video[:, 4:])
     results = json.loads((call("digits", run) / "digits.json").read_text())
     assert results["lines"]["digits"] == results["lines"]["true frames"]
 
 
 def fake_counts(frames):
     """Some function of the frames."""
-    sets = readouts.digit_sets(2)
+    sets = digits.digit_sets(2)
     return sets[frames.astype(int).sum((1, 2, 3)) % len(sets)]
 
 
 def test_datasets_without_labels_are_refused(run):
     config = configuration.load(run / "config.yml")
     with pytest.raises(ConfigError, match=r"mmnist doesn't say which digits .* with --dataset mnist --datadir"):
-        analysis.digit_windows(dataclasses.replace(config, dataset="mmnist"), "test")
+        digits.digit_windows(dataclasses.replace(config, dataset="mmnist"), "test")
 
 
 def test_rooms(run, monkeypatch, tmp_path):
@@ -241,9 +241,9 @@ def test_rooms(run, monkeypatch, tmp_path):
     config.save(run / "config.yml")
     videos = [walk(["a", "a", "hall", "b"]), walk(["a", "a", "hall", "hall"], seed=1)]
     model = CWVAE(config)
-    noise = noise.draw(config, jax.random.split(jax.random.key(0), 1), 4)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 64, 64, 3)), noise)
-    monkeypatch.setattr(evaluation, "load_params", lambda *_: params)
+    inputs = draw(config, jax.random.split(jax.random.key(0), 1), 4)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 64, 64, 3)), inputs)
+    monkeypatch.setattr(runs, "load_params", lambda *_: params)
     monkeypatch.setattr(data, "windows", lambda *_: videos)
     directory = call("rooms", run)
     results = json.loads((directory / "rooms.json").read_text())
@@ -252,7 +252,7 @@ def test_rooms(run, monkeypatch, tmp_path):
     np.testing.assert_allclose(copy["curve"]["value"], [1] * 20 + [0] * 40)
     assert results["lines"]["mazes"]["average"]["value"] < 0.6
     assert results["sequences"]["last context frame"]["to the hallway"]["value"] == 0
-    monkeypatch.setattr(analysis.Worker, "predictions", lambda self, video, first, sample: video[:, 20:])
+    monkeypatch.setattr(Worker, "predictions", lambda self, video, first, sample: video[:, 20:])
     results = json.loads(
         (call("rooms", f"oracle={run}", f"--out={tmp_path / 'rooms'}").joinpath("rooms.json")).read_text()
     )
@@ -358,7 +358,7 @@ def test_compare_reads_a_runs_newest_evaluation(run, tmp_path):
     for flags in ["--num_samples=2"], ["--num_samples=2", "--num_examples=2"]:
         evaluation.evaluate(*evaluation.parse(["--logdir", str(run), "--no_save_grid", *flags]))
     newest = max(run.glob("eval_*"))
-    assert comparisons.find_results(run) == newest / "metrics.json"
+    assert find_results(run) == newest / "metrics.json"
     out = call("compare", f"model={run}", f"again={newest}", f"--out={tmp_path / 'out'}")
     assert (out / "ssim_paper_best_of_2.png").exists() and (out / "psnr_standard_mean_of_2.png").exists()
     ranks = json.loads((out / "comparison.json").read_text())["ranks"]["paper"]
@@ -439,13 +439,13 @@ def test_export_to_a_full_disk_fails(run, tmp_path):
 
 
 def test_parameters_that_half_precision_cannot_hold_are_not_exported(run, monkeypatch):
-    load_state = evaluation.load_state
+    load_state = runs.load_state
 
     def large(*arguments):
         state = load_state(*arguments)
         return state.replace(params=jax.tree.map(lambda x: x + np.float32(1e5), state.params))
 
-    monkeypatch.setattr(evaluation, "load_state", large)
+    monkeypatch.setattr(runs, "load_state", large)
     with pytest.raises(ConfigError, match="beyond half precision's range"):
         call("export", run)
     assert not list(run.glob("export_*"))

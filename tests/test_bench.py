@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 
-import bench
 import jax
 import pytest
 from conftest import ROOT, TINY
 
 import config as configuration
+from benchmarks import __main__ as bench
 from config import Config
 
 
@@ -73,9 +73,9 @@ ENTRY %main.2 (x: f32[4]) -> f32[4] {
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, ROOT / "bench.py", "metrics", "--batch_size=1", f"--json={tmp_path / 'out.json'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks", "metrics", "--batch_size=1", f"--json={tmp_path / 'out.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert "frame_metrics" in done.stdout
     assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 3
-    done = subprocess.run([sys.executable, ROOT / "bench.py", "stp"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "stp"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'step'?" in done.stderr

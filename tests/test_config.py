@@ -46,6 +46,7 @@ def test_flags_mend_what_yaml_alone_could_not(tmp_path):
         (["--no-save-grid"], "no_save_grid", True),
         (["--use_obs", "TTF"], "use_obs", "TTF"),
         (["--use-obs=TFF"], "use_obs", "TFF"),
+        (["--use_obs", "ttf"], "use_obs", "TTF"),
         (["--use_obs", "null"], "use_obs", None),
         (["--beta", "0.5"], "beta", 0.5),
         (["--beta", "[1,0.5,1e-1]"], "beta", (1.0, 0.5, 0.1)),
@@ -147,7 +148,7 @@ def test_bad_input_exits_with_one_line_and_code_2():
         for field in dataclasses.fields(Config):
             assert f"--{field.name}" in done.stdout
         help = " ".join(done.stdout.split())
-        assert "temporal abstraction factor k: level l ticks every k**l frames (default: 6)" in help
+        assert "temporal abstraction factor k: level l ticks every k^l frames (default: 6)" in help
 
 
 @pytest.mark.parametrize("name", ["minerl", "mazes", "mmnist", "digits", "small", "debug"])
@@ -230,12 +231,6 @@ def test_a_config_is_checked_however_it_is_made():
     assert Config(**TINY).updated({"lr": "1e-2"}, "wandb").lr == 0.01
     with pytest.raises(ConfigError, match="wandb: unknown key 'learning_rate'"):
         Config().updated({"learning_rate": 1}, "wandb")
-
-
-def test_readme_lists_every_key():
-    text = (ROOT / "README.md").read_text()
-    for field in dataclasses.fields(Config):
-        assert f"| `{field.name}` | " in text and f" | {field.metadata['help']} |" in text, field.name
 
 
 KEYS = [field.name for field in dataclasses.fields(Config)]

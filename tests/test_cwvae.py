@@ -10,15 +10,16 @@ import numpy as np
 import oracle
 import pytest
 import scipy.stats
-import textbook
 from conftest import ROOT, TINY
 
 import config as configuration
 import cwvae
-import noise
 import rollout
+from benchmarks import textbook
 from config import Config
-from cwvae import CWVAE, Gaussian
+from cwvae import CWVAE, Gaussian, Terms
+from fast import convolutions
+from noise import Inputs, draw, keep_patterns, part, ticks
 
 TINY_MODEL = {key: TINY[key] for key in TINY if key.startswith(("cell", "enc", "filters", "dataset"))}
 
@@ -29,13 +30,17 @@ def make(T, B=2, action_size=0, dtype=np.float32, **keys):
     model = CWVAE(c, action_size)
     random = np.random.default_rng(0)
     video = random.uniform(size=(B, T, 64, 64, c.channels)).astype(dtype)
-    noise = [random.normal(size=(B, t, c.cell_stoch_size)).astype(dtype) for t in noise.ticks(c, T)]
+    drawn = draw(c, jax.random.split(jax.random.key(0), B), T)
     actions = random.normal(size=(B, T, action_size)).astype(dtype) if action_size else None
-    shapes = jax.eval_shape(model.init, jax.random.key(0), video, noise, actions)
+    inputs = [
+        Inputs(random.normal(size=x.noise.shape).astype(dtype), x.keep, actions if level == 0 else None)
+        for level, x in enumerate(drawn)
+    ]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), video, inputs)
     params = jax.tree.map(
         lambda x: (random.normal(size=x.shape) / math.sqrt(max(1, math.prod(x.shape[:-1])))).astype(dtype), shapes
     )
-    return c, Compiled(model), params, video, noise, actions
+    return c, Compiled(model), params, video, inputs
 
 
 class Compiled:
@@ -49,14 +54,10 @@ class Compiled:
     def apply(self, params, *arguments, method="__call__", **keys):
         static = tuple((k, v) for k, v in keys.items() if isinstance(v, str))
         keys = {k: v for k, v in keys.items() if not isinstance(v, str)}
-        frames = arguments[0] if method == "imagine" else None
-        name = (method, static, frames)
+        name = (method, static)
         if name not in self.compiled:
-            ahead = () if frames is None else (frames,)
-            self.compiled[name] = jax.jit(
-                lambda p, a, k: self.module.apply(p, *ahead, *a, **k, **dict(static), method=method)
-            )
-        return self.compiled[name](params, arguments[frames is not None :], keys)
+            self.compiled[name] = jax.jit(lambda p, a, k: self.module.apply(p, *a, **k, **dict(static), method=method))
+        return self.compiled[name](params, arguments, keys)
 
 
 GRID = [
@@ -86,19 +87,21 @@ GRID = [
 def test_equals_the_textbook_form(case, monkeypatch):
     """Every output, term and gradient, in double precision."""
     case = dict(case)
-    monkeypatch.setattr(cwvae, "CHUNK", case.pop("chunk", cwvae.CHUNK))
+    monkeypatch.setattr(convolutions, "CHUNK", case.pop("chunk", convolutions.CHUNK))
     backend = case.pop("backend", "cpu")  # whose forms are used; they are computed here all the same
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     with jax.enable_x64(True):
-        c, model, params, video, noise, actions = make(dtype=np.float64, **case)
+        c, model, params, video, inputs = make(dtype=np.float64, **case)
+
+        noise, actions = [x.noise for x in inputs], inputs[0].actions
 
         def fast(params, video, actions):
-            rollouts, _ = model.apply(params, video, noise, actions=actions, use_obs=c.use_obs, method="observe")
+            given = (inputs[0]._replace(actions=actions), *inputs[1:])
+            rollouts, _ = model.apply(params, video, given, use_obs=c.use_obs, method="observe")
             frames = model.apply(params, rollouts, method="decode")
-            terms = model.apply(params, video, noise, actions)
+            terms, _ = model.apply(params, video, given)
             levels = [[*r.prior, *r.posterior, r.stoch, r.deter] for r in rollouts]
-            names = ("nll", "kl", "kl_prior", "kl_posterior", "entropy_prior", "entropy_posterior")
-            return {name: terms[name] for name in names} | {"levels": levels, "frames": frames}
+            return terms._asdict() | {"levels": levels, "frames": frames}
 
         def slow(params, video, actions):
             seen = oracle.elbo(c, params["params"], video, noise, actions, c.use_obs)
@@ -138,30 +141,29 @@ def test_equals_the_textbook_form(case, monkeypatch):
 
 
 def test_single_precision_equals_the_textbook_form():
-    c, model, params, video, noise, _ = make(T=13, levels=3, tmp_abs_factor=2)
-    terms = model.apply(params, video, noise)
-    want = oracle.elbo(c, params["params"], video, noise)
+    c, model, params, video, inputs = make(T=13, levels=3, tmp_abs_factor=2)
+    terms, _ = model.apply(params, video, inputs)
+    want = oracle.elbo(c, params["params"], video, [x.noise for x in inputs])
     for name in ("nll", "kl", "entropy_prior", "entropy_posterior"):
-        np.testing.assert_allclose(terms[name], want[name], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(getattr(terms, name), want[name], rtol=1e-5, atol=1e-5)
 
 
 def test_textbook_form_of_the_benchmarks():
-    """What bench.py compares with is the model, with each of its switches."""
-    c, model, params, video, noise, _ = make(T=13, levels=3, tmp_abs_factor=2, filters=2)
-    terms = model.apply(params, video, noise)
+    """What the benchmarks compare with is the model, with each of its switches."""
+    c, model, params, video, inputs = make(T=13, levels=3, tmp_abs_factor=2, filters=2)
+    terms, _ = model.apply(params, video, inputs)
     for forms in (
         {},
-        dict(conv=cwvae.conv),
-        dict(conv_transpose=cwvae.conv_transpose, sum_first=True),
+        dict(conv=convolutions.conv),
+        dict(conv_transpose=convolutions.conv_transpose, sum_first=True),
     ):
-        slow = jax.jit(partial(textbook.elbo, c, **forms))(params, video, noise)
+        slow = jax.jit(partial(textbook.elbo, c, **forms))(params, video, [x.noise for x in inputs])
         for name, values in slow.items():
-            np.testing.assert_allclose(values, terms[name], rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(values, getattr(terms, name), rtol=1e-5, atol=1e-4)
     c = dataclasses.replace(c, open_loop_ctx=8)
     keys = jax.random.split(jax.random.key(0), 2)
-    want = jax.jit(partial(textbook.open_loop, c))(params, video, noise.draw(c, keys, 13))
-    parts = rollout.open_loop(CWVAE(c), params, video[:, :8], keys, 5)
-    got = jnp.concatenate([frames for name, frames in parts if name == "prior_multistep"], 1)
+    want = jax.jit(partial(textbook.open_loop, c))(params, video, [x.noise for x in draw(c, keys, 13)])
+    got = jnp.concatenate(list(rollout.open_loop(CWVAE(c), params, video[:, :8], keys, 5).prediction), 1)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -169,11 +171,11 @@ def test_bfloat16_is_close_and_its_results_single_precision():
     keys = dict(T=13, levels=3, tmp_abs_factor=2, filters=2, cell_deter_size=20, cell_embed_size=20)
     results = {}
     for dtype in "float32", "bfloat16":
-        c, model, params, video, noise, _ = make(**keys)
+        c, model, params, video, inputs = make(**keys)
         c = dataclasses.replace(c, dtype=dtype)
 
         def loss(params, c=c):
-            terms = CWVAE(c).apply(params, video, noise)
+            terms, _ = CWVAE(c).apply(params, video, inputs)
             return cwvae.objective(c, terms, jnp.ones(2), 13)[0], terms
 
         results[dtype] = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -181,7 +183,7 @@ def test_bfloat16_is_close_and_its_results_single_precision():
     (low_loss, low_terms), low_gradient = results["bfloat16"]
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((low_loss, low_terms, low_gradient)))
     assert low_loss == pytest.approx(float(loss), rel=1e-2) and low_loss != loss
-    np.testing.assert_allclose(low_terms["kl"], terms["kl"], rtol=0.05, atol=0.1)
+    np.testing.assert_allclose(low_terms.kl, terms.kl, rtol=0.05, atol=0.1)
     g, low = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(tree)]) for tree in (gradient, low_gradient))
     assert (g * low).sum() / jnp.sqrt((g**2).sum() * (low**2).sum()) > 0.99
 
@@ -192,7 +194,8 @@ def test_forms_of_convolutions_are_equal(monkeypatch, size, channels):
     """The CPU's form against XLA's own and the definition, values and gradients, plain and transposed."""
     random = np.random.default_rng(0)
     kernel = jnp.asarray(random.normal(size=(size, size, channels, 2)), jnp.float32)
-    for function, extent in (cwvae.conv, 31), (cwvae.conv, 14), (cwvae.conv_transpose, 1), (cwvae.conv_transpose, 5):
+    plain, transposed = convolutions.conv, convolutions.conv_transpose
+    for function, extent in (plain, 31), (plain, 14), (transposed, 1), (transposed, 5):
         x = jnp.asarray(random.normal(size=(2, extent, extent + 1, channels)), jnp.float32)
         results = []
         for backend in "cpu", "gpu":
@@ -201,7 +204,7 @@ def test_forms_of_convolutions_are_equal(monkeypatch, size, channels):
             results.append((value, *pullback(jnp.cos(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape))))
         for a, b in zip(*results, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-        if function is cwvae.conv_transpose:
+        if function is transposed:
             by_hand = oracle.conv_transpose_by_hand({"kernel": kernel, "bias": 0}, x)
             np.testing.assert_allclose(results[0][0], by_hand, rtol=1e-4, atol=1e-4)
 
@@ -216,8 +219,8 @@ def test_parameter_counts_of_the_published_configurations(name, channels, sizes,
     E = D
     assert (c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size, c.channels) == (S, D, E, channels)
     video = jnp.zeros((1, 36, 64, 64, channels))
-    noise = [jnp.zeros((1, t, S)) for t in noise.ticks(c, 36)]
-    params = jax.eval_shape(CWVAE(c).init, jax.random.key(0), video, noise)["params"]
+    inputs = [Inputs(jnp.zeros((1, t, S))) for t in ticks(c, 36)]
+    params = jax.eval_shape(CWVAE(c).init, jax.random.key(0), video, inputs)["params"]
     F = 1024
     transition, gru = (S + S + D) * E + E, 6 * E * D + 4 * D
     prior = D * E + E + 2 * (E * S + S)
@@ -244,8 +247,8 @@ def test_parameter_counts_of_the_published_configurations(name, channels, sizes,
 
 
 def test_shapes_of_all_layers():
-    c, model, params, video, noise, _ = make(T=7, levels=3, tmp_abs_factor=2, filters=2)
-    _, seen = model.module.apply(params, video, noise, capture_intermediates=True)
+    c, model, params, video, inputs = make(T=7, levels=3, tmp_abs_factor=2, filters=2)
+    _, seen = model.module.apply(params, video, inputs, capture_intermediates=True)
     shapes = {
         "/".join(k.key for k in path if hasattr(k, "key")): x.shape
         for path, x in jax.tree_util.tree_leaves_with_path(seen["intermediates"])
@@ -267,15 +270,16 @@ def test_initial_parameters_have_flax_distributions():
     cell = cwvae.RSSMCell(c, 220, 1024)
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     state = cwvae.LevelState(zeros((1, 20)), zeros((1, 200)))
-    params = cell.init(jax.random.key(0), state, None, zeros((1, 1, 1024)), zeros((1, 1, 20)), jnp.ones(1))["params"]
+    inputs = Inputs(zeros((1, 1, 20)))
+    params = cell.init(jax.random.key(0), state, zeros((1, 1, 220)), zeros((1, 1, 1024)), inputs)["params"]
     for gate in np.split(np.asarray(params["gru"]["state_kernel"]), 3, 1):
         np.testing.assert_allclose(gate.T @ gate, np.eye(200), atol=1e-4)
-    for kernel, inputs in (
+    for kernel, size in (
         (params["gru"]["input_kernel"], 200),
         (params["posterior_in"]["kernel"], 1224),
         (params["transition"]["kernel"], 240),
     ):
-        assert np.std(kernel) == pytest.approx(1 / math.sqrt(inputs), rel=0.02)
+        assert np.std(kernel) == pytest.approx(1 / math.sqrt(size), rel=0.02)
     assert not np.any(params["gru"]["input_bias"]) and not np.any(params["gru"]["candidate_bias"])
 
 
@@ -283,21 +287,17 @@ def test_initial_parameters_have_flax_distributions():
 
 
 def all_predictions(model, params, video, context, frames, **options):
-    parts = rollout.open_loop(
-        model, params, video[:, :context], jax.random.split(jax.random.key(0), len(video)), frames, **options
-    )
-    collected = {}
-    for name, chunk in parts:
-        collected.setdefault(name, []).append(chunk)
-    return {name: np.concatenate(chunks, 1) for name, chunks in collected.items()}
+    keys = jax.random.split(jax.random.key(0), len(video))
+    found = rollout.open_loop(model.module, params, video[:, :context], keys, frames, **options)
+    return found._replace(prediction=np.concatenate(list(found.prediction), 1))
 
 
 def test_filtering_sees_no_frame_after_its_tick():
     """Also where the whole video is at hand, states up to a tick's end don't depend on later frames."""
-    c, model, params, video, noise, _ = make(T=12, levels=3, tmp_abs_factor=2)
+    c, model, params, video, inputs = make(T=12, levels=3, tmp_abs_factor=2)
     changed = video.copy()
     changed[:, 8:] = 0
-    (a, _), (b, _) = (model.apply(params, v, noise, method="observe") for v in (video, changed))
+    (a, _), (b, _) = (model.apply(params, v, inputs, method="observe") for v in (video, changed))
     for level, (x, y) in enumerate(zip(a, b, strict=True)):
         n = 8 // 2**level
         for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
@@ -306,12 +306,12 @@ def test_filtering_sees_no_frame_after_its_tick():
 
 
 def test_gradient_of_a_prediction_reaches_the_context_only_where_levels_see_it():
-    c, model, params, video, noise, _ = make(T=8, levels=3, tmp_abs_factor=2)
-    noise_ahead = [x[:, : x.shape[1] // 2] for x in noise]
+    c, model, params, video, inputs = make(T=8, levels=3, tmp_abs_factor=2)
+    ahead = part(c, inputs, 0, 4)
 
     def predict(video, use_obs):
-        _, state = model.apply(params, video, noise, use_obs=use_obs, method="observe")
-        rollouts, _ = model.apply(params, 4, noise_ahead, state=state, method="imagine")
+        _, state = model.apply(params, video, inputs, use_obs=use_obs, method="observe")
+        rollouts, _ = model.apply(params, ahead, state=state, method="imagine")
         return model.apply(params, rollouts, method="decode").sum(), state
 
     gradient = jax.grad(lambda v: predict(v, None)[0])(video)
@@ -325,32 +325,24 @@ def test_gradient_of_a_prediction_reaches_the_context_only_where_levels_see_it()
 
 
 def test_open_loop_equals_observe_then_imagine_for_any_chunk():
-    c, model, params, video, _, _ = make(T=20, levels=3, tmp_abs_factor=2, cell_reset_state=True)
+    c, model, params, video, _ = make(T=20, levels=3, tmp_abs_factor=2, cell_reset_state=True)
     want = all_predictions(model, params, video, 8, 11, chunk=12)
-    assert {name: x.shape[1] for name, x in want.items()} == {
-        "posterior_recon": 8,
-        "prior_onestep": 8,
-        "prior_multistep": 11,
-    }
+    assert [x.shape[1] for x in want] == [8, 8, 11]
     for chunk in 4, 8:
         got = all_predictions(model, params, video, 8, 11, chunk=chunk)
-        for name in want:
-            np.testing.assert_allclose(got[name], want[name], atol=1e-5)
-    noise = noise.draw(c, jax.random.split(jax.random.key(0), 2), 19)
-    rollouts, state = model.apply(
-        params, video[:, :8], [x[:, : 8 // 2**i] for i, x in enumerate(noise)], method="observe"
-    )
-    np.testing.assert_allclose(model.apply(params, rollouts, method="decode"), want["posterior_recon"], atol=1e-5)
-    rollouts, _ = model.apply(
-        params, 11, [x[:, 8 // 2**i :] for i, x in enumerate(noise)], state=state, method="imagine"
-    )
-    np.testing.assert_allclose(model.apply(params, rollouts, method="decode"), want["prior_multistep"], atol=1e-5)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    inputs = draw(c, jax.random.split(jax.random.key(0), 2), 19, context=8)
+    rollouts, state = model.apply(params, video[:, :8], part(c, inputs, 0, 8), method="observe")
+    np.testing.assert_allclose(model.apply(params, rollouts, method="decode"), want.reconstruction, atol=1e-5)
+    rollouts, _ = model.apply(params, part(c, inputs, 8, 19), state=state, method="imagine")
+    np.testing.assert_allclose(model.apply(params, rollouts, method="decode"), want.prediction, atol=1e-5)
 
 
 def test_prior_one_step_ahead_equals_the_textbook_form():
-    c, model, params, video, noise, _ = make(T=4, levels=2, tmp_abs_factor=2)
-    rollouts, _ = model.apply(params, video, noise, method="observe")
-    got = model.apply(params, rollouts, noise, method="decode_prior")
+    c, model, params, video, inputs = make(T=4, levels=2, tmp_abs_factor=2)
+    got = rollout.filter_context(model.module, params, video, inputs, None)[1]
+    noise = [x.noise for x in inputs]
     mean, stddev, _, _, _, h = oracle.elbo(c, params["params"], video, noise)["levels"][0]
     for t in range(4):
         want = oracle.decode(
@@ -361,46 +353,48 @@ def test_prior_one_step_ahead_equals_the_textbook_form():
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_long_sequences_in_chunks_equal_the_whole(reset):
-    c, model, params, video, _, _ = make(T=19, levels=3, tmp_abs_factor=2, cell_reset_state=reset)
+    c, model, params, video, _ = make(T=19, levels=3, tmp_abs_factor=2, cell_reset_state=reset)
     keys = jax.random.split(jax.random.key(3), 2)
-    noise = noise.draw(c, keys, 19)
-    want = model.apply(params, video, noise)
+    want, _ = model.apply(params, video, draw(c, keys, 19))
     for chunk in 4, 12, 20:
         got = rollout.elbo(model.module, params, video, keys, chunk)
-        for name, value in got.items():
-            np.testing.assert_allclose(value, want[name], rtol=2e-5)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5)
 
 
 def test_no_frame_can_follow_an_unfinished_tick():
-    c, model, params, video, noise, _ = make(T=6, levels=3, tmp_abs_factor=2)
-    _, state = model.apply(params, video, noise, method="observe")
+    c, model, params, video, inputs = make(T=6, levels=3, tmp_abs_factor=2)
+    _, state = model.apply(params, video, inputs, method="observe")
     with pytest.raises(ValueError, match="multiple of 4 frames"):
-        model.apply(params, 2, [x[:, :1] for x in noise], state=state, method="imagine")
+        model.apply(params, part(c, inputs, 0, 2), state=state, method="imagine")
 
 
 def test_uint8_videos_are_divided_by_255():
-    c, model, params, _, noise, _ = make(T=4, levels=2, tmp_abs_factor=2)
+    c, model, params, _, inputs = make(T=4, levels=2, tmp_abs_factor=2)
     video = np.random.default_rng(0).integers(0, 256, (2, 4, 64, 64, 1), dtype=np.uint8)
-    a, b = model.apply(params, video, noise), model.apply(params, (video / 255).astype(np.float32), noise)
-    np.testing.assert_allclose(a["nll"], b["nll"], rtol=1e-6)
+    (a, _), (b, _) = (model.apply(params, v, inputs) for v in (video, (video / 255).astype(np.float32)))
+    np.testing.assert_allclose(a.nll, b.nll, rtol=1e-6)
 
 
 def test_noise_belongs_to_the_sequence():
     c = Config(**TINY)
     keys = jax.random.split(jax.random.key(0), 3)
-    for whole, one in zip(noise.draw(c, keys, 9), noise.draw(c, keys[1:2], 9), strict=True):
-        np.testing.assert_array_equal(whole[1:2], one)
-    everything = np.concatenate([np.ravel(x) for x in noise.draw(c, jax.random.split(jax.random.key(0), 500), 9)])
+    for whole, one in zip(draw(c, keys, 9), draw(c, keys[1:2], 9), strict=True):
+        np.testing.assert_array_equal(whole.noise[1:2], one.noise)
+    everything = np.concatenate([np.ravel(x.noise) for x in draw(c, jax.random.split(jax.random.key(0), 500), 9)])
     assert scipy.stats.kstest(everything, "norm").pvalue > 0.01
     assert len(np.unique(everything)) > 0.99 * len(everything)
 
 
 def test_reset_pattern():
     c = Config(levels=3, tmp_abs_factor=2, cell_reset_state=True, open_loop_ctx=4)
-    bottom, middle, top = cwvae.reset_masks(c, 10)
+    bottom, middle, top = keep_patterns(c, ticks(c, 10))
     assert middle.tolist() == [0, 1, 0, 1, 0]
     assert bottom.tolist() == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
-    assert top.tolist() == [1, 1, 1]
+    assert top is None
+    # What is imagined begins a pattern of its own.
+    bottom, middle, _ = (x.keep for x in draw(c, jax.random.split(jax.random.key(0), 1), 10, context=4))
+    assert middle.tolist() == [0, 1, 0, 1, 0] and bottom.tolist() == [0, 1, 0, 1, 0, 1, 0, 0, 1, 0]
 
 
 # ---------------------------------------------------------------------------------------------- objective
@@ -419,11 +413,11 @@ def test_kl_divergence_and_entropy_equal_sampled_estimates():
 
 
 def test_nll_equals_scipy():
-    c, model, params, video, noise, _ = make(T=4, levels=2, tmp_abs_factor=2, dec_stddev=0.3)
-    rollouts, _ = model.apply(params, video, noise, method="observe")
+    c, model, params, video, inputs = make(T=4, levels=2, tmp_abs_factor=2, dec_stddev=0.3)
+    rollouts, _ = model.apply(params, video, inputs, method="observe")
     mean = np.asarray(model.apply(params, rollouts, method="decode"))
     want = -scipy.stats.norm.logpdf(video, mean, 0.3).sum((1, 2, 3, 4))
-    np.testing.assert_allclose(model.apply(params, video, noise)["nll"], want, rtol=1e-5)
+    np.testing.assert_allclose(model.apply(params, video, inputs)[0].nll, want, rtol=1e-5)
 
 
 TERMS = {
@@ -432,7 +426,7 @@ TERMS = {
     "entropy_prior": jnp.zeros((2, 3)),
     "entropy_posterior": jnp.zeros((2, 3)),
 }
-TERMS |= {"kl_prior": TERMS["kl"], "kl_posterior": TERMS["kl"]}
+TERMS = Terms(**TERMS, kl_prior=TERMS["kl"], kl_posterior=TERMS["kl"])
 WEIGHT = jnp.array([1.0, 1.0, 0.0])  # means: nll 15, kl 4 and 0.6
 
 
@@ -476,7 +470,7 @@ def test_kl_balancing_splits_the_gradient():
         kl = {"kl": (q, prior), "kl_prior": (stop(q), prior), "kl_posterior": (q, stop(prior))}
         terms = {name: cwvae.kl_divergence(*pair).reshape(1, 1) for name, pair in kl.items()}
         terms |= {"nll": jnp.zeros(1), "entropy_prior": jnp.zeros((1, 1)), "entropy_posterior": jnp.zeros((1, 1))}
-        return cwvae.objective(c, terms, jnp.ones(1), 1)[0]
+        return cwvae.objective(c, Terms(**terms), jnp.ones(1), 1)[0]
 
     (a, (aq, ap)), (b, (bq, bp)) = (jax.value_and_grad(partial(loss, c), (0, 1))(*stats) for c in (plain, balanced))
     assert float(a) == pytest.approx(float(b)) and float(p * a) > 1
@@ -486,10 +480,10 @@ def test_kl_balancing_splits_the_gradient():
 
 def test_elbo_stops_the_gradients_of_kl_balancing():
     """kl_prior trains no weight that only the posterior has, and the other way round."""
-    c, model, params, video, noise, _ = make(T=4, levels=2, tmp_abs_factor=2)
+    c, model, params, video, inputs = make(T=4, levels=2, tmp_abs_factor=2)
 
     def gradient(name):
-        return jax.grad(lambda p: model.apply(p, video, noise)[name][0].sum())(params)["params"]["cell_0"]
+        return jax.grad(lambda p: getattr(model.apply(p, video, inputs)[0], name)[0].sum())(params)["params"]["cell_0"]
 
     prior, posterior, both = gradient("kl_prior"), gradient("kl_posterior"), gradient("kl")
     norm = lambda tree: sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))  # noqa: E731

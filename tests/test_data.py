@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 
 import data
+from videos.digits import MovingDigits, labels_of_scikit_learn, of_scikit_learn
 
 
 class Numbers:
@@ -81,7 +82,7 @@ def test_digits_are_what_training_and_evaluation_ask_for(tiny):
 
 
 def digits(split, frames, digits=2):
-    return data.MovingDigits(data.digits_of_scikit_learn, data.labels_of_scikit_learn, split, frames, digits)
+    return MovingDigits(of_scikit_learn, labels_of_scikit_learn, split, frames, digits)
 
 
 def test_digits_repeat_and_differ():
@@ -93,7 +94,7 @@ def test_digits_repeat_and_differ():
 
 
 def test_train_and_test_share_no_digit():
-    train, test = data.digits_of_scikit_learn("train"), data.digits_of_scikit_learn("test")
+    train, test = of_scikit_learn("train"), of_scikit_learn("test")
     assert len(train) + len(test) == 1797 and len(test) > 250
     assert not {g.tobytes() for g in train} & {g.tobytes() for g in test}
 

@@ -19,6 +19,7 @@ import config as configuration
 import cwvae
 import runs
 import train
+import train_step
 from config import ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
@@ -46,7 +47,7 @@ def outcome(logdir):
     run = run_of(logdir)
     c = configuration.load(run / "config.yml")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: step.make_state(CWVAE(c))))
+        step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: train_step.make_state(CWVAE(c))))
     return step, state, (run / "metrics.jsonl").read_text()
 
 
@@ -131,7 +132,7 @@ def test_a_signal_saves_the_last_finished_step(tmp_path, uninterrupted, name, co
     output, _ = process.communicate(timeout=60)
     assert time.monotonic() - begin < 30
     assert process.returncode == code, output
-    assert f"Interrupted by {name}; call the same command again to go on" in output
+    assert f"Interrupted by {name}; call the same command again to resume" in output
     assert newest(run_of(tmp_path)) >= 3  # no interval asked for it
     process = start(tmp_path)
     process.communicate()
@@ -153,7 +154,8 @@ def test_signals_wait_for_what_is_deferred():
         time.sleep(1)
     assert caught.value.exit_code == 130 and signal.getsignal(signal.SIGINT) == before
     with Interrupts() as interrupts:
-        interrupts.hold()
+        with interrupts.held_at_exit():
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
     assert interrupts.received == signal.SIGTERM
@@ -162,16 +164,15 @@ def test_signals_wait_for_what_is_deferred():
 def test_a_thread_that_waits_for_ever_holds_no_interrupted_program():
     """As one does where a signal comes while grain's pool starts it."""
     program = """
-import atexit, os, signal, threading
+import os, signal, threading
 from system.interrupts import Interrupts, exit_codes
-atexit.register(print, "exit functions ran")
 with exit_codes(), Interrupts():
     threading.Thread(target=threading.Event().wait).start()
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=30)
-    assert done.returncode == 143 and "Interrupted by SIGTERM" in done.stderr and done.stdout == "exit functions ran\n"
+    assert done.returncode == 143 and "Interrupted by SIGTERM" in done.stderr
 
 
 def test_interrupted_validation_is_logged_on_resume(tiny, monkeypatch):

@@ -1,5 +1,9 @@
-"""The trained model that comes with the repository, and README's example of its use."""
+"""README and docs: the example runs, links lead somewhere, Markdown shows what is meant; and the trained model.
 
+`python tests/test_readme.py` writes the table in docs/configuration.md again, after a key has changed.
+"""
+
+import dataclasses
 import json
 import re
 import shutil
@@ -15,6 +19,77 @@ import config as configuration
 import eval as evaluation
 
 PRETRAINED = ROOT / "pretrained"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+
+
+def configuration_table() -> str:
+    """Each key with its default and help, by the groups of config.py's comments."""
+    source = (ROOT / "config.py").read_text()
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for line in source[source.index("class Config:") : source.index("def __post_init__")].splitlines():
+        if group := re.fullmatch(r"    # ([A-Z]+)", line):
+            lines.append(f"| **{group[1]}** | | |")
+        elif key := re.match(r"    (\w+): ", line):
+            field = configuration.Config.__dataclass_fields__[key[1]]
+            default = field.default if isinstance(field.default, str) else json.dumps(field.default)
+            star = " *" if field.metadata["free"] else ""
+            lines.append(f"| `{field.name}`{star} | {default} | {as_markdown(field.metadata['help'])} |")
+    return "\n".join(lines)
+
+
+def as_markdown(text: str) -> str:
+    """Text with formulas (k**l, k^l) and paths (<logdir>/...) in code spans, which Markdown leaves alone."""
+    return re.sub(r"(?:<[^>]+>|[\w/()+-])*(?:\*\*|\^|<[^>]+>)(?:<[^>]+>|[\w/()+-])*", r"`\g<0>`", text)
+
+
+def outside_code(page: str) -> str:
+    """What Markdown interprets: neither code blocks, nor code spans, nor comments."""
+    page = re.sub(r"^```.*?^```|^    .*?$|<!--.*?-->", "", page, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`]*`", "", page)
+
+
+def with_table(page: str) -> str:
+    """The page with the table in its place."""
+    return re.sub(
+        r"(<!-- configuration.*?-->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}\n{configuration_table()}\n\n{match[2]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def test_configuration_table():
+    """It is config.py's, with all keys, and Markdown shows it as it stands there."""
+    page = CONFIGURATION.read_text()
+    assert page == with_table(page), "write it again: python tests/test_readme.py"
+    keys = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    assert keys == [field.name for field in dataclasses.fields(configuration.Config)]
+    for shown in "`k^l`", "`k**(levels-1)`", "`<logdir>/<dataset>/<run name>`":
+        assert shown in page
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_markdown_keeps_what_is_meant(path):
+    """Outside of code, `<name>` would be an HTML tag, and `4**2 and 8**2` bold."""
+    text = outside_code(path.read_text())
+    assert not re.findall(r"<[^>\n]*>", text)
+    assert not re.findall(r"\w\*\*[\w(]|\w\^\w", text)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files(path):
+    links = [link for link in re.findall(r"\]\(([^)#]+)", path.read_text()) if "://" not in link]
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_readme_leads_to_each_page_and_file():
+    text = (ROOT / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in text, page.name
+    tree = re.findall(r"^    ([\w/.]+)  ", text, re.MULTILINE)
+    assert "train.py" in tree and not [name for name in tree if not (ROOT / name).exists()]
+    assert not [path.name for path in ROOT.glob("*.py") if path.name not in tree]
 
 
 @pytest.mark.slow
@@ -47,3 +122,7 @@ def test_pretrained_model_is_small_and_names_no_machine():
     assert sum(path.stat().st_size for path in (PRETRAINED / "checkpoints").rglob("*") if path.is_file()) < 5e6
     c, default = configuration.load(PRETRAINED / "config.yml"), configuration.Config()
     assert (c.logdir, c.datadir) == (default.logdir, default.datadir)
+
+
+if __name__ == "__main__":
+    CONFIGURATION.write_text(with_table(CONFIGURATION.read_text()))

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import comparisons
 import pytest
 from conftest import ROOT
 
 import analysis
 import config as configuration
+from analyses.arguments import parse_named
+from analyses.compare import SAME
 
 NOTING = """#!{python}
 import json, pathlib, sys
@@ -58,12 +59,12 @@ def test_each_call_is_valid(tmp_path, config):
         else:
             command, *arguments = arguments
             assert program == "analysis.py" and command in analysis.COMMANDS
-            named, given, _ = comparisons.parse_named(arguments, program, "")
+            named, given, _ = parse_named(arguments, program, "")
             runs = [evaluations[path] if command == "compare" else models[path] for _, path in named]
             assert given["out"] and len(runs) == len({c.run_name for c in runs})
             assert command != "curves" or len(runs) == len(models)
             if command == "compare":
-                assert len({tuple(getattr(c, key) for key in comparisons.SAME) for c in runs}) == 1
+                assert len({tuple(getattr(c, key) for key in SAME) for c in runs}) == 1
     generated = config in ("small", "digits")
     assert len(models) == (10 if generated else 8)
     assert {model.tmp_abs_factor for model in models.values()} == {1, 2, 4, 6, 8}

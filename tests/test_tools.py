@@ -1,6 +1,5 @@
 """Metrics against scikit-image; pictures and logs by reading back what was written."""
 
-import json
 import warnings
 
 import av
@@ -11,7 +10,6 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import tools
-from system import logs
 
 
 def frames(kind, channels, seed=0):
@@ -158,62 +156,3 @@ def test_saved_frames_are_compressed(tmp_path):
 
 def test_to_uint8_truncates():
     assert tools.to_uint8(jnp.array([-1.0, 0.0, 0.999, 1.0, 2.0])).tolist() == [0, 0, 254, 255, 255]
-
-
-# ---------------------------------------------------------------------------------------------- logs
-
-
-def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
-    log = logs.Log(tmp_path, 0, None)
-    for step in 1, 2, 3:
-        log.metrics(step, {"loss": 1.0 / step})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')  # interrupted while writing
-    logs.Log(tmp_path, 2, None).metrics(3, {"loss": 7.0})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 7.0}]
-
-
-def test_a_log_that_cannot_be_written_comes_later(tmp_path, monkeypatch, capsys):
-    log = logs.Log(tmp_path, 0, None)
-    log.metrics(1, {"loss": 1.0})
-    whole = type(tmp_path).open
-
-    class Full:
-        """A file that takes some bytes before the disk is full."""
-
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, text):
-            self.file.write(text[:5])
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(tmp_path), "open", lambda self, *mode: Full(whole(self, *mode)))
-        log.metrics(2, {"loss": 2.0})
-    assert "No space left on device" in capsys.readouterr().out
-    log.metrics(3, {"loss": 3.0})
-    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3]
-
-
-def test_wandb_that_fails_is_left_alone(tmp_path, capsys):
-    class Failing:
-        calls = 0
-
-        def log(self, *_, **__):
-            self.calls += 1
-            raise ConnectionError("gone")
-
-    run = Failing()
-    log = logs.Log(tmp_path, 0, run)
-    for step in 1, 2, 3:
-        log.metrics(step, {"loss": 1.0})
-    assert run.calls == 1 and capsys.readouterr().out.count("wandb failed (gone); training goes on without it") == 1
-    assert len(log.path.read_text().splitlines()) == 3

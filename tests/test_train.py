@@ -17,9 +17,9 @@ from conftest import COMPILED, ROOT, TINY, flags
 import config as configuration
 import data
 import runs
-import step
 import train
-from config import ConfigError
+import train_step
+from config import Config, ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
 from system.devices import Devices
@@ -107,6 +107,19 @@ def test_random_seed_is_saved_and_used_on_resume(tiny):
     assert (runs.directory(c) / "metrics.jsonl").exists() and (runs.directory(c) / "checkpoints" / "2").exists()
 
 
+def test_a_runs_own_config_file_is_that_run(tiny):
+    """Also if its seed was a random one, which isn't part of its name."""
+    for seed in None, 7:
+        c = dataclasses.replace(tiny, seed=seed)
+        with runs.opened(c, Devices()) as run:
+            pass
+        saved = configuration.load(run.path / "config.yml")
+        assert saved.seed is not None and runs.directory(saved) == run.path
+        assert runs.directory(dataclasses.replace(saved, seed=saved.seed + 1)) != run.path
+        with runs.opened(saved, Devices()) as again:
+            assert (again.path, again.config) == (run.path, run.config)
+
+
 def test_resuming_as_another_model_is_refused(tiny):
     train.train(dataclasses.replace(tiny, max_steps=1))
     run = runs.directory(tiny)
@@ -127,14 +140,14 @@ def test_context_must_fit_training_videos(tiny):
 def test_padding_has_no_weight(tiny):
     """A batch of 2 padded to 4 rows gives the loss and the parameters of the batch alone, whatever the padding holds."""
     model, devices = CWVAE(tiny), Devices()
-    step = step.make_train_step(model)
+    take_step = train_step.make_train_step(model)
     windows = data.windows(tiny, "train")
     video = np.stack([windows[i] for i in range(2)])
     padding = np.random.default_rng(0).integers(0, 256, video.shape, dtype=np.uint8)
     results = []
     for rows, weight in (video, [1, 1]), (np.concatenate([video, padding]), [1, 1, 0, 0]):
-        state = devices.replicate(step.make_state(model))
-        results.append(step(state, data.Batch(rows[None], np.array(weight, np.float32)[None])))
+        state = devices.replicate(train_step.make_state(model))
+        results.append(take_step(state, data.Batch(rows[None], np.array(weight, np.float32)[None])))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -145,7 +158,7 @@ def test_gradient_clipping_and_adam(tiny):
 
     g = {"a": jnp.array([3e-3, -4e-3])}
     for clip, scale in (10000, 1.0), (0, 1.0), (None, 1.0), (1e-3, 0.2):
-        optimizer = step.make_optimizer(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1))
+        optimizer = train_step.make_optimizer(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1))
         updates, _ = optimizer.update(g, optimizer.init(g))
         clipped = g["a"] * scale
         np.testing.assert_allclose(updates["a"], -0.1 * clipped / (abs(clipped) + 1e-4), rtol=1e-4)
@@ -153,7 +166,7 @@ def test_gradient_clipping_and_adam(tiny):
 
 def test_validation_does_not_depend_on_batch_size(tiny):
     model = CWVAE(tiny)
-    params = step.make_state(model).params
+    params = train_step.make_state(model).params
     test = data.windows(tiny, "test")
     results = []
     for batch_size, batches in (2, 3), (6, 1), (3, 2):
@@ -166,7 +179,7 @@ def test_validation_does_not_depend_on_batch_size(tiny):
 
 def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
     model = CWVAE(tiny)
-    params = step.make_state(model).params
+    params = train_step.make_state(model).params
     test = data.windows(tiny, "test")
     video = np.stack([test[0], test[1]])
     changed = video.copy()
@@ -214,6 +227,19 @@ def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):
     saved = (run / "wandb_id").read_text()
     done = run_program("train.py", flags(wandb="auto", max_steps=3, save_gifs=True), tmp_path)
     assert done.returncode == 0 and (run / "wandb_id").read_text() == saved
+
+
+def test_a_refused_start_leaves_the_live_runs_wandb_alone(tmp_path):
+    arguments = flags(wandb="offline", max_steps=1)
+    (run,) = (runs.directory(Config(**TINY | dict(wandb="offline", logdir=str(tmp_path / "logs")))),)
+    with runs.locked(run):
+        (run / "wandb_id").write_text("live")
+        done = run_program("train.py", arguments, tmp_path)
+        assert done.returncode == 2 and "is being trained by another process" in done.stderr
+    assert not list(tmp_path.glob("logs/wandb/*")) and (run / "wandb_id").read_text() == "live"
+    done = run_program("train.py", arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("logs/wandb/offline-run-*-live")) and (run / "wandb_id").read_text() == "live"
 
 
 def test_a_sweep_beats_flags_which_beat_yaml(tmp_path):

@@ -17,22 +17,23 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
+from fractions import Fraction
 
 import av
 import numpy as np
-import published
 import pytest
 from conftest import ROOT
 
 import config as configuration
 import data
-import videos
 from config import ConfigError
-from videos import Decoding, Video
+from videos import decoded, digits, published
+from videos.decoded import Decoding, Video
 
 
-def make_video(frames, codec="libx264", format="mp4", size=(64, 64), seed=0, grey=False):
+def make_video(frames, codec="libx264", format="mp4", size=(64, 64), seed=0, grey=False, rotation=0, pixel_aspect=None):
     """The bytes of a video of moving gradients: frames differ, also from those of other seeds."""
     random = np.random.default_rng(seed)
     width, height = size
@@ -40,6 +41,10 @@ def make_video(frames, codec="libx264", format="mp4", size=(64, 64), seed=0, gre
     with av.open(buffer, "w", format=format) as container:
         stream = container.add_stream(codec, rate=20)
         stream.width, stream.height = size
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if pixel_aspect:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         stream.pix_fmt = {"libx264": "yuv420p", "mpeg4": "yuv420p", "libvpx": "yuv420p", "gif": "rgb8"}[codec]
         phase, colour = random.uniform(0, 6, 2), random.uniform(60, 195, 3)
         for t in range(frames):
@@ -107,8 +112,10 @@ def server(monkeypatch):
             asked.append(name)
             content = files.get(name)
             self.send_response(200 if content is not None else 404)
-            self.send_header("Content-Length", str(len(content or b"")))
+            if server.states_length:
+                self.send_header("Content-Length", str(len(content or b"")))
             self.end_headers()
+            time.sleep(server.pause)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self.wfile.write(content or b"")
 
@@ -123,9 +130,8 @@ def server(monkeypatch):
         local = [f"http://127.0.0.1:{httpd.server_port}/{url.rsplit('/', 1)[1]}" for url in cls.URLS]
         monkeypatch.setattr(cls, "URLS", local)
         monkeypatch.setattr(cls, "VIDEOS", {})
-        monkeypatch.setattr(cls, "_checksums_path", None, raising=False)
-        monkeypatch.setattr(cls, "url_infos", None, raising=False)
-    yield type("Server", (), {"files": files, "asked": asked, "stop": lambda self=None: httpd.shutdown()})
+    server = types.SimpleNamespace(files=files, asked=asked, states_length=True, pause=0)
+    yield server
     httpd.shutdown()
     httpd.server_close()
     thread.join()
@@ -153,13 +159,14 @@ def for_dataset(tiny, dataset, **keys):
 @pytest.mark.parametrize("dataset", ["minerl", "mazes", "mmnist", "kth"])
 def test_from_download_to_evaluation(tiny, server, dataset):
     import eval as evaluation
+    import runs
     import train
 
     server.files.update(contents(dataset))
     c = for_dataset(tiny, dataset, max_steps=2, num_examples=2)
     train.train(c)
-    evaluation.evaluate(*evaluation.parse(["--logdir", str(train.run_directory(c)), "--no_save_grid"]))
-    file = videos.FrameFile(data.Path(c.datadir) / "frames" / f"{dataset}-train-{c.channels}")
+    evaluation.evaluate(*evaluation.parse(["--logdir", str(runs.directory(c)), "--no_save_grid"]))
+    file = decoded.FrameFile(data.Path(c.datadir) / "frames" / f"{dataset}-train-{c.channels}")
     if dataset == "kth":
         assert len(file.names) == 2 + 1 + 4 and "person16_boxing_d1_uncomp.avi" in file.names
         assert len(data.windows(c, "test").file.names) == 3
@@ -183,11 +190,7 @@ def test_from_download_to_evaluation(tiny, server, dataset):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
         str(
-            len(
-                published.PreparedVideos(
-                    published.prepare(dataset, data.Path(c.datadir)).as_data_source(split="train")
-                )[0].content
-            )
+            len(published.PreparedVideos(dataset, published.prepare(dataset, data.Path(c.datadir)), "train")[0].content)
         )
     )
     assert "@" in done.stdout and "False" in done.stdout
@@ -225,20 +228,210 @@ def test_connection_refused_or_silent(tiny, server, monkeypatch):
         monkeypatch.setattr(published.GqnMazes, "URLS", [f"http://127.0.0.1:{silent.getsockname()[1]}/gqn_mazes.zip"])
         refused(c, r"can't be downloaded from .* \(no connection\)")  # bound, but not listening
         silent.listen()
-        monkeypatch.setattr(published, "CONNECT_SECONDS", 1)
+        monkeypatch.setattr(published, "SILENCE_SECONDS", 1)
         refused(c, r"can't be downloaded from .* \(no connection\)")  # accepts, and never answers
     assert time.monotonic() - begin < 15
 
 
-def test_truncated_zip(tiny, server):
+@pytest.mark.parametrize("what", ["truncated", "html"])
+@pytest.mark.parametrize("states_length", [True, False])
+def test_not_a_whole_zip(tiny, server, what, states_length):
     whole = contents("mazes")["gqn_mazes.zip"]
-    server.files["gqn_mazes.zip"] = whole[: len(whole) // 2]
+    wrong = whole[: len(whole) // 2] if what == "truncated" else b"<html>Please log in</html>"
+    server.files["gqn_mazes.zip"], server.states_length = wrong, states_length
     c = for_dataset(tiny, "mazes")
-    refused(c, "a zip of mazes is damaged")
-    # Deleted as told, and the source mended: the checksum is another one than recorded.
-    shutil.rmtree(data.Path(c.datadir) / "downloads")
+    refused(
+        c, rf"the {len(wrong):,} bytes that http.* sent aren't a whole zip; run again later, or put the zip by hand"
+    )
+    # Nothing of it is kept: once the source is right, the same command works.
     server.files["gqn_mazes.zip"] = whole
     assert len(data.windows(c, "train")) == 9
+
+
+def test_connection_lost(tiny, server, monkeypatch):
+    monkeypatch.setattr(published, "SILENCE_SECONDS", 1)
+    whole = contents("mazes")["gqn_mazes.zip"]
+
+    class Content(bytes):
+        def __len__(self):
+            return 10**6  # that is announced
+
+    server.files["gqn_mazes.zip"] = Content(whole)
+    refused(
+        for_dataset(tiny, "mazes"),
+        r"can't be downloaded from .* \((no connection|connection lost after [\d,]+ bytes)\)",
+    )
+
+
+def test_each_zip_is_asked_for_once(tiny, server):
+    server.files.update(contents("kth"))
+    data.windows(for_dataset(tiny, "kth"), "train")
+    assert sorted(server.asked) == sorted(server.files)
+
+
+def test_damaged_video_in_a_zip(tiny, server):
+    """The zip opens, but the checksum of a file in it is wrong."""
+    whole = contents("mazes")["gqn_mazes.zip"]
+    at = whole.index(b"train/2.mp4") + 2000
+    server.files["gqn_mazes.zip"] = whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]
+    c = for_dataset(tiny, "mazes")
+    path = data.Path(c.datadir) / "downloads" / "gqn_mazes" / "gqn_mazes.zip"
+    refused(c, rf"{path} is damaged \(Bad CRC-32 for file 'train/2.mp4'\); delete it and run again")
+    path.unlink()
+    server.files["gqn_mazes.zip"] = whole
+    assert len(data.windows(c, "train")) == 9
+
+
+@pytest.mark.parametrize("how", ["deflate64", "encrypted"])
+def test_zip_that_python_can_not_unpack(tiny, server, how):
+    content = bytearray(contents("mazes")["gqn_mazes.zip"])
+    for magic, flags in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8):
+        at = content.find(magic)
+        while at >= 0:
+            content[at + flags + 2 * (how == "deflate64")] = {"deflate64": 9, "encrypted": 1}[how]
+            at = content.find(magic, at + 1)
+    server.files["gqn_mazes.zip"] = bytes(content)
+    refused(
+        for_dataset(tiny, "mazes"),
+        r"train/1.mp4 in .*gqn_mazes.zip can't be unpacked \(.*\); pack it again with deflate and no password",
+    )
+
+
+def test_macos_metadata_is_no_video(tiny, server):
+    server.files.update(contents("kth"))
+    with zipfile.ZipFile(io.BytesIO(server.files["boxing.zip"])) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    junk = {f"{folder}._person01_boxing_d1_uncomp.avi": b"junk" for folder in ("", "__MACOSX/")}
+    server.files["boxing.zip"] = zipped(files | junk)
+    file = data.windows(for_dataset(tiny, "kth"), "train").file
+    assert len(file.names) == 7 and not file.skipped
+
+
+def test_prepared_by_the_earlier_codes(tiny, server):
+    """They prepare version 1.0.0, in a format that needs TensorFlow; it stays as it is."""
+    c = for_dataset(tiny, "mazes")
+    theirs = data.Path(c.datadir) / "gqn_mazes" / "1.0.0"
+    theirs.mkdir(parents=True)
+    (theirs / "dataset_info.json").write_text('{"fileFormat": "tfrecord", "name": "gqn_mazes", "version": "1.0.0"}')
+    before = (theirs / "dataset_info.json").read_bytes()
+    server.files.update(contents("mazes"))
+    assert len(data.windows(c, "train")) == 9
+    assert (theirs / "dataset_info.json").read_bytes() == before
+    # An earlier version of ours has that number too, and is used.
+    other = dataclasses.replace(c, datadir=str(data.Path(c.datadir).parent / "other"))
+    ours = data.Path(other.datadir) / "gqn_mazes" / "1.0.0"
+    shutil.copytree(theirs.with_name("1.1.0"), ours)
+    info = ours / "dataset_info.json"
+    info.write_text(info.read_text().replace("1.1.0", "1.0.0"))
+    (ours / "source.txt").unlink()
+    server.files.clear()
+    assert len(data.windows(other, "train")) == 9
+    # What is damaged is named.
+    (theirs.with_name("1.1.0") / "dataset_info.json").write_text("{")
+    with pytest.raises(
+        ConfigError, match=r"can't read the dataset in .*gqn_mazes/1.1.0 \(.*\); delete it and run again"
+    ):
+        data.windows(c, "test")
+
+
+def test_two_processes_prepare_once(tiny, server):
+    """They want the two splits of a dataset that isn't there yet, at the same time."""
+    server.files.update(contents("mazes"))
+    server.pause = 3
+    program = "import sys; sys.path.insert(0, {!r}); import config, data; from videos import published; "
+    program += "published.GqnMazes.URLS = {!r}; "
+    program += "c = config.Config(dataset='mazes', channels=3, seq_len=10, eval_seq_len=20, open_loop_ctx=8, levels=1, datadir={!r}); "
+    program += "print(len(data.windows(c, sys.argv[1])))"
+    program = program.format(str(ROOT), published.GqnMazes.URLS, tiny.datadir)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, split], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for split in ("train", "test")
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [output.splitlines()[-1] for output in outputs] == ["9", "2"]
+    assert server.asked == ["gqn_mazes.zip"]
+
+
+def test_leftovers_are_removed(tiny, server):
+    """What a killed download or preparation left, of this program or TFDS's."""
+    c = for_dataset(tiny, "mazes")
+    server.files.update(contents("mazes"))
+    datadir = data.Path(c.datadir)
+    (url,) = published.GqnMazes.URLS
+    tmp = published.resource.get_dl_fname(url) + ".tmp.0123"
+    for folder in (
+        datadir / "downloads" / "gqn_mazes" / tmp,
+        datadir / "downloads" / tmp,
+        datadir / "gqn_mazes" / "incomplete.ABCDEF_1.0.0",
+        datadir / "gqn_mazes" / "incomplete.new",
+    ):
+        folder.mkdir(parents=True)
+        (folder / "half").write_bytes(b"x")
+    (datadir / "downloads" / "gqn_mazes" / "gqn_mazes.zip.new").write_bytes(b"x")
+    (datadir / "downloads" / "others.zip.tmp.1").mkdir()
+    data.windows(c, "train")
+    assert {path.name for path in (datadir / "gqn_mazes").iterdir()} == {"1.1.0"}
+    assert {path.name for path in (datadir / "downloads" / "gqn_mazes").iterdir()} == {"gqn_mazes.zip"}
+    assert [path.name for path in (datadir / "downloads").glob("*.tmp.*")] == ["others.zip.tmp.1"]
+
+
+def test_killed_while_replacing(tiny, server):
+    c = for_dataset(tiny, "mazes")
+    server.files.update(contents("mazes"))
+    data.windows(c, "train")
+    prepared = data.Path(c.datadir) / "gqn_mazes" / "1.1.0"
+    aside = prepared.with_name("incomplete.new")
+    aside.mkdir()
+    prepared.rename(aside / "replaced")
+    server.files.clear()
+    shutil.rmtree(data.Path(c.datadir) / "downloads")
+    assert len(data.windows(c, "test")) == 2
+
+
+def test_useless_dataset_is_replaced(tiny, server, capsys):
+    c = for_dataset(tiny, "mazes")
+    right = contents("mazes")["gqn_mazes.zip"]
+    server.files["gqn_mazes.zip"] = zipped({f"{split}/1.mp4": b"junk" for split in ("train", "test")})
+    manual = data.Path(c.datadir) / "downloads" / "manual"
+    remedy = f"put gqn_mazes.zip as published into {manual} and run again with --rebuild_frames"
+    refused(c, f"none of the 1 videos for mazes-train-3 can be decoded; {remedy}")
+    (manual / "gqn_mazes.zip").write_bytes(right)
+    again = dataclasses.replace(c, rebuild_frames=True)
+    assert len(data.windows(again, "train")) == 9 and len(data.windows(again, "test")) == 2
+    assert capsys.readouterr().out.count("Preparing mazes again") == 1
+
+
+def test_replaced_zip(tiny, server, capsys):
+    """--rebuild_frames prepares again what changed, and only that; frames of the old zip aren't used any more."""
+    c = for_dataset(tiny, "mazes")
+    again = dataclasses.replace(c, rebuild_frames=True)
+    server.files.update(contents("mazes"))
+    assert len(data.windows(c, "train")) == 9 and len(data.windows(c, "test")) == 2
+    manual = data.Path(c.datadir) / "downloads" / "manual" / "gqn_mazes.zip"
+    manual.write_bytes(server.files["gqn_mazes.zip"])
+    capsys.readouterr()
+    data.windows(again, "train")
+    assert "Preparing" not in capsys.readouterr().out
+    # A damaged one replaces nothing.
+    manual.write_bytes(server.files["gqn_mazes.zip"][:2000])
+    with pytest.raises(ConfigError, match=rf"{manual} is damaged \(.*\); delete it and run again"):
+        data.windows(again, "train")
+    assert len(data.windows(c, "train")) == 9
+    manual.write_bytes(zipped({"train/1.mp4": make_video(30, seed=7), "test/1.mp4": b"junk"}))
+    assert len(data.windows(again, "train")) == 3
+    printed = capsys.readouterr().out
+    assert (
+        "Preparing mazes again from" in printed and "mazes-test-3.*, which was decoded from another source" in printed
+    )
+    with pytest.raises(ConfigError, match="none of the 1 videos for mazes-test-3 can be decoded"):
+        data.windows(c, "test")
+    # Without any zip, what is prepared is kept.
+    manual.unlink()
+    shutil.rmtree(manual.parent.parent / "gqn_mazes")
+    assert len(data.windows(again, "train")) == 3
 
 
 def test_wrong_checksum(tiny, server):
@@ -249,7 +442,7 @@ def test_wrong_checksum(tiny, server):
     for path in datadir / "downloads" / "gqn_mazes", datadir / "gqn_mazes", datadir / "frames":
         shutil.rmtree(path)
     server.files["gqn_mazes.zip"] = zipped({"train/1.mp4": make_video(30), "test/1.mp4": make_video(30)})
-    refused(c, r"isn't what it sent the first time .*checksums.tsv")
+    refused(c, r"isn't what it sent the first time; delete .*checksums.tsv")
 
 
 def test_prepared_again_from_the_downloaded_zip(tiny, server):
@@ -272,7 +465,12 @@ def test_counts_that_differ_are_said(tiny, server, monkeypatch, capsys):
     server.files.update(contents("minerl"))
     monkeypatch.setattr(published.MinerlNavigate, "VIDEOS", {"train": 961, "test": 225})
     data.windows(for_dataset(tiny, "minerl"), "train")
-    assert "Warning: minerl has 3 train videos; 961 were published" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (
+        "Warning: minerl has 3 train videos; 961 were published. To prepare it again, put minerl_navigate.zip"
+        in printed
+    )
+    assert "downloads/manual and run again with --rebuild_frames" in printed
 
 
 # ---------------------------------------------------------------------------------------------- folders
@@ -320,16 +518,120 @@ def test_grey_folder(folder):
 def test_other_sizes_are_cropped_in_folders_and_stretched_in_published_ones():
     image = np.zeros((1, 64, 192, 3), np.uint8)
     image[:, :, 64:128] = 200  # the middle third
-    frames = [av.VideoFrame.from_ndarray(image[0], "rgb24")]
+    frames = [(av.VideoFrame.from_ndarray(image[0], "rgb24"), 1)]
     video = Video("x", data.Path("x.npy"))
-    original, videos.array_frames = videos.array_frames, lambda _: iter(frames)
+    original, decoded.array_frames = decoded.array_frames, lambda _: iter(frames)
     try:
-        (cropped,) = videos.decode(video, Decoding(3, crop=True))
-        (stretched,) = videos.decode(video, Decoding(3))
+        (cropped,) = decoded.decode(video, Decoding(3, crop=True))
+        (stretched,) = decoded.decode(video, Decoding(3))
     finally:
-        videos.array_frames = original
+        decoded.array_frames = original
     assert np.all(cropped == 200)
     assert stretched.shape == (64, 64, 3) and np.all(stretched[:, 24:40] == 200) and not stretched[:, :20].any()
+
+
+def decoded_frames(content, how=None):
+    return np.stack(list(decoded.decode(Video("x", content), how or Decoding(3, crop=True, luma=True))))
+
+
+def encoded_frames(content):
+    with av.open(io.BytesIO(content)) as container:
+        return list(container.decode(video=0))
+
+
+def test_colours_are_scaled_at_full_resolution():
+    """Bars of saturated colours, against the mean of four pixels each."""
+    image = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)[np.arange(128) // 4 % 4]
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=20, options={"crf": "1"})
+        stream.width = stream.height = 128
+        frame = av.VideoFrame.from_ndarray(np.tile(image, (128, 1, 1)), "rgb24")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    (want,) = reference(buffer.getvalue()).astype(float)
+    want = want.reshape(64, 2, 64, 2, 3).mean((1, 3))
+    for how in Decoding(3), Decoding(3, crop=True):
+        assert np.abs(decoded_frames(buffer.getvalue(), how)[0] - want).mean() < 0.5
+    luma = decoded_frames(buffer.getvalue(), Decoding(1, crop=True, luma=True))[0, ..., 0]
+    assert np.abs(luma - want @ [0.299, 0.587, 0.114]).mean() < 0.5
+
+
+@pytest.mark.parametrize("how", [Decoding(1), Decoding(3), Decoding(1, crop=True, luma=True)])
+def test_grey_videos_are_scaled_as_ffmpeg_does(how):
+    content = make_video(5, size=(160, 120), grey=True)
+    size = (86, 64) if how.crop else (64, 64)
+    reformatter = av.video.reformatter.VideoReformatter()
+    frames = [
+        reformatter.reformat(frame, *size, "rgb24", interpolation="AREA").to_ndarray()
+        for frame in encoded_frames(content)
+    ]
+    want = np.stack(frames)[:, :, (size[0] - 64) // 2 :][:, :, :64, : how.channels]
+    np.testing.assert_array_equal(decoded_frames(content, how), want)
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+@pytest.mark.parametrize("format", ["mp4", "mov", "matroska"])
+def test_rotated_videos_are_turned_upright(rotation, format):
+    """`rotation` is counterclockwise."""
+    content = make_video(3, format=format, size=(128, 64), rotation=rotation)
+    want = decoded_frames(make_video(3, format=format, size=(128, 64)))
+    np.testing.assert_array_equal(decoded_frames(content), np.rot90(want, rotation // 90, axes=(1, 2)))
+    assert encoded_frames(content)[0].rotation % 360 == rotation % 360
+
+
+def test_display_matrices():
+    """Against their definition: where the matrix moves a corner."""
+    corners = np.arange(4).reshape(2, 2, 1)  # of pixels at x, y = +-1
+    for matrix in (
+        ([1, 0], [0, 1]),
+        ([-1, 0], [0, 1]),
+        ([1, 0], [0, -1]),
+        ([0, 1], [1, 0]),
+        ([0, 1], [-1, 0]),
+        ([0, -1], [-1, 0]),
+    ):
+        want = np.empty((2, 2, 1))
+        for y, x in np.ndindex(2, 2):
+            to_x, to_y = np.array([2 * x - 1, 2 * y - 1]) @ matrix
+            want[(to_y + 1) // 2, (to_x + 1) // 2] = corners[y, x]
+        np.testing.assert_array_equal(decoded.upright(corners, 65536 * np.array(matrix)), want)
+
+
+def test_pixels_that_are_not_square():
+    """128x64 pixels, each half as wide as high, are a square picture: nothing is cut."""
+    content = make_video(3, size=(128, 64), pixel_aspect=Fraction(1, 2))
+    with av.open(io.BytesIO(content)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(1, 2)
+    np.testing.assert_array_equal(decoded_frames(content), decoded_frames(content, Decoding(3)))
+
+
+def test_more_suffixes_and_links_to_folders(folder, tmp_path, capsys):
+    train = data.Path(folder.datadir) / "train"
+    for path in train.rglob("*.*"):
+        path.unlink()
+    for name, format in ("a.mkv", "matroska"), ("b.mov", "mov"), ("c.m4v", "mp4"), ("D.MP4", "mp4"):
+        (train / name).write_bytes(make_video(12, format=format))
+    np.save(tmp_path / "e.npy", np.zeros((11, 64, 64, 3), np.uint8))
+    (tmp_path / "e.npy").rename(train / "E.NPY")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "f.mp4").write_bytes(make_video(12))
+    (train / "link").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(train)
+    (train / "gone.mp4").symlink_to("nowhere.mp4")
+    (train / "notes.txt").write_text("not a video")
+    (train / "._a.mkv").write_bytes(b"macOS")
+    windows = data.windows(folder, "train")
+    assert windows.file.names == ["D.MP4", "E.NPY", "a.mkv", "b.mov", "c.m4v", "link/f.mp4"]
+    line = f"Ignored in {train}, since they aren't videos: ._a.mkv, gone.mp4, notes.txt\n"
+    assert line in capsys.readouterr().out
+    data.windows(folder, "train")
+    assert "Ignored" not in capsys.readouterr().out
+
+
+def test_long_lists_are_cut():
+    names = [str(i) for i in range(7)]
+    assert decoded.listed(names, 7) == "0, 1, 2, 3, 4, 5, 6" and decoded.listed(names, 5) == "0, 1, 2, 3, 4 and 2 more"
 
 
 def test_broken_and_short_videos_are_listed_and_skipped(folder, capsys):
@@ -354,7 +656,7 @@ def test_broken_and_short_videos_are_listed_and_skipped(folder, capsys):
 def test_no_usable_video(folder):
     for path in (data.Path(folder.datadir) / "train").rglob("*.*"):
         path.unlink()
-    refused(folder, "train holds no videos; put .avi, .gif, .mp4")
+    refused(folder, "train holds no videos; put .avi, .gif, .m4v, .mkv, .mov, .mp4")
     (data.Path(folder.datadir) / "train" / "a.mp4").write_bytes(b"junk")
     refused(folder, "none of the 1 videos for videos-train-3 can be decoded")
     refused(dataclasses.replace(folder, datadir="nowhere"), "nowhere/train is missing")
@@ -397,7 +699,7 @@ def test_changed_folder(folder):
 def test_damaged_frame_files_are_refused(folder, damage):
     data.windows(folder, "train")
     path = data.Path(folder.datadir) / "frames" / "videos-train-3"
-    frames, index = videos.frames_path(path), videos.index_path(path)
+    frames, index = decoded.frames_path(path), decoded.index_path(path)
     if damage == "shorter":
         os.truncate(frames, frames.stat().st_size - 1)
     elif damage == "index":
@@ -439,10 +741,50 @@ def test_killed_while_decoding(large):
     process.send_signal(signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output
-    assert aside.exists() and not videos.index_path(aside.with_name("videos-train-3")).exists()
+    assert aside.exists() and not decoded.index_path(aside.with_name("videos-train-3")).exists()
     train = data.windows(large, "train")
     assert len(train) == 12 + 60 * 40 and not aside.exists()
     np.testing.assert_array_equal(train[len(train) - 1], reference(make_video(400, seed=11))[-10:])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_decoding(large, signum):
+    process = start_preparing(large)
+    aside = data.Path(large.datadir) / "frames" / "videos-train-3.frames.new"
+    while process.poll() is None and not (aside.exists() and aside.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signum)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signum, output
+    assert "Traceback" not in output and f"Interrupted by {signum.name}; call the same command again" in output
+    assert not aside.exists() and not decoded.frames_path(aside.with_name("videos-train-3")).exists()
+
+
+def test_interrupted_while_a_long_video_is_decoded(folder, monkeypatch):
+    """Its thread ends at the next frame, not at the video's end."""
+    frame, given = (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24"), 1), []
+
+    def frames(_):
+        for i in range(20_000):
+            given.append(i)
+            yield frame
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoded, "file_frames", frames)
+    monkeypatch.setattr(decoded.concurrent.futures.Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.windows(folder, "train")
+    assert len(given) < 10_000
+
+
+def test_failed_rebuild_keeps_the_frames(folder, monkeypatch):
+    windows = data.windows(folder, "train")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**6))
+    with pytest.raises(ConfigError, match="MB free"):
+        data.windows(dataclasses.replace(folder, rebuild_frames=True), "train")
+    assert data.windows(folder, "train").file.names == windows.file.names
 
 
 def test_two_at_once(large):
@@ -455,7 +797,7 @@ def test_two_at_once(large):
 
 def test_too_little_space(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
-    refused(folder, r"has 0.0 GB free, decoded frames need 0.0 GB; free some")
+    refused(folder, r"has 1 MB free, decoded frames need 2 MB; free some")
 
 
 def test_full_disk(folder, monkeypatch):
@@ -473,7 +815,7 @@ def test_datadir_that_can_not_be_written(folder, monkeypatch):
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(videos.filelock.FileLock, "acquire", read_only)
+    monkeypatch.setattr(decoded.filelock.FileLock, "acquire", read_only)
     assert len(data.windows(folder, "train")) == windows
     with pytest.raises(ConfigError, match=r"can't write to .*frames \(Read-only file system\); choose another"):
         data.windows(folder, "test")
@@ -526,7 +868,7 @@ def test_moving_mnist_from_idx_files(tiny, tmp_path):
         250,
     }
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"junk")
-    data.digits_of_mnist.cache_clear()
+    digits.of_mnist.cache_clear()
     with pytest.raises(ConfigError, match="train-images-idx3-ubyte isn't an idx file of 28x28 images"):
         data.windows(c, "train")
     with pytest.raises(ConfigError, match=r"nowhere/train-images-idx3-ubyte\[.gz\] is missing"):
@@ -543,6 +885,21 @@ def test_looking_at_a_dataset(folder, capsys):
         assert sheet.size == (10 * 65 - 1, 8 * 65 - 1)
     with Image.open(data.Path(folder.datadir) / "videos.gif") as gif:
         assert gif.n_frames == 10
+
+
+def test_pictures_that_can_not_be_written(folder, monkeypatch, capsys):
+    """The dataset is complete, on a disk that can only be read."""
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(data.tools, "save_grid", read_only)
+    message = (
+        rf"the dataset is complete, but its pictures can't be written to {folder.datadir} \(Read-only file system\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        data.look(folder)
+    assert "train          6           135" in capsys.readouterr().out
 
 
 def test_data_command_line(tmp_path):

@@ -1,7 +1,7 @@
 """Videos of any kind -> one memory-mapped file of uint8 frames per split, decoded once.
 
-A frame file is two files: `<name>.frames`, the frames of all videos one after the other, and `<name>.json`, its index,
-which comes last and so says that the frames are complete.
+A frame file is two files: `<name>.frames`, the frames of all videos one after another, and `<name>.json`, its index.
+The index is written last: if it exists, the frames are complete.
 """
 
 import collections
@@ -12,13 +12,15 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
+import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import av
 import filelock
@@ -26,10 +28,11 @@ import numpy as np
 from tqdm import tqdm
 
 from config import FRAME_SIZE, ConfigError
+from system.files import replace_file
 
 
 class Video(NamedTuple):
-    """A video that isn't decoded yet: a file's path, or its contents."""
+    """An encoded video: a file's path, or its contents."""
 
     name: str
     content: Path | bytes
@@ -38,49 +41,61 @@ class Video(NamedTuple):
 class Videos(Protocol):
     """A random-access source of videos."""
 
+    @property
+    def origin(self) -> str:
+        """What identifies the videos: it changes when they do."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do if none of them can be decoded."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Video: ...
 
 
 class Unreadable(Exception):
-    """A video that can't be decoded, and why."""
+    """Why a video can't be decoded."""
 
 
 # ---------------------------------------------------------------------------------------------- decoding
 
 
 class Decoding(NamedTuple):
-    """How frames are brought to 64x64 and to the number of channels."""
+    """How frames are converted to 64x64 pixels and to the number of channels."""
 
     channels: int
     crop: bool = False
-    """Scale the shorter side to 64 and cut the longer one's ends; else stretch."""
+    """Scale the shorter side to 64 and crop the longer one around the centre; otherwise stretch."""
     luma: bool = False
-    """Grey is the brightness of colours; else the first channel, for videos that are grey already."""
+    """Convert colours to grey by their brightness; otherwise take the first channel, for videos that are grey."""
 
 
 def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
-    """The frames of a video, one after the other, uint8 [64, 64, C].
+    """Decode the frames of a video one by one, upright, uint8 [64, 64, C].
 
     Raises:
         Unreadable: no frame, or not all frames, could be decoded.
     """
-    if isinstance(video.content, Path) and video.content.suffix in (".npy", ".npz"):
-        frames: Iterator[av.VideoFrame] = array_frames(video.content)
-    else:
-        frames = file_frames(video.content)
-    # One for all frames: it holds the tables of the conversion.
-    reformatter = av.video.reformatter.VideoReformatter()
+    frames = array_frames(video.content) if is_array(video.content) else file_frames(video.content)
+    # They hold the tables of their conversion, so each serves all frames.
+    to_rgb, to_size = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
+    matrix: np.ndarray | None = None
     try:
-        for frame in frames:
+        for frame, pixel_aspect in frames:
+            if matrix is None:
+                matrix = display_matrix(frame)
             width = height = FRAME_SIZE
             if how.crop:
-                shorter = min(frame.width, frame.height)
-                width, height = (-(-FRAME_SIZE * extent // shorter) for extent in (frame.width, frame.height))
-            pixels = reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
+                shown = max(1, round(frame.width * pixel_aspect)), frame.height
+                width, height = (-(-FRAME_SIZE * extent // min(shown)) for extent in shown)
+            colour = how.channels == 3 or how.luma
+            if colour and (width, height) != (frame.width, frame.height) and not is_grey(frame):
+                # Scaled directly, colours would have half the horizontal resolution.
+                frame = to_rgb.reformat(frame, format="rgb24")
+            pixels = to_size.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
             top, left = (height - FRAME_SIZE) // 2, (width - FRAME_SIZE) // 2
-            pixels = pixels[top : top + FRAME_SIZE, left : left + FRAME_SIZE]
+            pixels = upright(pixels[top : top + FRAME_SIZE, left : left + FRAME_SIZE], matrix)
             if how.channels == 1:
                 luma = (pixels @ np.array([299, 587, 114]) + 500) // 1000 if how.luma else pixels[..., 0]
                 pixels = luma.astype(np.uint8)[..., None]
@@ -89,46 +104,82 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
         raise Unreadable(" ".join(str(error).split())) from error
 
 
+def is_grey(frame: av.VideoFrame) -> bool:
+    """Return whether a frame has no colours: one channel, or 8-bit chroma that is neutral throughout."""
+    if frame.format.name.startswith("gray"):
+        return True
+    if not re.fullmatch(r"yuvj?4\d\dp", frame.format.name):
+        return False
+    planes: Any = frame.planes[1:]
+    chroma = (np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:, : plane.width] for plane in planes)
+    return all((plane == 128).all() for plane in chroma)
+
+
+def display_matrix(frame: av.VideoFrame) -> np.ndarray:
+    """Return how a frame is to be shown, int32 [2, 2]: [x, y] @ matrix are its coordinates on the screen."""
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return np.eye(2, dtype=np.int32)
+    return np.frombuffer(bytes(data)[:36], np.int32).reshape(3, 3)[:2, :2]
+
+
+def upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turn and mirror [H, W, C] as a display matrix says, by the nearest multiple of 90 degrees."""
+    (xx, xy), (yx, yy) = matrix.tolist()
+    if abs(xy) > abs(xx):
+        pixels, xx, yy = pixels.transpose(1, 0, 2), yx, xy
+    return pixels[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
+
+
+def is_array(content: Path | bytes) -> TypeGuard[Path]:
+    return isinstance(content, Path) and content.suffix.lower() in (".npy", ".npz")
+
+
 def open_container(content: Path | bytes) -> Any:
     return av.open(io.BytesIO(content) if isinstance(content, bytes) else str(content), mode="r")
 
 
-def file_frames(content: Path | bytes) -> Iterator[av.VideoFrame]:
+def file_frames(content: Path | bytes) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+    """Decode the frames of a file as they are, each with the aspect ratio (width : height) of its pixels."""
     with open_container(content) as container:
         if not container.streams.video:
             raise Unreadable("it has no video stream")
-        yield from container.decode(video=0)
+        stream = container.streams.video[0]
+        for frame in container.decode(stream):
+            yield frame, stream.sample_aspect_ratio or Fraction(1)
 
 
-def array_frames(path: Path) -> Iterator[av.VideoFrame]:
-    frames = read_array(path)
-    for frame in frames:
-        if frame.shape[-1] == 1:
-            yield av.VideoFrame.from_ndarray(np.repeat(frame, 3, -1), "rgb24")
-        else:
-            yield av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+def array_frames(path: Path) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+    """Read the frames of an array, as `file_frames` does those of a video."""
+    for frame in read_array(path):
+        colour = np.repeat(frame, 3, -1) if frame.shape[-1] == 1 else np.ascontiguousarray(frame)
+        yield av.VideoFrame.from_ndarray(colour, "rgb24"), Fraction(1)
 
 
 def read_array(path: Path) -> np.ndarray:
-    """uint8 [T, H, W, C] with 1 or 3 channels, from .npy or the only array of .npz."""
+    """Read a video from .npy or the only array in .npz, uint8 [T, H, W, 1 or 3].
+
+    Raises:
+        Unreadable: it is something else.
+    """
     try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None)
-        if path.suffix == ".npz":
+        loaded = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
+        if path.suffix.lower() == ".npz":
             with loaded:
                 if len(loaded.files) != 1:
                     raise Unreadable(f"it holds {len(loaded.files)} arrays instead of one")
                 loaded = loaded[loaded.files[0]]
     except (OSError, ValueError, EOFError) as error:
-        raise Unreadable("it is no array") from error
+        raise Unreadable("it isn't an array") from error
     if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.shape[-1] not in (1, 3):
         raise Unreadable(f"it is {loaded.dtype} {list(loaded.shape)} instead of uint8 [T, H, W, 1 or 3]")
     return loaded
 
 
 def count_frames(video: Video) -> int:
-    """The frames that a video says it has: an estimate. 0 where it says nothing."""
+    """Return how many frames a video claims to have: an estimate; 0 if it claims nothing."""
     try:
-        if isinstance(video.content, Path) and video.content.suffix in (".npy", ".npz"):
+        if is_array(video.content):
             return len(read_array(video.content))
         with open_container(video.content) as container:
             stream = container.streams.video[0]
@@ -150,7 +201,7 @@ class FrameFile:
     """
 
     def __init__(self, path: Path):
-        """Opens a frame file, without its suffix.
+        """Open a frame file, given without its suffix.
 
         Raises:
             ConfigError: it is damaged.
@@ -185,14 +236,16 @@ def checksum(index: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
-def frame_file(path: Path, open_videos: Any, how: Decoding, origin: str, rebuild: bool = False) -> FrameFile:
-    """The frame file at `path` (without suffix), decoded now where it isn't there, by one process at a time.
+def frame_file(
+    path: Path, open_videos: Callable[[], Videos], how: Decoding, origin: str | None = None, rebuild: bool = False
+) -> FrameFile:
+    """Open the frame file at `path` (without suffix); decode it first if needed, by one process at a time.
 
     Args:
-        path: where it is or shall be.
-        open_videos: returns the `Videos`; only called to decode.
-        how: to decode.
-        origin: what the videos are; a file of other videos isn't used.
+        path: where it is or will be.
+        open_videos: returns the videos; only called to decode.
+        how: how to decode.
+        origin: if given, that of the videos; a file of others is refused.
         rebuild: decode again.
 
     Raises:
@@ -200,12 +253,9 @@ def frame_file(path: Path, open_videos: Any, how: Decoding, origin: str, rebuild
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path.with_name(path.name + ".lock"))
-        with waiting(lock, path):
+        with one_process(path.with_name(path.name + ".lock"), f"decoding {path}.*"):
             if rebuild or not index_path(path).exists():
-                with contextlib.suppress(FileNotFoundError):
-                    index_path(path).unlink()
-                build(path, open_videos(), how, origin)
+                build(path, open_videos(), how)
     except OSError as error:
         if index_path(path).exists() and not rebuild:
             pass  # complete, on a disk that can't be written
@@ -216,7 +266,7 @@ def frame_file(path: Path, open_videos: Any, how: Decoding, origin: str, rebuild
         else:
             raise ConfigError(f"datadir: can't write to {path.parent} ({error.strerror}); choose another") from error
     file = FrameFile(path)
-    if file.origin != origin:
+    if origin not in (None, file.origin):
         raise ConfigError(
             f"datadir: the videos have changed since {path}.* was decoded; run again with --rebuild_frames"
         )
@@ -224,24 +274,50 @@ def frame_file(path: Path, open_videos: Any, how: Decoding, origin: str, rebuild
 
 
 @contextlib.contextmanager
-def waiting(lock: filelock.BaseFileLock, path: Path) -> Iterator[None]:
-    """Holds the lock, which the system takes back from a process that dies; says so where another process has it."""
+def one_process(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock, which the system releases if the process dies; say so if another process holds it.
+
+    Args:
+        lock: the lock's file.
+        what: what it is held for, such as "decoding x".
+    """
+    held = filelock.FileLock(lock)
     try:
-        lock.acquire(timeout=0)
+        held.acquire(timeout=0)
     except filelock.Timeout:
-        print(f"Another process is decoding {path}.*; waiting for it")
-        lock.acquire()
+        print(f"Another process is {what}; waiting for it")
+        held.acquire()
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
-def build(path: Path, videos: Videos, how: Decoding, origin: str) -> None:
-    """Decodes the videos, some at a time, into a file beside the final one, and moves it there.
+def remove_others(frames: Path, dataset: str, origin: str) -> None:
+    """Remove a dataset's frame files in the folder `frames` that were decoded from other videos."""
+    for index in frames.glob(f"{dataset}-*.json"):
+        path = index.with_suffix("")
+        with contextlib.suppress(ConfigError):  # a damaged one is refused when it is used
+            if FrameFile(path).origin != origin:
+                print(f"Removing {path}.*, which was decoded from another source")
+                index.unlink()
+                frames_path(path).unlink()
+
+
+def listed(names: Collection[str], limit: int = 100) -> str:
+    """Join names for a message, the first `limit` of them."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(itertools.islice(names, limit)) + more
+
+
+def build(path: Path, videos: Videos, how: Decoding) -> None:
+    """Decode videos in parallel into a file beside the final one, then move it there.
 
     Threads decode (PyAV releases the GIL). Of a long video only some megabytes of frames are held in memory, the rest
-    goes to disk.
+    is on disk.
+
+    Raises:
+        ConfigError: too little space, or none of the videos can be decoded.
     """
     frame_bytes = FRAME_SIZE * FRAME_SIZE * how.channels
     expected = sum(count_frames(videos[i]) for i in range(len(videos)))
@@ -250,15 +326,19 @@ def build(path: Path, videos: Videos, how: Decoding, origin: str) -> None:
     print(f"Decoding {len(videos)} videos, about {expected:,} frames, {needed / 1e9:.2f} GB, to {path}.frames")
     if needed > free:
         raise ConfigError(
-            f"datadir: {path.parent} has {free / 1e9:.1f} GB free, decoded frames need {needed / 1e9:.1f} GB; "
+            f"datadir: {path.parent} has {free // 10**6:,} MB free, decoded frames need {-(-needed // 10**6):,} MB; "
             "free some, or choose another"
         )
+
+    stopped = threading.Event()
 
     def decode_aside(video: Video) -> tuple[str, Any]:
         spool: Any = spools.enter_context(tempfile.SpooledTemporaryFile(32 * 2**20, dir=str(path.parent)))
         try:
             count = 0
             for frame in decode(video, how):
+                if stopped.is_set():
+                    raise Unreadable("interrupted")
                 spool.write(frame.tobytes())
                 count += 1
             if not count:
@@ -280,40 +360,44 @@ def build(path: Path, videos: Videos, how: Decoding, origin: str) -> None:
             concurrent.futures.ThreadPoolExecutor(threads) as pool,
             tqdm(total=expected or None, unit=" frames", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar,
         ):
-            for name, result in in_order(pool, decode_aside, (videos[i] for i in range(len(videos))), 2 * threads):
-                if isinstance(result, str):
-                    skipped[name] = result
-                    continue
-                count, spool = result
-                with spool:
-                    shutil.copyfileobj(spool, out)
-                kept.append((name, count))
-                bar.update(count)
+            try:
+                for name, result in in_order(pool, decode_aside, (videos[i] for i in range(len(videos))), 2 * threads):
+                    if isinstance(result, str):
+                        skipped[name] = result
+                        continue
+                    count, spool = result
+                    with spool:
+                        shutil.copyfileobj(spool, out)
+                    kept.append((name, count))
+                    bar.update(count)
+            finally:
+                stopped.set()  # after an error or an interrupt, the threads end at their next frame
             out.flush()
             os.fsync(out.fileno())
         if skipped:
-            listed = "; ".join(f"{name} ({reason})" for name, reason in skipped.items())
-            print(f"Skipped {len(skipped)} unreadable videos: {listed}")
+            reasons = [f"{name} ({reason})" for name, reason in skipped.items()]
+            print(f"Skipped {len(skipped)} unreadable videos: {listed(reasons)}")
         if not kept:
-            raise ConfigError(f"datadir: none of the {len(videos)} videos for {path.name} can be decoded")
+            raise ConfigError(
+                f"datadir: none of the {len(videos)} videos for {path.name} can be decoded; {videos.remedy}"
+            )
+        index_path(path).unlink(missing_ok=True)
         os.replace(aside, frames_path(path))
     finally:
         aside.unlink(missing_ok=True)
     index: dict[str, Any] = {
-        "origin": origin,
+        "origin": videos.origin,
         "channels": how.channels,
         "frames": sum(count for _, count in kept),
         "videos": kept,
         "skipped": skipped,
     }
     index = json.loads(json.dumps(index))
-    new = index_path(path).with_suffix(".json.new")
-    new.write_text(json.dumps(index | {"checksum": checksum(index)}))
-    os.replace(new, index_path(path))
+    replace_file(index_path(path), json.dumps(index | {"checksum": checksum(index)}).encode())
 
 
 def in_order(pool: concurrent.futures.Executor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """`pool.map`, but with at most `ahead` results computed before they are asked for."""
+    """Map like `pool.map`, but compute at most `ahead` results before they are asked for."""
     futures: collections.deque[concurrent.futures.Future] = collections.deque()
     items = iter(items)
     for item in itertools.islice(items, ahead):
@@ -327,20 +411,31 @@ def in_order(pool: concurrent.futures.Executor, function: Any, items: Iterable[A
 
 # ---------------------------------------------------------------------------------------------- a folder of videos
 
-SUFFIXES = {".mp4", ".avi", ".webm", ".gif", ".npy", ".npz"}
+SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".webm"}
 
 
 class Folder(Sequence[Video]):
     """The videos below a folder, in the order of their paths."""
 
     def __init__(self, folder: Path):
-        """Raises ConfigError where there is no such folder or no video in it."""
+        """Find the videos.
+
+        Raises:
+            ConfigError: the folder is missing, can't be read, or holds no videos.
+        """
+        wanted = f"put {', '.join(sorted(SUFFIXES))} files there"
         if not folder.is_dir():
-            raise ConfigError(f"datadir: {folder} is missing; put {', '.join(sorted(SUFFIXES))} files there")
+            raise ConfigError(f"datadir: {folder} is missing; {wanted}")
         self.folder = folder
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        try:
+            paths = sorted(files_below(folder))
+        except OSError as error:
+            raise ConfigError(f"datadir: {error.filename} can't be read ({error.strerror}); permit it") from error
+        self.paths = [path for path in paths if is_video(path)]
+        self.ignored = [str(path.relative_to(folder)) for path in paths if not is_video(path)]
         if not self.paths:
-            raise ConfigError(f"datadir: {folder} holds no videos; put {', '.join(sorted(SUFFIXES))} files there")
+            found = f" (but {listed(self.ignored)})" if self.ignored else ""
+            raise ConfigError(f"datadir: {folder} holds no videos{found}; {wanted}")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -356,3 +451,24 @@ class Folder(Sequence[Video]):
             (str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths
         ]
         return f"{len(stats)} files, {zlib.crc32(json.dumps(stats).encode()):08x}"
+
+    @property
+    def remedy(self) -> str:
+        return f"put others into {self.folder}"
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Find all files below a folder, following links to folders except to one of those `above`."""
+    real = folder.resolve()
+    if real in above:
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_below(path, (*above, real))
+        else:
+            yield path
+
+
+def is_video(path: Path) -> bool:
+    """Return whether a path is a file with a video's suffix, and not macOS's metadata of one (`._name`)."""
+    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("._")

@@ -1,13 +1,19 @@
 """The paper's datasets, as TensorFlow Datasets builders that need no TensorFlow.
 
-A builder downloads the published zip and keeps each video in it as it is, encoded: prepared data stays small, and any
-program that has tensorflow-datasets reads it with `tfds.builder(name, data_dir=...)`. Features: `video` (the file's
-bytes) and `name`.
+A builder keeps each video of the published zips as it is, encoded: prepared data stays small, and any program that has
+tensorflow-datasets reads it with `tfds.builder(name, data_dir=...)`. Features: `video` (the file's bytes) and `name`.
 """
 
+import contextlib
 import errno
+import glob
+import io
+import json
+import os
 import re
+import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,29 +21,39 @@ from typing import Any, ClassVar
 import requests
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.core.download import checksums, download_manager, resource
+from tensorflow_datasets.core.download import checksums, resource
+from tqdm import tqdm
 
 from config import ConfigError
-from videos.decoded import Video
+from videos.decoded import Video, one_process
 
-CONNECT_SECONDS = 10
-"""How long the source may take to answer before we say that it can't be reached: TFDS itself tries for minutes."""
+ANSWER_SECONDS = 10
+"""How long a source may take to accept a connection."""
+SILENCE_SECONDS = 60
+"""How long a source may send nothing."""
 
 
 class Published(tfds.core.GeneratorBasedBuilder):
     """What the datasets have in common: zips at URLs, and a rule that says which split a file in them belongs to."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    # The earlier codes prepare 1.0.0 in a format that needs TensorFlow. Both may lie in the same data directory.
+    VERSION = tfds.core.Version("1.1.0")
+    SUPPORTED_VERSIONS: ClassVar = [tfds.core.Version("1.0.0")]
+    url_infos: ClassVar[dict[str, Any]] = {}
+    """TFDS's checksums, which nothing needs here: the zips are there before TFDS prepares."""
     URLS: ClassVar[list[str]]
     HOMEPAGE: ClassVar[str]
     LICENCE: ClassVar[str]
     CITATION: ClassVar[str]
     SUMMARY: ClassVar[str]
     VIDEOS: ClassVar[dict[str, int]] = {}
-    """How many videos the splits have as published, where that is known."""
+    """How many videos the splits have as published, if known."""
 
     split_of: ClassVar[Any]
-    """(name: str) -> str | None: the split of a file in the zip; None: it is none of the videos."""
+    """(name: str) -> str | None: the split of a file in the zip; None: it isn't one of the videos."""
+
+    zips: list[Path]
+    """To prepare from; set beforehand."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -51,21 +67,54 @@ class Published(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        key = next(key for key, cls in BUILDERS.items() if isinstance(self, cls))
-        zips = [find_zip(key, url, Path(self._data_dir_root), dl_manager) for url in self.URLS]
-        return {split: self._generate_examples(zips, split) for split in ("train", "test")}
+    def _split_generators(self, _: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        return {split: self._generate_examples(split) for split in ("train", "test")}
 
-    def _generate_examples(self, zips: list[Path], split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0
-        for path in zips:
-            with zipfile.ZipFile(path) as archive:
+        for path in self.zips:
+            with open_zip(path) as archive:
                 for name in sorted(archive.namelist()):
-                    if self.split_of(name) == split:
-                        yield number, {"name": name, "video": archive.read(name)}
+                    if self.split_of(name) == split and not is_metadata(name):
+                        yield number, {"name": name, "video": read_member(archive, name)}
                         number += 1
         if not number:
-            raise ConfigError(f"dataset: no {split} videos in {', '.join(map(str, zips))}; is it the published zip?")
+            zips = ", ".join(map(str, self.zips))
+            raise ConfigError(f"dataset: no {split} videos in {zips}; is it the published zip?")
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip; raise ConfigError if it is damaged."""
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise damaged(path, error) from error
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read a file in a zip.
+
+    Raises:
+        ConfigError: it is damaged, encrypted, or compressed in a way that Python can't read.
+    """
+    path = Path(str(archive.filename))
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise damaged(path, error) from error
+    except (NotImplementedError, RuntimeError) as error:
+        raise ConfigError(
+            f"dataset: {name} in {path} can't be unpacked ({error}); pack it again with deflate and no password"
+        ) from error
+
+
+def damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"dataset: {path} is damaged ({error}); delete it and run again")
+
+
+def is_metadata(name: str) -> bool:
+    """Return whether a file in a zip is what macOS adds: __MACOSX/*, ._*."""
+    return "__MACOSX" in name or name.rsplit("/", 1)[-1].startswith("._")
 
 
 PAPER = """@article{saxena2021clockworkvae,
@@ -75,11 +124,11 @@ PAPER = """@article{saxena2021clockworkvae,
 
 
 def by_folder(train: str, test: str) -> Callable[[str], str | None]:
-    """mp4 files in a folder of one of these names, at any depth."""
+    """Return the rule for mp4 files in a folder of one of these names, at any depth."""
 
     def split_of(name: str) -> str | None:
         match = re.search(rf"(?:^|/)(?:({re.escape(train)})|{re.escape(test)})/[^/]+\.mp4$", name)
-        return None if match is None or "__MACOSX" in name else "train" if match[1] else "test"
+        return None if match is None else "train" if match[1] else "test"
 
     return split_of
 
@@ -145,10 +194,11 @@ BUILDERS: dict[str, type[Published]] = {
 
 
 class PreparedVideos:
-    """A split of a prepared dataset."""
+    """The videos of a split of a prepared dataset."""
 
-    def __init__(self, source: Any):
-        self.source = source
+    def __init__(self, dataset: str, builder: Published, split: str):
+        self.dataset, self.builder = dataset, builder
+        self.source = builder.as_data_source(split=split)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -157,73 +207,213 @@ class PreparedVideos:
         example = self.source[index]
         return Video(example["name"].decode(), example["video"])
 
+    @property
+    def origin(self) -> str:
+        return f"{self.dataset} {source(self.builder)}".strip()
 
-def prepare(dataset: str, datadir: Path) -> tfds.core.DatasetBuilder:
-    """The builder of a dataset, its data prepared from what is downloaded, or was put by hand into downloads/manual.
+    @property
+    def remedy(self) -> str:
+        """How to prepare the dataset from other zips."""
+        manual = Path(self.builder._data_dir_root) / "downloads" / "manual"
+        names = ", ".join(map(zip_name, self.builder.URLS))
+        return f"put {names} as published into {manual} and run again with --rebuild_frames"
+
+
+def prepare(dataset: str, datadir: Path, again: bool = False) -> Published:
+    """Prepare a dataset if needed, from zips that are downloaded, or were put by hand into downloads/manual.
+
+    Args:
+        dataset: its key.
+        datadir: the directory of all datasets.
+        again: prepare it again if the zips, all of which are there, aren't those that it was prepared from.
 
     Raises:
-        ConfigError: the source can't be reached or gave something else; one line that names URL and folder.
+        ConfigError: the source can't be reached or sent something else; one line that names URL and folder.
     """
     cls = BUILDERS[dataset]
-    # Checksums are recorded at the first download, and verified at each later one.
-    record = record_of(datadir)
-    manual = datadir / "downloads" / "manual"
     try:
-        builder = cls(data_dir=str(datadir), file_format="array_record")
-        if builder.data_path.exists():
+        builder = prepared(cls, datadir)
+        if builder is not None and not again:
             return builder
-        manual.mkdir(parents=True, exist_ok=True)
-        record.touch()
-        known = checksums.load_url_infos(record)
-        cls._checksums_path, cls.url_infos = record, known
-        options = tfds.download.DownloadConfig(
-            manual_dir=str(manual), register_checksums=not all(url in known for url in cls.URLS), try_download_gcs=False
-        )
-        builder.download_and_prepare(download_config=options)
-    except download_manager.NonMatchingChecksumError as error:
-        raise ConfigError(
-            f"dataset: what {dataset}'s source sent isn't what it sent the first time ({record} has the checksums); "
-            f"delete {datadir / 'downloads'} to start anew, or put the right zip into {manual}"
-        ) from error
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ConfigError(
-            f"dataset: a zip of {dataset} is damaged ({error}); delete it below {datadir / 'downloads'} and run again"
-        ) from error
-    except (requests.RequestException, tfds.download.DownloadError) as error:
-        raise unreachable(dataset, ", ".join(cls.URLS), manual, " ".join(str(error).split())) from error
+        (datadir / "downloads" / "manual").mkdir(parents=True, exist_ok=True)
+        with one_process(datadir / "downloads" / f"{cls.name}.lock", f"preparing {dataset}"):
+            remove_leftovers(cls, datadir)
+            builder = prepared(cls, datadir)  # by the process that held the lock
+            local = [path for url in cls.URLS if (path := find_zip(cls, url, datadir))]
+            changed = (
+                again and builder is not None and len(local) == len(cls.URLS) and source(builder) != contents(local)
+            )
+            if builder is None or changed:
+                zips = [find_zip(cls, url, datadir) or download(dataset, url, datadir) for url in cls.URLS]
+                print(f"Preparing {dataset}{' again' if changed else ''} from {', '.join(map(str, zips))}")
+                try:
+                    builder = make(cls, datadir, zips)
+                finally:
+                    remove_leftovers(cls, datadir)
+                record_checksums(cls, datadir)
+            return builder
     except OSError as error:
         reason = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or error
         raise ConfigError(f"datadir: {dataset} can't be prepared in {datadir} ({reason}); choose another") from error
-    return builder
 
 
-def find_zip(dataset: str, url: str, datadir: Path, dl_manager: tfds.download.DownloadManager) -> Path:
-    """The zip that was put by hand, or that was or is now downloaded.
+def prepared(cls: type[Published], datadir: Path) -> Published | None:
+    """Return the builder of a dataset that is prepared, else None.
 
     Raises:
-        ConfigError: there is none, and the source doesn't answer.
+        ConfigError: it is damaged.
+    """
+    for version in str(cls.VERSION), "1.0.0":
+        folder = datadir / cls.name / version
+        try:
+            file_format = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat")
+            if file_format == "array_record":
+                return cls(data_dir=str(datadir), version=version, file_format=file_format)
+            reason = f"its format is {file_format}"
+        except (OSError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+        # 1.0.0 may be of the earlier codes, which is left alone.
+        if folder.exists() and version != "1.0.0":
+            raise ConfigError(f"datadir: can't read the dataset in {folder} ({reason}); delete it and run again")
+    return None
+
+
+def make(cls: type[Published], datadir: Path, zips: list[Path]) -> Published:
+    """Prepare a dataset aside, then put it in place, and return its builder; `remove_leftovers` undoes what fails."""
+    aside = aside_of(cls, datadir)
+    builder = cls(data_dir=str(aside), file_format="array_record")
+    builder.zips = zips
+    with contextlib.redirect_stdout(io.StringIO()):  # it would print where it prepares
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    new, final = Path(builder.data_path), final_of(cls, datadir)
+    (new / SOURCE).write_text(contents(zips))
+    if final.exists():
+        final.rename(aside / "replaced")
+    new.rename(final)
+    return cls(data_dir=str(datadir), file_format="array_record")
+
+
+SOURCE = "source.txt"
+"""The file in a prepared dataset that says what it was prepared from."""
+
+
+def source(builder: Published) -> str:
+    """Return the `contents` of the zips that a dataset was prepared from; "" if not known."""
+    path = Path(builder.data_path) / SOURCE
+    return path.read_text() if path.exists() else ""
+
+
+def contents(zips: list[Path]) -> str:
+    """Return what identifies the files in zips, wherever these lie."""
+    listing = []
+    for path in zips:
+        with open_zip(path) as archive:
+            listing += [(member.filename, member.file_size, member.CRC) for member in archive.infolist()]
+    return f"{zlib.crc32(json.dumps(listing).encode()):08x}"
+
+
+def aside_of(cls: type[Published], datadir: Path) -> Path:
+    return datadir / cls.name / "incomplete.new"
+
+
+def final_of(cls: type[Published], datadir: Path) -> Path:
+    return datadir / cls.name / str(cls.VERSION)
+
+
+def remove_leftovers(cls: type[Published], datadir: Path) -> None:
+    """Remove what interrupted downloads and preparations left, these or TFDS's; put back what was being replaced."""
+    final, replaced = final_of(cls, datadir), aside_of(cls, datadir) / "replaced"
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)
+    leftovers = list((datadir / cls.name).glob("incomplete.*"))
+    leftovers += (datadir / "downloads" / cls.name).glob("*.new")
+    for url in cls.URLS:
+        leftovers += (datadir / "downloads").rglob(glob.escape(resource.get_dl_fname(url)) + ".tmp.*")
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def zip_name(url: str) -> str:
+    return url.rsplit("/", 1)[1]
+
+
+def downloaded(cls: type[Published], url: str, datadir: Path) -> Path:
+    return datadir / "downloads" / cls.name / zip_name(url)
+
+
+def find_zip(cls: type[Published], url: str, datadir: Path) -> Path | None:
+    """Return the zip that was put by hand or downloaded, if any."""
+    downloads = datadir / "downloads"
+    candidates = [downloads / "manual" / zip_name(url), downloaded(cls, url, datadir)]
+    known = checksums.load_url_infos(record_of(datadir)).get(url)
+    if known:  # under the name that TFDS gives a download
+        candidates += downloads.rglob(glob.escape(resource.get_dl_fname(url, known.checksum)))
+    return next((path for path in candidates if path.exists()), None)
+
+
+def download(dataset: str, url: str, datadir: Path) -> Path:
+    """Download a zip.
+
+    Raises:
+        ConfigError: the source doesn't answer, or sends something else than a zip or another one than before.
     """
     manual = datadir / "downloads" / "manual"
-    by_hand = manual / url.rsplit("/", 1)[1]
-    if by_hand.exists():
-        return by_hand
-    known = checksums.load_url_infos(record_of(datadir)).get(url)
-    if known is None or not any((datadir / "downloads").rglob(resource.get_dl_fname(url, known.checksum))):
+    path = downloaded(BUILDERS[dataset], url, datadir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".new")
+    try:
         try:
-            with requests.get(url, stream=True, timeout=CONNECT_SECONDS) as response:
+            with (
+                requests.get(url, stream=True, timeout=(ANSWER_SECONDS, SILENCE_SECONDS)) as response,
+                aside.open("wb") as file,
+                tqdm(desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar,
+            ):
                 response.raise_for_status()
+                bar.total = int(response.headers.get("Content-Length", 0)) or None
+                for block in response.iter_content(2**20):
+                    file.write(block)
+                    bar.update(len(block))
         except requests.RequestException as error:
+            received = aside.stat().st_size if aside.exists() else 0
             status = getattr(error.response, "status_code", None)
-            raise unreachable(dataset, url, manual, f"HTTP {status}" if status else "no connection") from error
-    return Path(dl_manager.download(url))
+            reason = f"connection lost after {received:,} bytes" if received else "no connection"
+            reason = f"HTTP {status}" if status else reason
+            raise ConfigError(
+                f"dataset: {dataset} can't be downloaded from {url} ({reason}); put the zip by hand into {manual}"
+            ) from error
+        if not zipfile.is_zipfile(aside):
+            raise ConfigError(
+                f"dataset: the {aside.stat().st_size:,} bytes that {url} sent aren't a whole zip; run again later, or "
+                f"put the zip by hand into {manual}"
+            )
+        record = record_of(datadir)
+        known = checksums.load_url_infos(record).get(url)
+        if known and known != checksums.compute_url_info(aside):
+            raise ConfigError(
+                f"dataset: what {url} sent isn't what it sent the first time; delete {record}, which has the checksum, "
+                f"to accept it, or put the right zip into {manual}"
+            )
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def record_checksums(cls: type[Published], datadir: Path) -> None:
+    """Record the checksums of new downloads; only to be called once the dataset is prepared from them."""
+    record = record_of(datadir)
+    known = checksums.load_url_infos(record)
+    for url in cls.URLS:
+        path = downloaded(cls, url, datadir)
+        if path.exists() and url not in known:
+            checksums.save_url_infos(record, {url: checksums.compute_url_info(path)})
 
 
 def record_of(datadir: Path) -> epath.Path:
-    """The checksums of what was downloaded into `datadir`."""
-    return epath.Path(datadir) / "downloads" / "checksums.tsv"
-
-
-def unreachable(dataset: str, url: str, manual: Path, reason: str) -> ConfigError:
-    return ConfigError(
-        f"dataset: {dataset} can't be downloaded from {url} ({reason}); put the zip by hand into {manual}"
-    )
+    """Return the file with the checksums of what was downloaded into `datadir`, made if needed."""
+    record = epath.Path(datadir) / "downloads" / "checksums.tsv"
+    record.touch()
+    return record

@@ -6,10 +6,11 @@ import itertools
 import jax
 import numpy as np
 import pytest
-import readouts
 import scipy.ndimage
 
-from videos import digits
+from analyses import digits as reading
+from analyses import rooms as visiting
+from videos.digits import MovingDigits, labels_of_scikit_learn, of_scikit_learn
 
 # ---------------------------------------------------------------------------------------------- digits
 
@@ -30,21 +31,21 @@ def easy_labels(split):
 
 
 def moving(split, frames=20, digits=2):
-    return digits.MovingDigits(easy_glyphs, easy_labels, split, frames, digits)
+    return MovingDigits(easy_glyphs, easy_labels, split, frames, digits)
 
 
 @functools.cache
 def easy_reader():
     """A classifier of the easy glyphs, trained as the command does, but shortly."""
-    return readouts.train_digit_reader(moving("train"), steps=500, batch_size=24, copies=0)
+    return reading.train_digit_reader(moving("train"), steps=500, batch_size=24, copies=0)
 
 
 def test_labels_belong_to_their_glyphs():
     """A nearest neighbour among the training digits knows the test digits: images and labels are in the same order."""
-    train, test = (digits.of_scikit_learn(split).reshape(-1, 784).astype(float) for split in ("train", "test"))
+    train, test = (of_scikit_learn(split).reshape(-1, 784).astype(float) for split in ("train", "test"))
     distance = (test**2).sum(1)[:, None] - 2 * test @ train.T + (train**2).sum(1)
-    nearest = digits.labels_of_scikit_learn("train")[distance.argmin(1)]
-    assert (nearest == digits.labels_of_scikit_learn("test")).mean() > 0.95
+    nearest = labels_of_scikit_learn("train")[distance.argmin(1)]
+    assert (nearest == labels_of_scikit_learn("test")).mean() > 0.95
 
 
 def test_digits_in_a_video():
@@ -64,27 +65,27 @@ def test_digits_in_a_video():
 
 
 def test_sets_and_counts():
-    sets = readouts.digit_sets(2)
+    sets = reading.digit_sets(2)
     assert sets.shape == (55, 10) and (sets.sum(1) == 2).all() and len(np.unique(sets, axis=0)) == 55
-    assert readouts.counts(np.array([[3, 3], [9, 0]])).tolist() == [[0, 0, 0, 2, 0, 0, 0, 0, 0, 0], [1] + [0] * 8 + [1]]
+    assert reading.counts(np.array([[3, 3], [9, 0]])).tolist() == [[0, 0, 0, 2, 0, 0, 0, 0, 0, 0], [1] + [0] * 8 + [1]]
 
 
 def test_chance_by_drawing():
     windows, random = moving("train"), np.random.default_rng(0)
     pairs = np.sort(random.choice(windows.labels, (2, 200_000, 2)))
-    assert readouts.chance(windows) == pytest.approx((pairs[0] == pairs[1]).all(-1).mean(), abs=0.001)
-    assert readouts.chance(windows) == pytest.approx(10 * 0.01**2 + 45 * 0.02**2)
+    assert reading.chance(windows) == pytest.approx((pairs[0] == pairs[1]).all(-1).mean(), abs=0.001)
+    assert reading.chance(windows) == pytest.approx(10 * 0.01**2 + 45 * 0.02**2)
 
 
 def test_classifier_answers_with_sets_only():
     """Its probabilities are normalised, and of the form that two sets which differ in one digit's count compare by it."""
-    model = readouts.DigitClassifier(2)
+    model = reading.DigitClassifier(2)
     frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 1), dtype=np.uint8)
     params = model.init(jax.random.key(0), frames)
     got = np.asarray(jax.jit(model.apply)(params, frames))
     assert got.shape == (3, 55)
     np.testing.assert_allclose(np.exp(got).sum(1), 1, rtol=1e-5)
-    at = {tuple(np.repeat(np.arange(10), s).tolist()): got[:, i] for i, s in enumerate(readouts.digit_sets(2))}
+    at = {tuple(np.repeat(np.arange(10), s).tolist()): got[:, i] for i, s in enumerate(reading.digit_sets(2))}
     # Sums of counts' scores: exchanging one digit costs the same whatever the other one is.
     np.testing.assert_allclose(at[1, 4] - at[2, 4], at[1, 7] - at[2, 7], atol=1e-5)
     assert np.abs((at[1, 1] - at[1, 2]) - (at[1, 2] - at[2, 2])).min() > 1e-5  # but counts needn't be additive
@@ -97,12 +98,12 @@ def test_neighbourhoods_make_a_convolution(stride):
     want = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    np.testing.assert_allclose(readouts.neighbourhoods(x, stride) @ kernel.reshape(27, 5), want, atol=1e-4)
+    np.testing.assert_allclose(reading.neighbourhoods(x, stride) @ kernel.reshape(27, 5), want, atol=1e-4)
 
 
 def test_distorted_glyphs_are_still_in_place():
-    glyphs = digits.of_scikit_learn("test")
-    moved = readouts.distorted(glyphs, np.random.default_rng(0))
+    glyphs = of_scikit_learn("test")
+    moved = reading.distorted(glyphs, np.random.default_rng(0))
     assert moved.shape == glyphs.shape and moved.dtype == np.uint8
     correlations = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(glyphs, moved, strict=True)]
     assert 0.6 < np.mean(correlations) < 0.98 and np.isclose(moved.sum(), glyphs.sum(), rtol=0.1)
@@ -110,7 +111,7 @@ def test_distorted_glyphs_are_still_in_place():
 
 def test_drawn_frames_hold_their_digits():
     """Each frame, cut to its ink, is the glyph that its label names."""
-    frames, labels = readouts.draw_frames(easy_glyphs(""), easy_labels(""), 1, 200, np.random.default_rng(0))
+    frames, labels = reading.draw_frames(easy_glyphs(""), easy_labels(""), 1, 200, np.random.default_rng(0))
     assert frames.shape == (200, 64, 64, 1) and labels.shape == (200, 1)
     for frame, label in zip(frames[..., 0], labels[:, 0], strict=True):
         y, x = (np.flatnonzero(frame.any(axis)) for axis in (1, 0))
@@ -125,21 +126,21 @@ def test_drawn_frames_hold_their_digits():
 def test_reader_learns_and_is_measured_on_clean_frames():
     train, test = moving("train"), moving("test")
     read = easy_reader()
-    accuracy, count = readouts.clean_accuracy(read, test, 300)
+    accuracy, count = reading.clean_accuracy(read, test, 300)
     clean = sum(int((~test.overlaps(i)[np.linspace(0, 19, 10).astype(int)]).sum()) for i in range(30))
     assert count == clean and 0.3 * 300 < count < 300
     assert accuracy > 0.97
-    poor, _ = readouts.clean_accuracy(readouts.train_digit_reader(train, steps=1), test, 300)
+    poor, _ = reading.clean_accuracy(reading.train_digit_reader(train, steps=1), test, 300)
     assert poor < 0.5
     labels = np.stack([test.digits_in(i) for i in range(2)])
-    right = readouts.right_digits(read, np.stack([test[0], test[1]]), labels)
+    right = reading.right_digits(read, np.stack([test[0], test[1]]), labels)
     assert right.shape == (2, 20) and right.mean() > 0.5
-    assert readouts.right_digits(read, np.stack([test[0], test[1]]), (labels + 1) % 10).mean() < 0.3
+    assert reading.right_digits(read, np.stack([test[0], test[1]]), (labels + 1) % 10).mean() < 0.3
 
 
 def test_right_digits_in_any_order():
     found = np.array([[0, 1, 0, 0, 0, 0, 0, 0, 0, 1], [0, 2, 0, 0, 0, 0, 0, 0, 0, 0]])
-    right = readouts.right_digits(lambda frames: found, np.zeros((1, 2, 64, 64, 1), np.uint8), np.array([[9, 1]]))
+    right = reading.right_digits(lambda frames: found, np.zeros((1, 2, 64, 64, 1), np.uint8), np.array([[9, 1]]))
     assert right.tolist() == [[1, 0]]
 
 
@@ -165,9 +166,9 @@ def walk(rooms, frames=20, seed=0):
 
 
 def test_rooms_are_found_where_they_are():
-    shown, found = readouts.visits(readouts.histograms(walk(["a", "hall", "b", "hall"])))
+    shown, found = visiting.visits(visiting.histograms(walk(["a", "hall", "b", "hall"])))
     assert len(found) == 3 and shown.tolist() == [0] * 20 + [1] * 20 + [2] * 20 + [1] * 20
-    np.testing.assert_allclose(readouts.histograms(walk(["a"])).sum(1), 1)
+    np.testing.assert_allclose(visiting.histograms(walk(["a"])).sum(1), 1)
 
 
 @pytest.mark.parametrize(
@@ -175,40 +176,40 @@ def test_rooms_are_found_where_they_are():
     [(["a"] * 4, 0), (["a", "a", "hall", "hall"], 1), (["a", "hall", "b", "b"], 2), (["a", "hall", "a"], 2)],
 )
 def test_categories(rooms, category):
-    shown, _ = readouts.visits(readouts.histograms(walk(rooms)))
-    assert readouts.category(shown) == category
+    shown, _ = visiting.visits(visiting.histograms(walk(rooms)))
+    assert visiting.category(shown) == category
 
 
 def test_agreement_with_the_truth():
     truth = walk(["a", "a", "hall", "b"])
     same, stays = walk(["a", "hall", "b"], seed=1), walk(["a", "a", "a"], seed=2)
     blurred = scipy.ndimage.gaussian_filter(same, (0, 3, 3, 0))
-    assert readouts.compare_rooms(truth, [same], 20).agreement.tolist() == [1] * 60
-    assert readouts.compare_rooms(truth, [blurred], 20)[1:] == (2, 1.0)
-    read = readouts.compare_rooms(truth, [stays], 20)
+    assert visiting.read_rooms(truth, [same], 20).agreement.tolist() == [1] * 60
+    assert visiting.read_rooms(truth, [blurred], 20)[1:] == (2, 1.0)
+    read = visiting.read_rooms(truth, [stays], 20)
     assert read.agreement.tolist() == [1] * 20 + [0] * 40 and (read.truth, read.right) == (2, 0)
-    both = readouts.compare_rooms(truth, [same, stays], 20)
+    both = visiting.read_rooms(truth, [same, stays], 20)
     assert both.agreement.tolist() == [1] * 20 + [0.5] * 40 and both.right == 0.5
 
 
 def test_unknown_textures_are_no_known_room():
     truth = walk(["a", "a", "hall"])
     other = 255 - walk(["a", "hall"], seed=1)
-    assert not readouts.compare_rooms(truth, [other], 20).agreement.any()
+    assert not visiting.read_rooms(truth, [other], 20).agreement.any()
 
 
 def test_doorways_and_flicker_are_no_visits():
     video = walk(["a", "b"])
     video[5:8] = walk(["hall"])[:3]
-    shown, _ = readouts.visits(readouts.histograms(video))
+    shown, _ = visiting.visits(visiting.histograms(video))
     assert shown.tolist() == [0] * 20 + [1] * 20
-    shown, found = readouts.visits(readouts.histograms(video[:3]))
+    shown, found = visiting.visits(visiting.histograms(video[:3]))
     assert shown.tolist() == [0] * 3 and not found  # too short to know a room
 
 
 def test_accuracy_by_category():
-    read = readouts.Rooms
-    got = readouts.category_accuracy([read(np.ones(1), 0, 1.0), read(np.ones(1), 2, 0.0), read(np.ones(1), 2, 0.5)])
+    read = visiting.Rooms
+    got = visiting.category_accuracy([read(np.ones(1), 0, 1.0), read(np.ones(1), 2, 0.0), read(np.ones(1), 2, 0.5)])
     assert list(got) == ["same room", "to another room"]
     assert got["same room"] == {"value": 1, "low": 1, "high": 1, "sequences": 1}
     assert got["to another room"]["value"] == 0.25 and got["to another room"]["sequences"] == 2

@@ -1,0 +1,104 @@
+"""Dense layers and convolutions: their parameters, and the multiplications that all dense layers go through."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from fast.convolutions import conv, conv_transpose
+
+lecun_normal = nn.initializers.lecun_normal()
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias, with kernel [inputs, outputs]; of [x, given] if the input comes in two parts.
+
+    In a cell, `given` must not depend on the state: it is multiplied for all ticks at once (see fast/scan.py).
+    """
+
+    inputs: int
+    outputs: int
+    dtype: Any = None
+
+    def setup(self) -> None:
+        self.kernel = self.param("kernel", lecun_normal, (self.inputs, self.outputs))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+
+    def __call__(self, x: Array, given: Array | None = None) -> Array:
+        return linear(x, self.kernel, self.bias, given, self.dtype)
+
+
+class Convolution(nn.Module):
+    """A convolution of stride 2 without padding, kernel [size, size, C_in, C_out]: [N, H, W, C_in] -> [N, H', W',
+    C_out].
+
+    Plain: H' = (H - size) // 2 + 1. Transposed: H' = 2 (H - 1) + size, and out[2 i + a] sums x[i] kernel[a], as in
+    Keras and PyTorch.
+    """
+
+    inputs: int
+    outputs: int
+    size: int
+    transposed: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", lecun_normal, (self.size, self.size, self.inputs, self.outputs))
+        bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        y = (conv_transpose if self.transposed else conv)(x, kernel.astype(x.dtype)) + bias
+        return checkpoint_name(y.astype(x.dtype), "convolved")
+
+
+Linear = Callable[[Array, Array, Array, Array | None, Any], Array]
+
+in_place_of_linear: ContextVar[Linear | None] = ContextVar("in_place_of_linear", default=None)
+
+
+def linear(x: Array, kernel: Array, bias: Array, given: Array | None = None, dtype: Any = None) -> Array:
+    """Return concat([x, given]) @ kernel + bias, multiplied in `dtype` (None: as it is), in the precision of x.
+
+    In a tick of `scan`, `given` must not depend on the state.
+    """
+    if replacement := in_place_of_linear.get():
+        return replacement(x, kernel, bias, given, dtype)
+    if given is not None:
+        x = jnp.concatenate([x, given], -1)
+    return (dot(x, kernel, dtype) + bias).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dot(x: Array, kernel: Array, dtype: Any) -> Array:
+    """Return x @ kernel; it and its gradients are multiplied in `dtype`, summed in the operands' own precision."""
+    dtype = dtype or x.dtype
+    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=x.dtype)
+
+
+def dot_backward(dtype: Any, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = operands
+    to_kernel = jnp.einsum(
+        "...i,...o->io",
+        x.astype(dtype or x.dtype),
+        gradient.astype(dtype or x.dtype),
+        preferred_element_type=kernel.dtype,
+    )
+    return dot(gradient, kernel.T, dtype), to_kernel
+
+
+dot.defvjp(lambda x, kernel, dtype: (dot(x, kernel, dtype), (x, kernel)), dot_backward)
+
+
+@contextmanager
+def meaning(replacement: Linear) -> Iterator[None]:
+    """Let `linear` be another function inside."""
+    token = in_place_of_linear.set(replacement)
+    try:
+        yield
+    finally:
+        in_place_of_linear.reset(token)

@@ -1,0 +1,211 @@
+"""A run: what a training leaves behind, and how it is opened, found and loaded.
+
+<logdir>/<dataset>/<run name>/
+    config.yml           the whole configuration; train.py --config with it is the same run
+    lock                 held by the process that trains
+    wandb_id             the wandb run that a resumed training continues
+    metrics.jsonl        one line per log
+    videos/*.gif         open-loop predictions
+    checkpoints/<step>   the newest two, and one each save_named_model_every steps forever
+    nonfinite/           what helps to find out why a loss wasn't finite
+    eval_<time>/         an evaluation
+"""
+
+import contextlib
+import dataclasses
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import jax
+
+import config as configuration
+from config import Config, ConfigError
+from cwvae import CWVAE
+from system import logs
+from system.checkpoints import Checkpoints
+from system.devices import Devices
+from train_step import NEVER, TrainState, make_state
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def directory(config: Config) -> Path:
+    """Return the directory of a configuration's run.
+
+    A random seed isn't part of a run's name. A configuration with just that seed, as in the run's config.yml, means
+    that run.
+    """
+    parent = Path(config.logdir) / config.dataset
+    named, unnamed = parent / config.run_name, parent / dataclasses.replace(config, seed=None).run_name
+    if not named.exists() and (unnamed / "config.yml").exists():
+        return unnamed if configuration.load(unnamed / "config.yml").seed == config.seed else named
+    return named
+
+
+class Run:
+    """An open run of a training, which no other process trains."""
+
+    def __init__(self, config: Config, path: Path, checkpoints: Checkpoints, devices: Devices):
+        self.config, self.path, self.checkpoints, self.devices = config, path, checkpoints, devices
+        self.log: logs.Log | None = None
+        """Of process 0; opened by `restore`."""
+        self.logged = 0
+        """The last step that was logged."""
+
+    def restore(self, model: CWVAE) -> tuple[int, TrainState, dict[str, float]]:
+        """Load the newest intact checkpoint, or make the state before the first step; open the log there.
+
+        Returns:
+            The step, the state on the devices, and the step's metrics.
+        """
+        step, state, metrics = 0, make_state(model), {}
+        if newest := self.checkpoints.load_newest(jax.eval_shape(partial(make_state, model))):
+            step, state, notes = newest
+            metrics = notes.get("metrics", {})
+        if self.devices.process == 0:
+            self.log = logs.Log(self.path, step, logs.start_wandb(self.config, self.path))
+        self.logged = int(self.devices.first_decides(lambda: str(self.log.last if self.log else 0)))
+        return step, self.devices.replicate(state), metrics
+
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, Any]) -> None:
+        """Save a checkpoint and the metrics of its step, unless the loss isn't finite any more."""
+        if int(state.first_bad) == NEVER:
+            self.checkpoints.save(step, state, metrics={name: float(x) for name, x in metrics.items()})
+
+    def report(self, step: int, **metrics: Mapping[str, Any]) -> None:
+        """Log the metrics of a step, by split."""
+        self.logged = step
+        if self.log:
+            values = {f"{split}/{name}": float(x) for split in metrics for name, x in metrics[split].items()}
+            self.log.metrics(step, values)
+
+    def video(self, split: str, step: int) -> Path:
+        """Return the path of a video of open-loop predictions."""
+        return self.path / "videos" / f"{split}_{step:07}.gif"
+
+
+@contextlib.contextmanager
+def opened(config: Config, devices: Devices) -> Iterator[Run]:
+    """Open a run for training: a new one, or one to resume, whose random seed then applies.
+
+    Of several processes, the first makes and locks the directory for all.
+
+    Raises:
+        ConfigError: another process trains it, or the run there differs in what can't change.
+    """
+    path = directory(config)  # by the name without a random seed
+    with contextlib.ExitStack() as resources:
+
+        def settle() -> str:
+            resources.enter_context(locked(path))
+            settled = resumable(config, path / "config.yml")
+            settled.save(path / "config.yml")
+            return settled.to_json()
+
+        settled = Config(**json.loads(devices.first_decides(settle)))
+        checkpoints = resources.enter_context(Checkpoints(path / "checkpoints", settled.save_named_model_every))
+        yield Run(settled, path, checkpoints, devices)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a run's directory, which the system takes back from a process that dies."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path / "lock", timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise ConfigError(
+            f"{path} is being trained by another process; wait for it, or choose another --logdir"
+        ) from error
+
+
+def resumable(config: Config, saved: Path) -> Config:
+    """Return the configuration with a seed: its own, that of the run that it resumes, or a random one.
+
+    Raises:
+        ConfigError: the saved run differs in what can't change.
+    """
+    config = dataclasses.replace(config, rebuild_frames=False)  # done once, not at each resume or evaluation
+    if not saved.exists():
+        return config if config.seed is not None else dataclasses.replace(config, seed=secrets.randbelow(2**31))
+    earlier = configuration.load(saved)
+    if config.seed is None:
+        config = dataclasses.replace(config, seed=earlier.seed)
+    differing = [
+        f"{key} ({getattr(earlier, key)!r} there, {getattr(config, key)!r} now)"
+        for key in vars(config)
+        if key not in configuration.free_keys() and getattr(earlier, key) != getattr(config, key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{saved.parent} holds a run with another {', '.join(differing)}; "
+            "set it as there, or choose another --logdir"
+        )
+    return config
+
+
+# ---------------------------------------------------------------------------------------------- finding and loading
+
+
+class Checkpoint(NamedTuple):
+    """Where a checkpoint lies."""
+
+    run: Path  # holds config.yml
+    step: int
+
+
+def find(logdir: Path) -> Path:
+    """Return the run directory that `logdir` is, or the only one below it.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    if not logdir.is_dir():
+        raise ConfigError(
+            f"logdir: {logdir} is not a directory; name a run directory, one of its checkpoints, or a --logdir of "
+            "train.py"
+        )
+    own = logdir / "config.yml"
+    found = [logdir] if own.exists() else sorted(p.parent for i in (1, 2) for p in logdir.glob("*/" * i + "config.yml"))
+    if not found:
+        raise ConfigError(f"logdir: {logdir} holds no run (no config.yml); name a run directory that train.py printed")
+    if len(found) > 1:
+        raise ConfigError(f"logdir: {logdir} holds {len(found)} runs; name one of {', '.join(map(str, found))}")
+    return found[0]
+
+
+def find_checkpoint(logdir: Path) -> Checkpoint:
+    """Return the checkpoint that `logdir` names: one itself, a run's newest, or that of the only run below it.
+
+    Raises:
+        ConfigError: there is none, or more than one run.
+    """
+    if logdir.is_dir() and logdir.name.isdigit() and logdir.parent.name == "checkpoints":
+        return Checkpoint(logdir.parent.parent, int(logdir.name))
+    path = find(logdir)
+    steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+    if not steps:
+        raise ConfigError(f"logdir: {path} holds no checkpoint yet; train longer, or lower --save_model_every")
+    return Checkpoint(path, max(steps))
+
+
+def load_state(model: CWVAE, checkpoint: Checkpoint) -> TrainState:
+    """Return what a checkpoint holds, as numpy arrays.
+
+    Raises:
+        DamagedCheckpoint: the checkpoint isn't intact, or is another model's.
+    """
+    with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
+        state, _ = checkpoints.load(checkpoint.step, jax.eval_shape(partial(make_state, model)))
+    return state
+
+
+def load_params(model: CWVAE, checkpoint: Checkpoint) -> Any:
+    """Return the parameters in a checkpoint, on all devices of this process. Raises as `load_state`."""
+    return Devices().replicate(load_state(model, checkpoint).params)

@@ -21,11 +21,11 @@ from jax import Array
 
 from fast.backend import on_cpu
 
-CHUNK = 25
-"""Frames that go through the convolutions together on a CPU."""
+CHUNK = 800
+"""Frames times channels (of the largest layer's output) that go through the convolutions together on a CPU."""
 
 FEW = 4
-"""Up to so many channels of the large image, `weights` takes whole patches."""
+"""Up to so many channels of the large image, `weights` takes patches of it."""
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -113,20 +113,23 @@ def weights(x: Array, y: Array, size: int) -> Array:
     """The kernel's gradient [size, size, C, O] from x [N, H, W, C] and y [N, H', W', O] on a CPU.
 
     In matmuls over all pixels. With patches of x it is one, but they are size**2 / 4 times as large as x, and copying
-    them takes longer than multiplying. So, where x has enough channels, pairs of its pixels become channels (stride 2
-    is then stride 1, with half as many taps each way), the taps of a row are shifts of the smaller y, side by side, and
-    each row of taps is a matmul of its own.
+    them takes longer than multiplying. So pairs of x's pixels become channels (stride 2 is then stride 1, with half as
+    many taps each way), the taps of a row are shifts of the smaller y, side by side, and each row of taps is a matmul
+    of its own. Patches remain where x is smaller than y, with few channels, and for odd sizes, which have no pairs.
     """
     N, H, W, O = y.shape  # noqa: E741
-    C = x.shape[-1]
-    if size % 2 or C <= FEW:
+    C, taps = x.shape[-1], size // 2
+    if size % 2:
         patches = [x[:, a : a + 2 * H - 1 : 2, b : b + 2 * W - 1 : 2] for a in range(size) for b in range(size)]
-        rows = jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
-        return (y.reshape(-1, O).T @ rows).T.reshape(size, size, C, O)
-    taps = size // 2
+        kernel = y.reshape(-1, O).T @ jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
+        return kernel.T.reshape(size, size, C, O)
     rows, columns = H + taps - 1, W + taps - 1
     x = x[:, : 2 * rows, : 2 * columns].reshape(N, rows, 2, columns, 2, C)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(N, rows, columns, 4 * C)
+    if C <= FEW:
+        patches = [x[:, a : a + H, b : b + W] for a in range(taps) for b in range(taps)]
+        kernel = y.reshape(-1, O).T @ jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
+        return kernel.reshape(O, taps, taps, 2, 2, C).transpose(1, 3, 2, 4, 5, 0).reshape(size, size, C, O)
     shifts = [jnp.pad(y, ((0, 0), (0, 0), (b, taps - 1 - b), (0, 0))) for b in range(taps)]
     y = jnp.concatenate(shifts, axis=-1).reshape(-1, taps * O)
     kernel = jnp.stack([y.T @ x[:, a : a + H].reshape(-1, 4 * C) for a in range(taps)])
@@ -136,14 +139,14 @@ def weights(x: Array, y: Array, size: int) -> Array:
 # ---------------------------------------------------------------------------------------------- frames
 
 
-def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x: Array) -> Array:
+def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x: Array, channels: int) -> Array:
     """function(module, x), where no frame of x [N, ...] matters to another.
 
-    On CPUs in chunks of a few dozen frames, which fit into the caches. For the gradient only the layers' outputs are
-    kept.
+    On CPUs in chunks that fit into the caches: the fewer `channels` the largest layer has, the more frames. For the
+    gradient only the layers' outputs are kept.
     """
     N = x.shape[0]
-    count = -(-N // CHUNK)
+    count = -(-N * channels // CHUNK)
     if not on_cpu() or count == 1:
         return function(module, x)
     size = -(-N // count)

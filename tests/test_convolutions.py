@@ -9,7 +9,15 @@ from jax import Array
 
 from fast import convolutions
 
-FILTERS = [(1, 1), (2, 3), (8, 1), (32, 3)]
+SMALL = [
+    (False, 10, 4, 1, 3),
+    (False, 9, 4, 5, 3),
+    (False, 8, 5, 2, 3),
+    (True, 1, 5, 4, 3),
+    (True, 3, 5, 4, 3),
+    (True, 4, 6, 4, 5),
+    (True, 4, 6, 4, 1),
+]
 
 
 def layers(filters: int, channels: int) -> list[tuple[bool, int, int, int, int]]:
@@ -17,8 +25,10 @@ def layers(filters: int, channels: int) -> list[tuple[bool, int, int, int, int]]
     f = filters
     plain = [(64, 4, channels, f), (31, 4, f, 2 * f), (14, 4, 2 * f, 4 * f), (6, 4, 4 * f, 8 * f)]
     transposed = [(1, 5, 16, 4 * f), (5, 5, 4 * f, 2 * f), (13, 6, 2 * f, f), (30, 6, f, channels)]
-    odd = [(9, 5, 5, f), (10, 5, f, 6), (11, 6, f, 5), (6, 6, 5, f)]
-    return [(False, *sizes) for sizes in plain + odd] + [(True, *sizes) for sizes in [*transposed, (3, 4, f, 5)]]
+    if f == 2:
+        plain += [(9, 5, 5, f), (10, 5, f, 6), (11, 6, 5, f)]
+        transposed += [(3, 4, f, 5)]
+    return [(False, *sizes) for sizes in plain] + [(True, *sizes) for sizes in transposed]
 
 
 def operands(transposed: bool, H: int, size: int, C: int, O: int, dtype: type = np.float64) -> list[Array]:  # noqa: E741
@@ -38,13 +48,12 @@ def value_and_gradients(function, x, kernel, gradient):
     return y, *gradients(gradient)
 
 
-@pytest.mark.parametrize("cpu", [True, False])
-@pytest.mark.parametrize("filters, channels", FILTERS)
+@pytest.mark.parametrize(
+    "filters, channels, cpu", [(1, 1, True), (2, 3, True), (2, 3, False), (8, 1, True), (32, 3, True)]
+)
 def test_layers_equal_the_textbook(monkeypatch, filters, channels, cpu):
     monkeypatch.setattr(convolutions, "on_cpu", lambda: cpu)
     for layer in layers(filters, channels):
-        if filters == 32 and not cpu:
-            continue  # XLA's own gradients take minutes
         forms = convolutions.conv_transpose if layer[0] else convolutions.conv
         x, kernel, gradient = operands(*layer, np.float32)
         want = jax.jit(lambda *args, layer=layer: value_and_gradients(textbook(layer[0]), *args))(x, kernel, gradient)
@@ -67,7 +76,7 @@ def test_by_hand():
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (jnp.bfloat16, 0.02)])
 def test_other_precisions(dtype, tolerance):
     with jax.enable_x64(True):
-        for layer in layers(2, 1):
+        for layer in SMALL:
             forms = convolutions.conv_transpose if layer[0] else convolutions.conv
             exact = operands(*layer, np.float64)
             got = value_and_gradients(forms, *(x.astype(dtype) for x in exact))

@@ -232,7 +232,7 @@ class Encoder(nn.Module):
         c = self.config
         B, T, *frame_shape = video.shape
         x = video.astype(multiply_in(c) or video.dtype).reshape(B * T, *frame_shape)
-        x = frame_by_frame(Encoder._convolutions, self, x).reshape(B, T, self.feature_size)
+        x = frame_by_frame(Encoder._convolutions, self, x, c.filters * c.channels_mult).reshape(B, T, self.feature_size)
         features = [x]
         for level in range(1, c.levels):
             sizes = [self.feature_size, *[c.enc_dense_embed_size] * (c.enc_dense_layers - 1), self.feature_size]
@@ -276,7 +276,7 @@ class Decoder(nn.Module):
         """[B, T, S + D] -> [B, T, H, W, C]; not clipped: tanh, hence within [-1, 1]."""
         B, T, F = output.shape
         x = output.astype(multiply_in(self.config) or output.dtype).reshape(B * T, F)
-        x = frame_by_frame(Decoder._frames, self, x)
+        x = frame_by_frame(Decoder._frames, self, x, self.config.filters * self.config.channels_mult)
         return x.reshape(B, T, *x.shape[1:]).astype(output.dtype)
 
     def _frames(self, x: Array) -> Array:

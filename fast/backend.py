@@ -4,4 +4,5 @@ import jax
 
 
 def on_cpu() -> bool:
+    """Return whether the model runs on a CPU."""
     return jax.default_backend() == "cpu"

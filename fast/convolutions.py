@@ -1,7 +1,17 @@
-"""Convolutions of stride 2 without padding in the forms that are fastest on the backend, and frames in chunks."""
+"""Convolutions of stride 2 without padding in the forms that are fastest on the backend, and frames in chunks.
+
+A large image x [N, H, W, C] and a small one y [N, H', W', O] belong to a kernel [size, size, C, O]. What `conv` and
+`conv_transpose` and their gradients compute are three sums, for all pixels (i, j) of y and all (a, b) of the kernel:
+
+    gather    y[i, j] = sum over a, b of x[2 i + a, 2 j + b] @ kernel[a, b]
+    scatter   x[2 i + a, 2 j + b] += y[i, j] @ kernel[a, b].T
+    weights   kernel[a, b] = sum over i, j of x[2 i + a, 2 j + b].T @ y[i, j]
+
+On accelerators XLA finds them by itself. On CPUs its gather is fast, but its scatter is slow, and what it derives
+from these two for the gradients is tens of times slower in places. So there each sum has a form of its own.
+"""
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import jax
@@ -11,71 +21,132 @@ from jax import Array
 
 from fast.backend import on_cpu
 
-CHUNK = 25
-"""Frames that go through the convolutions together on a CPU."""
+CHUNK = 800
+"""Frames times channels (of the largest layer's output) that go through the convolutions together on a CPU."""
+
+FEW = 4
+"""Up to so many channels of the large image, `weights` takes patches of it."""
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+# ---------------------------------------------------------------------------------------------- layers
 
 
 def conv(x: Array, kernel: Array) -> Array:
-    """The convolution of `Convolution`. On CPUs as patches and one matmul: XLA's gradients are several times slower."""
-    size = kernel.shape[0]
-    if not on_cpu() or size % 2:
-        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    N, H, W, C = x.shape
-    taps, H, W = size // 2, H // 2, W // 2
-    # Pairs of pixels become channels; stride 2 is then stride 1, with half as many taps each way.
-    x = x[:, : 2 * H, : 2 * W].reshape(N, H, 2, W, 2, C).transpose(0, 1, 3, 2, 4, 5).reshape(N, H, W, 4 * C)
-    H, W = H - taps + 1, W - taps + 1
-    patches = jnp.concatenate([x[:, a : a + H, b : b + W] for a in range(taps) for b in range(taps)], axis=-1)
-    kernel = kernel.reshape(taps, 2, taps, 2, C, -1).transpose(0, 2, 1, 3, 4, 5).reshape(patches.shape[-1], -1)
-    return patches @ kernel
+    """[N, H, W, C] with kernel [size, size, C, O] -> [N, (H - size) // 2 + 1, ., O]."""
+    return gather_with_gradients(x, kernel) if on_cpu() else gather(x, kernel)
 
 
 def conv_transpose(x: Array, kernel: Array) -> Array:
-    """The transposed convolution of `Convolution`.
-
-    On one pixel it is a Dense layer. On CPUs, one matmul makes each pixel's patch of outputs, and the patches are
-    then added where they overlap, first along rows, then along columns: XLA's gradient of a dilated convolution is
-    many times slower there.
-    """
+    """[N, H, W, C] with kernel [size, size, C, O] -> [N, 2 (H - 1) + size, ., O]. On one pixel, a Dense layer."""
     N, H, W, C = x.shape
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if H == W == 1:
         return (x.reshape(N, C) @ kernel.transpose(2, 0, 1, 3).reshape(C, -1)).reshape(N, size, size, outputs)
-    if not on_cpu():
-        # Input dilation 2 with the kernel flipped, padded by size - 1.
-        padding = [(size - 1, size - 1)] * 2
-        return jax.lax.conv_general_dilated(
-            x, kernel[::-1, ::-1], (1, 1), padding, lhs_dilation=(2, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-    taps = (size + 1) // 2
-    patches = (x.reshape(-1, C) @ kernel.transpose(2, 0, 1, 3).reshape(C, -1)).reshape(N, H, W, size, size, outputs)
-    patches = jnp.pad(patches, ((0, 0),) * 3 + ((0, size % 2),) * 2 + ((0, 0),))
-    patches = patches.reshape(N, H, W, taps, 2, taps, 2, outputs)
-    rows = overlap_add(patches, 1, 3)  # [N, H', W, 2, taps, 2, C]
-    full = overlap_add(rows, 2, 4)  # [N, H', W', 2, 2, C]
-    N, H, W = full.shape[:3]
-    full = full.transpose(0, 1, 3, 2, 4, 5).reshape(N, 2 * H, 2 * W, outputs)
-    return full[:, : 2 * H - size % 2, : 2 * W - size % 2]
+    return scatter_with_gradients(x, kernel) if on_cpu() else dilated(x, kernel)
 
 
-def overlap_add(x: Array, place: int, tap: int) -> Array:
-    """out[i + a] sums x[i, a], where axis `place` < `tap` counts i and axis `tap`, which goes away, a."""
-    taps = x.shape[tap]
-    shifted = []
-    for a in range(taps):
-        part = jax.lax.index_in_dim(x, a, tap, keepdims=False)
-        shifted.append(jnp.pad(part, [(a, taps - 1 - a) if axis == place else (0, 0) for axis in range(part.ndim)]))
-    return reduce(jnp.add, shifted)
+@jax.custom_vjp
+def gather_with_gradients(x: Array, kernel: Array) -> Array:
+    return gather(x, kernel)
 
 
-def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x: Array) -> Array:
-    """function(module, x), where no frame of x [N, ...] matters to another.
+def gather_gradients(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = operands
+    dx = scatter(gradient, kernel.swapaxes(2, 3))
+    unread = [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]  # a last row and column, if the extent is odd
+    return jnp.pad(dx, unread), weights(x, gradient, kernel.shape[0])
 
-    On CPUs in chunks of a few dozen frames, which fit into the caches. For the gradient only the layers' outputs are
-    kept; what else a layer makes (patches, many times larger) is made anew: a fifth of the memory, and faster.
+
+gather_with_gradients.defvjp(lambda x, kernel: (gather(x, kernel), (x, kernel)), gather_gradients)
+
+
+@jax.custom_vjp
+def scatter_with_gradients(x: Array, kernel: Array) -> Array:
+    return scatter(x, kernel)
+
+
+def scatter_gradients(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = operands
+    return gather(gradient, kernel.swapaxes(2, 3)), weights(gradient, x, kernel.shape[0]).swapaxes(2, 3)
+
+
+scatter_with_gradients.defvjp(lambda x, kernel: (scatter(x, kernel), (x, kernel)), scatter_gradients)
+
+
+# ---------------------------------------------------------------------------------------------- the three sums
+
+
+def gather(x: Array, kernel: Array) -> Array:
+    """Gather by XLA's convolution of stride 2."""
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=LAYOUT)
+
+
+def dilated(x: Array, kernel: Array) -> Array:
+    """Scatter by XLA's convolution of an image with zeros between its pixels, the kernel the other way round."""
+    padding = [(kernel.shape[0] - 1,) * 2] * 2
+    return jax.lax.conv_general_dilated(
+        x, kernel[::-1, ::-1], (1, 1), padding, lhs_dilation=(2, 2), dimension_numbers=LAYOUT
+    )
+
+
+def scatter(x: Array, kernel: Array) -> Array:
+    """Scatter [N, H, W, C] with kernel [size, size, C, O] on a CPU.
+
+    For an even size, a convolution of stride 1 makes 2x2 pixels of the output at each place (sub-pixels): no zero
+    is multiplied. An odd size would need a kernel padded with zeros, which costs as much.
+    """
+    N, H, W, C = x.shape
+    size, outputs = kernel.shape[0], kernel.shape[-1]
+    if size % 2:
+        return dilated(x, kernel)
+    taps = size // 2
+    kernel = kernel.reshape(taps, 2, taps, 2, C, outputs)[::-1, :, ::-1]
+    kernel = kernel.transpose(0, 2, 4, 1, 3, 5).reshape(taps, taps, C, 4 * outputs)
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), [(taps - 1,) * 2] * 2, dimension_numbers=LAYOUT)
+    H, W = y.shape[1:3]
+    return y.reshape(N, H, W, 2, 2, outputs).transpose(0, 1, 3, 2, 4, 5).reshape(N, 2 * H, 2 * W, outputs)
+
+
+def weights(x: Array, y: Array, size: int) -> Array:
+    """Return the kernel's gradient [size, size, C, O] from x [N, H, W, C] and y [N, H', W', O] on a CPU.
+
+    In matmuls over all pixels. With patches of x it is one, but they are size**2 / 4 times as large as x, and copying
+    them takes longer than multiplying. So pairs of x's pixels become channels (stride 2 is then stride 1, with half as
+    many taps each way), the taps of a row are shifts of the smaller y, side by side, and each row of taps is a matmul
+    of its own. Patches remain if x has few channels, and for odd sizes, which have no pairs.
+    """
+    N, H, W, O = y.shape  # noqa: E741
+    C, taps = x.shape[-1], size // 2
+    if size % 2:
+        patches = [x[:, a : a + 2 * H - 1 : 2, b : b + 2 * W - 1 : 2] for a in range(size) for b in range(size)]
+        kernel = y.reshape(-1, O).T @ jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
+        return kernel.T.reshape(size, size, C, O)
+    rows, columns = H + taps - 1, W + taps - 1
+    x = x[:, : 2 * rows, : 2 * columns].reshape(N, rows, 2, columns, 2, C)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(N, rows, columns, 4 * C)
+    if C <= FEW:
+        patches = [x[:, a : a + H, b : b + W] for a in range(taps) for b in range(taps)]
+        kernel = y.reshape(-1, O).T @ jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
+        return kernel.reshape(O, taps, taps, 2, 2, C).transpose(1, 3, 2, 4, 5, 0).reshape(size, size, C, O)
+    shifts = [jnp.pad(y, ((0, 0), (0, 0), (b, taps - 1 - b), (0, 0))) for b in range(taps)]
+    y = jnp.concatenate(shifts, axis=-1).reshape(-1, taps * O)
+    kernel = jnp.stack([y.T @ x[:, a : a + H].reshape(-1, 4 * C) for a in range(taps)])
+    return kernel.reshape(taps, taps, O, 2, 2, C).transpose(0, 3, 1, 4, 5, 2).reshape(size, size, C, O)
+
+
+# ---------------------------------------------------------------------------------------------- frames
+
+
+def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x: Array, channels: int) -> Array:
+    """Return function(module, x) for frames x [N, ...], none of which matters to another.
+
+    On CPUs in chunks that fit into the caches: the fewer `channels` the largest layer has, the more frames. For the
+    gradient only the layers' outputs are kept.
     """
     N = x.shape[0]
-    count = -(-N // CHUNK)
+    count = -(-N * channels // CHUNK)
     if not on_cpu() or count == 1:
         return function(module, x)
     size = -(-N // count)

@@ -188,27 +188,6 @@ def test_bfloat16_is_close_and_its_results_single_precision():
     assert (g * low).sum() / jnp.sqrt((g**2).sum() * (low**2).sum()) > 0.99
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [4, 5, 6])
-def test_forms_of_convolutions_are_equal(monkeypatch, size, channels):
-    """The CPU's form against XLA's own and the definition, values and gradients, plain and transposed."""
-    random = np.random.default_rng(0)
-    kernel = jnp.asarray(random.normal(size=(size, size, channels, 2)), jnp.float32)
-    plain, transposed = convolutions.conv, convolutions.conv_transpose
-    for function, extent in (plain, 31), (plain, 14), (transposed, 1), (transposed, 5):
-        x = jnp.asarray(random.normal(size=(2, extent, extent + 1, channels)), jnp.float32)
-        results = []
-        for backend in "cpu", "gpu":
-            monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-            value, pullback = jax.vjp(function, x, kernel)
-            results.append((value, *pullback(jnp.cos(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape))))
-        for a, b in zip(*results, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-        if function is transposed:
-            by_hand = oracle.conv_transpose_by_hand({"kernel": kernel, "bias": 0}, x)
-            np.testing.assert_allclose(results[0][0], by_hand, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     "name, channels, sizes, total",
     [("mmnist", 1, (20, 200), 12_465_617), ("mazes", 3, (20, 200), None), ("minerl", 3, (100, 800), 34_391_827)],

@@ -34,6 +34,7 @@ def option(
     above: float | None = None,
     free: bool = False,
     named: bool = False,
+    later: bool = False,
 ) -> Any:
     """Declare a key: all that is to be known of it stands here.
 
@@ -42,9 +43,11 @@ def option(
         help: its text in `--help` and in the documentation.
         at_least, above: lower bound of a number, inclusive or exclusive.
         free: may change when a run is resumed, since neither the model nor the order of its data depends on it.
+        later: was added after the first runs, which therefore don't have it saved. (Not the last key: that one shows that
+            a saved configuration isn't truncated.)
         named: sets a training apart, but isn't in the earlier codes' run names: part of ours unless at its default.
     """
-    metadata = {"help": help, "at_least": at_least, "above": above, "free": free, "named": named}
+    metadata = {"help": help, "at_least": at_least, "above": above, "free": free, "named": named, "later": later}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -243,9 +246,9 @@ class Config:
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def free_keys() -> set[str]:
-    """Return the keys that may change when a run is resumed."""
-    return {field.name for field in dataclasses.fields(Config) if field.metadata["free"]}
+def marked(mark: str) -> set[str]:
+    """Return the keys that are declared as "free", "named" or "later"."""
+    return {field.name for field in dataclasses.fields(Config) if field.metadata[mark]}
 
 
 CHANNELS = {"minerl": (3,), "mazes": (3,), "mmnist": (1,), "kth": (1,), "digits": (1,), "mnist": (1,), "videos": (1, 3)}

@@ -29,10 +29,6 @@ from system.interrupts import Interrupts, exit_codes
 
 # ---------------------------------------------------------------------------------------------- what to evaluate
 
-LATER_KEYS: frozenset[str] = frozenset()
-"""Configuration keys that runs from before they existed don't have saved. The last key of all is none of them, so that
-each truncated file lacks a key that isn't."""
-
 
 class Output(NamedTuple):
     """What is written besides the configuration's say, and where."""
@@ -46,7 +42,7 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     """Return the run's own configuration with the command line's keys in place of its values, and what to do with it.
 
     Raises:
-        ConfigError: as `runs.find_checkpoint`, `config.parse_flags` and `run_config` do.
+        ConfigError: as `runs.find_checkpoint`, `config.parse_flags` and `runs.load_config` do.
     """
     special, flags = configuration.parse_flags(
         argv,
@@ -64,25 +60,7 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     out = Path(special["out"]) if "out" in special else None
     checkpoint = runs.find_checkpoint(Path(special["logdir"]))
     output = Output(out, formats(special.get("format")), videos == "all")
-    return run_config(checkpoint.run, flags), checkpoint, output
-
-
-def run_config(run: Path, flags: Mapping[str, str]) -> Config:
-    """Return a run's configuration, with flags in place of its values.
-
-    Raises:
-        ConfigError: config.yml lacks keys, as a truncated one does; or as `config.merged`.
-    """
-    path = run / "config.yml"
-    missing = [key for key in vars(Config()) if key not in configuration.read_yaml(path)]
-    if lost := [key for key in missing if key not in LATER_KEYS]:
-        raise ConfigError(
-            f"{path}: lacks {len(lost)} of the keys that were saved, {lost[0]} first; restore the file, or add them"
-        )
-    for key in missing:
-        if key not in flags:
-            print(f"{path} is older than the key {key}; using its default, {getattr(Config(), key)}")
-    return configuration.merged(path, flags)
+    return runs.load_config(checkpoint.run, flags), checkpoint, output
 
 
 # ---------------------------------------------------------------------------------------------- predictions

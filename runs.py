@@ -140,7 +140,7 @@ def resumable(config: Config, saved: Path) -> Config:
     differing = [
         f"{key} ({getattr(earlier, key)!r} there, {getattr(config, key)!r} now)"
         for key in vars(config)
-        if key not in configuration.free_keys() and getattr(earlier, key) != getattr(config, key)
+        if key not in configuration.marked("free") and getattr(earlier, key) != getattr(config, key)
     ]
     if differing:
         raise ConfigError(
@@ -178,6 +178,25 @@ def find(logdir: Path) -> Path:
     if len(found) > 1:
         raise ConfigError(f"logdir: {logdir} holds {len(found)} runs; name one of {', '.join(map(str, found))}")
     return found[0]
+
+
+def load_config(run: Path, flags: Mapping[str, str]) -> Config:
+    """Return a run's configuration, with flags in place of its values.
+
+    Raises:
+        ConfigError: config.yml lacks keys, as a truncated one does; or as `config.merged`.
+    """
+    path = run / "config.yml"
+    saved = configuration.read_yaml(path)
+    missing = [key for key in vars(Config()) if key not in saved]
+    if lost := [key for key in missing if key not in configuration.marked("later")]:
+        raise ConfigError(
+            f"{path}: lacks {len(lost)} of the keys that were saved, {lost[0]} first; restore the file, or add them"
+        )
+    for key in missing:
+        if key not in flags:
+            print(f"{path} is older than the key {key}; using its default, {getattr(Config(), key)}")
+    return configuration.merged(path, flags)
 
 
 def find_checkpoint(logdir: Path) -> Checkpoint:

@@ -55,7 +55,7 @@ def parse_models(
     program, description = f"analysis.py {command} [NAME=]RUN ...", f"{description} RUN is as eval.py's --logdir."
     named, given, values = parse_named(arguments, program, description, True, **special)
     checkpoints = [runs.find_checkpoint(path) for _, path in named]
-    configs = [configuration.merged(found.run / "config.yml", values) for found in checkpoints]
+    configs = [runs.load_config(found.run, values) for found in checkpoints]
     names = with_names([name for name, _ in named], configs)
     return [TrainedModel(*run) for run in zip(names, configs, checkpoints, strict=True)], given
 
@@ -66,7 +66,7 @@ def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
     Raises:
         ConfigError: two have the same name.
     """
-    ignored = configuration.free_keys() | {"seed"}
+    ignored = configuration.marked("free") | {"seed"}
     keys = [key for key in vars(configs[0]) if key not in ignored and len({getattr(c, key) for c in configs}) > 1]
     found = []
     for name, c in zip(names, configs, strict=True):

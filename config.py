@@ -43,8 +43,8 @@ def option(
         help: its text in `--help` and in the documentation.
         at_least, above: lower bound of a number, inclusive or exclusive.
         free: may change when a run is resumed, since neither the model nor the order of its data depends on it.
-        later: was added after the first runs, which therefore don't have it saved. (Not the last key: that one shows that
-            a saved configuration isn't truncated.)
+        later: was added after the first runs, which don't have it saved. Never the last key, which shows that a saved
+            configuration isn't truncated.
         named: sets a training apart, but isn't in the earlier codes' run names: part of ours unless at its default.
     """
     metadata = {"help": help, "at_least": at_least, "above": above, "free": free, "named": named, "later": later}

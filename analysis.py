@@ -23,6 +23,7 @@ from analyses.digits import digits
 from analyses.export import export
 from analyses.levels import levels
 from analyses.rooms import rooms
+from report.output import writing
 from system.devices import use_compilation_cache
 from system.interrupts import Interrupts, exit_codes
 
@@ -40,7 +41,8 @@ def main() -> None:
             print("python analysis.py <command> --help lists a command's flags.")
             return
         configuration.choose("command", command, list(COMMANDS))
-        COMMANDS[command](arguments)
+        with writing("the directory of the results"):
+            COMMANDS[command](arguments)
 
 
 if __name__ == "__main__":

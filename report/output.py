@@ -39,7 +39,7 @@ def formats(text: str | None) -> Formats:
 
 
 @contextlib.contextmanager
-def writing(directory: Path) -> Iterator[None]:
+def writing(directory: Path | str) -> Iterator[None]:
     """Raise a ConfigError that names the remedy if results can't be written: disk full, no permission, ..."""
     try:
         yield

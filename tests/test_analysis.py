@@ -81,6 +81,22 @@ def test_levels_are_those_of_the_objective_and_of_the_latents(run):
     assert (directory / "kl.png").stat().st_size > 1000
 
 
+def test_results_that_cannot_be_written_are_one_line(run, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(sys, "argv", ["analysis.py", "levels", str(run), "--num_examples=1"])
+    with pytest.raises(SystemExit) as ended:
+        analysis.main()
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        "error: out: the directory of the results can't be written (No space left on device); make room there, or name "
+        "another directory with --out"
+    )
+
+
 def test_levels_in_other_batches_and_of_several_runs(run, tmp_path):
     whole, parts = call("levels", run), call("levels", run, "--batch_size=3")
     for level in range(3):
@@ -166,7 +182,7 @@ def test_blind_levels_side_by_side(run):
     difference = frames["sees_all"][4:].astype(int) - np.load(sample)["arr_0"]
     assert np.abs(difference).max() <= 1
     with Image.open(directory / "blind.gif") as gif:
-        assert gif.n_frames == 12 and gif.size == (2 * 9 * 68, 2 * (68 + 14))
+        assert gif.n_frames == 12 and gif.size == (2 * 9 * 68, 2 * (68 + 28))
     with Image.open(directory / "blind.png") as picture:
         assert picture.size[0] > 1000
 

@@ -63,7 +63,7 @@ def train(config: Config) -> TrainState:
                                 run.report(step, train=metrics, validation=validation)
                         if due(step, c.save_gifs_every) and c.save_gifs:
                             save_videos(model, state.params, run, step, train=train_set, validation=test_set)
-                        if step == steps:
+                        if step >= steps:
                             break
                         with interrupts.deferred():
                             state, metrics = train_step(state, next(batches))

@@ -478,7 +478,7 @@ def test_parameters_that_half_precision_cannot_hold_are_not_exported(run, monkey
             "command: must be one of levels, blind, digits, rooms, export, compare, ranks, curves, got 'level'; did you mean 'levels'?",
         ),
         (["levels"], "command line: no directory is named; call analysis.py levels [NAME=]RUN ..."),
-        (["levels", "nowhere"], "logdir: nowhere is no directory"),
+        (["levels", "nowhere"], "logdir: nowhere is not a directory"),
         (["compare"], "command line: no directory is named"),
         (["compare", "run", "--levels=3"], "command line: unknown argument '--levels=3'"),
         (["digits", "--frmaes=3"], "command line: unknown argument '--frmaes=3'"),

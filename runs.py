@@ -63,14 +63,12 @@ class Run:
         Returns:
             The step, the state on the devices, and the step's metrics.
         """
-        step, state, metrics = 0, make_state(model), {}
-        if newest := self.checkpoints.load_newest(jax.eval_shape(partial(make_state, model))):
-            step, state, notes = newest
-            metrics = notes.get("metrics", {})
+        newest = self.checkpoints.load_newest(jax.eval_shape(partial(make_state, model)))
+        step, state, notes = newest or (0, make_state(model), {})
         if self.devices.process == 0:
             self.log = logs.Log(self.path, step, logs.start_wandb(self.config, self.path))
         self.logged = int(self.devices.first_decides(lambda: str(self.log.last if self.log else 0)))
-        return step, self.devices.replicate(state), metrics
+        return step, self.devices.replicate(state), notes.get("metrics", {})
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, Any]) -> None:
         """Save a checkpoint and the metrics of its step, unless the loss isn't finite any more."""

@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+CWVAE = ("cwvae",)
+
 FRAME_SIZE = 64
 """Height and width of a frame: what the encoder's and decoder's unpadded convolutions are made for."""
 
@@ -35,6 +37,7 @@ def option(
     free: bool = False,
     named: bool = False,
     later: bool = False,
+    models: tuple[str, ...] = (),
 ) -> Any:
     """Declare a key: all that is to be known of it stands here.
 
@@ -46,9 +49,10 @@ def option(
         later: was added after the first runs, which don't have it saved. Never the last key, which shows that a saved
             configuration isn't truncated.
         named: sets a training apart, but isn't in the earlier codes' run names: part of ours unless at its default.
+        models: that read it; for others, it must be left at its default. Empty: all.
     """
-    metadata = {"help": help, "at_least": at_least, "above": above, "free": free, "named": named, "later": later}
-    return dataclasses.field(default=default, metadata=metadata)
+    declared = dict(help=help, at_least=at_least, above=above, free=free, named=named, later=later, models=models)
+    return dataclasses.field(default=default, metadata=declared)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +64,26 @@ class Config:
     """
 
     # MODEL
-    levels: int = option(3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1)
-    tmp_abs_factor: int = option(6, "temporal abstraction factor k: level l ticks every k^l frames", at_least=1)
-    dec_stddev: float = option(1.0, "standard deviation of the Normal observation model", above=0)
-    enc_dense_layers: int = option(3, "Dense layers of the encoder per level above 0", at_least=0)
-    enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1)
-    cell_type: str = option("RSSMCell", "recurrent cell (RSSMCell is the only one)")
-    cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1)
-    cell_deter_size: int = option(200, "size of a level's deterministic state", at_least=1)
-    cell_embed_size: int = option(200, "width of the cell's Dense layers", at_least=1)
-    cell_min_stddev: float = option(
-        0.0001, "added to the standard deviation of prior and posterior", at_least=0, named=True
+    model: str = option("cwvae", "cwvae, or of the models that the paper compares it with: svg", later=True)
+    levels: int = option(3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1, models=CWVAE)
+    tmp_abs_factor: int = option(
+        6, "temporal abstraction factor k: level l ticks every k^l frames", at_least=1, models=CWVAE
     )
-    cell_mean_only: bool = option(False, "use the mean in place of a sample", named=True)
-    cell_reset_state: bool = option(False, "reset the stochastic state below the top level, as VTA does", named=True)
-    channels_mult: int = option(1, "multiplies the number of convolution channels", at_least=1)
+    dec_stddev: float = option(1.0, "standard deviation of the Normal observation model", above=0)
+    enc_dense_layers: int = option(3, "Dense layers of the encoder per level above 0", at_least=0, models=CWVAE)
+    enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1, models=CWVAE)
+    cell_type: str = option("RSSMCell", "recurrent cell (RSSMCell is the only one)", models=CWVAE)
+    cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1)
+    cell_deter_size: int = option(200, "size of a level's deterministic state", at_least=1, models=CWVAE)
+    cell_embed_size: int = option(200, "width of the cell's Dense layers", at_least=1, models=CWVAE)
+    cell_min_stddev: float = option(
+        0.0001, "added to the standard deviation of prior and posterior", at_least=0, named=True, models=CWVAE
+    )
+    cell_mean_only: bool = option(False, "use the mean in place of a sample", named=True, models=CWVAE)
+    cell_reset_state: bool = option(
+        False, "reset the stochastic state below the top level, as VTA does", named=True, models=CWVAE
+    )
+    channels_mult: int = option(1, "multiplies the number of convolution channels", at_least=1, models=CWVAE)
     filters: int = option(
         32, "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many", at_least=1, named=True
     )
@@ -83,7 +92,13 @@ class Config:
         "float32",
         "arithmetic of the layers, float32 or bfloat16; parameters, states and losses are float32",
         named=True,
+        models=CWVAE,
     )
+
+    # MODEL svg
+    svg_network: str = option("dcgan", "encoder and decoder, dcgan or vgg", named=True, later=True, models=("svg",))
+    svg_features: int = option(128, "size of a frame's features", at_least=1, named=True, later=True, models=("svg",))
+    svg_rnn_size: int = option(256, "size of the LSTMs' states", at_least=1, named=True, later=True, models=("svg",))
 
     # DATASET
     dataset: str = option(
@@ -119,11 +134,13 @@ class Config:
         10000.0, "bound on the gradient's global norm; 0 or null: none", at_least=0, named=True
     )
     kl_grad_post_perc: float | None = option(
-        None, "KL balancing: the share p of the KL that trains the posterior", at_least=0, named=True
+        None, "KL balancing: the share p of the KL that trains the posterior", at_least=0, named=True, models=CWVAE
     )
-    free_nats: float | None = option(None, "nats per level and sequence that cost nothing", at_least=0, named=True)
+    free_nats: float | None = option(
+        None, "nats per level and sequence that cost nothing", at_least=0, named=True, models=CWVAE
+    )
     beta: float | tuple[float, ...] | None = option(
-        None, "factor of the KL: one number, or one per level", at_least=0, named=True
+        None, "factor of the KL: one number, or one per level", at_least=0, named=True, models=CWVAE
     )
     seed: int | None = option(
         None, "the same seed repeats a run exactly; null: a random one, saved with the run", at_least=0, named=True
@@ -138,7 +155,10 @@ class Config:
     # SUMMARIES
     logdir: str = option("logs", "directory of the runs: a run lives in <logdir>/<dataset>/<run name>", free=True)
     open_loop_ctx: int = option(
-        36, "context frames of an open-loop prediction; a multiple of k**(levels-1)", at_least=1, free=True
+        36,
+        "context frames of an open-loop prediction; a multiple of k**(levels-1); for svg, also of a training sequence",
+        at_least=1,
+        free=True,
     )
     num_val_batches: int = option(1, "batches of a validation", at_least=1, free=True)
     save_gifs: bool = option(True, "save videos of open-loop predictions", free=True)
@@ -158,7 +178,10 @@ class Config:
     num_examples: int = option(100, "sequences to evaluate", at_least=1, free=True)
     num_samples: int = option(1, "predictions sampled per sequence", at_least=1, free=True)
     use_obs: str | None = option(
-        None, "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three", free=True
+        None,
+        "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three",
+        free=True,
+        models=CWVAE,
     )
     no_save_grid: bool = option(False, "don't write predictions as PNG grids", free=True)
 
@@ -179,6 +202,15 @@ class Config:
                 limit = field.metadata[bound]
                 if limit is not None and not all(n is None or holds(float(n), float(limit)) for n in numbers):
                     raise ConfigError(f"{field.name}: must be {bound.replace('_', ' ')} {limit}, got {value!r}")
+        choose("model", self.model, ["cwvae", "svg"])
+        for field in dataclasses.fields(self):
+            models, value = field.metadata["models"], getattr(self, field.name)
+            if models and self.model not in models and value != field.default:
+                raise ConfigError(
+                    f"{field.name}: {self.model} doesn't read it (it is for {' and '.join(models)}), got {value!r}; "
+                    "leave it out"
+                )
+        choose("svg_network", self.svg_network, ["dcgan", "vgg"])
         if self.levels > 30:
             raise ConfigError(f"levels: must be at most 30, got {self.levels}; the paper has 1 to 4")
         choose("cell_type", self.cell_type, ["RSSMCell"])
@@ -198,7 +230,7 @@ class Config:
             )
         if self.use_obs is not None and not re.fullmatch(f"[TF]{{{self.levels}}}", self.use_obs):
             raise ConfigError(f"use_obs: needs one T or F for each of the {self.levels} levels, got {self.use_obs!r}")
-        block = self.tmp_abs_factor ** (self.levels - 1)
+        block = self.block
         nearest_context = max(1, round(self.open_loop_ctx / block)) * block
         if self.open_loop_ctx % block:
             raise ConfigError(
@@ -212,15 +244,29 @@ class Config:
             )
 
     @property
+    def block(self) -> int:
+        """The frames of one tick of the top level, which parts of a long video are multiples of."""
+        return self.tmp_abs_factor ** (self.levels - 1) if self.model == "cwvae" else 1
+
+    @property
+    def free(self) -> set[str]:
+        """The keys that may change when this run is resumed."""
+        return marked("free") - ({"open_loop_ctx"} if self.model == "svg" else set())
+
+    @property
     def run_name(self) -> str:
         """Name the run's directory: the earlier codes' name, then what else sets this training apart from others."""
         c = self
         name = (
-            f"{c.dataset}_cwvae_{c.cell_type.lower()}_{c.levels}l_f{c.tmp_abs_factor}_decsd{c.dec_stddev}"
-            f"_enchl{c.enc_dense_layers}_ences{c.enc_dense_embed_size}_edchnlmult{c.channels_mult}"
-            f"_ss{c.cell_stoch_size}_ds{c.cell_deter_size}_es{c.cell_embed_size}"
-            f"_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
+            f"{c.dataset}_{c.model}_decsd{c.dec_stddev}_ss{c.cell_stoch_size}_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
         )
+        if c.model == "cwvae":
+            name = (
+                f"{c.dataset}_cwvae_{c.cell_type.lower()}_{c.levels}l_f{c.tmp_abs_factor}_decsd{c.dec_stddev}"
+                f"_enchl{c.enc_dense_layers}_ences{c.enc_dense_embed_size}_edchnlmult{c.channels_mult}"
+                f"_ss{c.cell_stoch_size}_ds{c.cell_deter_size}_es{c.cell_embed_size}"
+                f"_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.metadata["named"] and value != field.default:

@@ -17,13 +17,14 @@ What makes it fast without changing what it computes is in `fast`; noise is draw
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jax import Array
 
@@ -31,7 +32,7 @@ from config import Config
 from fast.convolutions import frame_by_frame
 from fast.layers import Convolution, Dense, lecun_normal, linear
 from fast.scan import unroll
-from noise import Inputs, ticks
+from noise import Inputs, draw, part, ticks
 
 # ---------------------------------------------------------------------------------------------- one level
 
@@ -111,10 +112,10 @@ class RSSMCell(nn.Module):
         """
         T, seen = inputs.noise.shape[1], 0 if features is None else features.shape[1]
         rollouts = []
-        for part, sight in (slice(seen), features), (slice(seen, T), None):
-            if len(range(T)[part]):
-                keep = None if inputs.keep is None else inputs.keep[None, part, None]
-                states, belief = unroll(self, state, (context[:, part], sight, inputs.noise[:, part], keep))
+        for span, sight in (slice(seen), features), (slice(seen, T), None):
+            if len(range(T)[span]):
+                keep = None if inputs.keep is None else inputs.keep[None, span, None]
+                states, belief = unroll(self, state, (context[:, span], sight, inputs.noise[:, span], keep))
                 prior = belief if sight is None else self.prior(states.deter)
                 rollouts.append(LevelRollout(prior, belief, *states))
                 state = jax.tree.map(lambda x: x[:, -1], states)
@@ -328,6 +329,23 @@ class CWVAE(nn.Module):
             for level in range(c.levels)
         ]
 
+    @property
+    def shortest(self) -> int:
+        """The frames of one tick of the top level."""
+        return self.config.block
+
+    def draw(self, keys: Array, frames: int, context: int = 0, actions: Array | None = None) -> tuple[Inputs, ...]:
+        """As `noise.draw`."""
+        return draw(self.config, keys, frames, context, actions)
+
+    def part(self, inputs: Sequence[Inputs], start: int, stop: int) -> tuple[Inputs, ...]:
+        """As `noise.part`."""
+        return part(self.config, inputs, start, stop)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Return Adam with eps 1e-4, as in the official code."""
+        return optax.adam(self.config.lr, eps=1e-4)
+
     def observe(
         self, video: Array, inputs: Sequence[Inputs], state: State | None = None, use_obs: str | None = None
     ) -> tuple[tuple[LevelRollout, ...], State]:
@@ -362,10 +380,9 @@ class CWVAE(nn.Module):
         """Unroll the levels from the top down; each level's output is the context of the k ticks below."""
         c, (B, T, _) = self.config, inputs[0].noise.shape
         state = self.initial_state(B) if state is None else state
-        block = c.tmp_abs_factor ** (c.levels - 1)
         if not state.between_ticks:
             raise ValueError(
-                f"state: was left within a tick; only after a multiple of {block} frames can more frames follow"
+                f"state: was left within a tick; only after a multiple of {c.block} frames can more frames follow"
             )
         context = jnp.zeros((B, T, c.cell_stoch_size + c.cell_deter_size))
         rollouts: list[LevelRollout] = []
@@ -381,7 +398,7 @@ class CWVAE(nn.Module):
             context = jnp.repeat(rollout.output, c.tmp_abs_factor, axis=1)
             rollouts.insert(0, rollout)
             states.insert(0, last)
-        return tuple(rollouts), State(tuple(states), T % block == 0)
+        return tuple(rollouts), State(tuple(states), T % c.block == 0)
 
     def initial_state(self, batch: int) -> State:
         """Return zeros at every level."""
@@ -393,8 +410,13 @@ class CWVAE(nn.Module):
         """Return the frames' means [B, T, H, W, C] (not clipped to [0, 1])."""
         return self.decoder(rollouts[0].output)
 
-    def elbo(self, video: Array, inputs: Sequence[Inputs], state: State | None = None) -> tuple["Terms", State]:
-        """Return the terms of the evidence lower bound (Equation 5), and the state; arguments as in `observe`."""
+    def elbo(
+        self, video: Array, inputs: Sequence[Inputs], state: State | None = None, training: "Training | None" = None
+    ) -> tuple["Terms", State]:
+        """Return the terms of the evidence lower bound (Equation 5), and the state.
+
+        Arguments are as in `observe`; nothing here is different in training.
+        """
         video = floats(video)
         rollouts, state = self.observe(video, inputs, state)
         nll = negative_log_likelihood(video, self.decode(rollouts), self.config.dec_stddev)
@@ -424,6 +446,15 @@ class Terms(NamedTuple):
     kl_posterior: Array  # the same values; gradients reach only the posterior
     entropy_prior: Array  # [L, B]
     entropy_posterior: Array  # [L, B]
+    other: Mapping[str, Array] = {}  # further KLs that no level has, by name, [B] each
+
+
+class Training(NamedTuple):
+    """What a training step tells the model that it trains."""
+
+    step: Array  # []
+    weight: Array  # [B], 0 for sequences that are padding
+    axis: str  # the mapped axis over whose devices the batch is spread
 
 
 def negative_log_likelihood(video: Array, mean: Array, stddev: float) -> Array:
@@ -465,14 +496,15 @@ def objective(
     """
     total = partial(jax.lax.psum, axis_name=axis) if axis else lambda x: x
     weight = weight / total(weight.sum())
-    mean = Terms(*((x * weight).sum(-1) for x in terms))  # [] or [L]
+    mean = jax.tree.map(lambda x: (x * weight).sum(-1), terms)  # [] or [L]
 
     nll = mean.nll
-    kl = weighted_kl(config, mean, total)
-    loss = (nll + kl.sum()) / frames
+    kl = weighted_kl(config, mean, total).sum() + sum(mean.other.values())
+    loss = (nll + kl) / frames
 
-    metrics = {"loss": loss, "nll_term": nll / frames, "kl_term": kl.sum() / frames}
-    for level in range(config.levels):
+    metrics = {"loss": loss, "nll_term": nll / frames, "kl_term": kl / frames}
+    metrics |= {f"avg_kl_{name}": value / frames for name, value in mean.other.items()}
+    for level in range(len(mean.kl)):
         metrics |= {
             f"avg_kl_prior_posterior__level_{level}": mean.kl[level] / frames,
             f"avg_entropy_prior__level_{level}": mean.entropy_prior[level] / frames,

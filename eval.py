@@ -19,7 +19,7 @@ import rollout
 import runs
 import tools
 from config import Config, ConfigError
-from cwvae import CWVAE
+from models import Model, make_model
 from noise import example_keys
 from report.output import FORMAT, Formats, formats, open_directory, writing
 from report.results import is_done, log_to_wandb, print_table, save_example, summarise
@@ -105,7 +105,7 @@ def measure(
 
 
 def predict(
-    model: CWVAE, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
+    model: Model, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
 ) -> Prediction:
     """Predict the frames of video uint8 [B, T, H, W, C] after its context, and compare them with it."""
     frames = []
@@ -120,7 +120,7 @@ def predict(
 
 
 def references(
-    model: CWVAE,
+    model: Model,
     params: Any,
     video: np.ndarray,
     keys: Array,
@@ -232,7 +232,7 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
     output = output or Output()
     c = connect(config)
     devices = Devices()
-    model = CWVAE(c)
+    model = make_model(c)
     test = data.windows(c, "test")
     params = runs.load_params(model, checkpoint)
     count = min(c.num_examples, len(test))
@@ -253,7 +253,7 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
 
 
 def predict_all(
-    config: Config, model: CWVAE, params: Any, test: data.Windows, count: int, directory: Path, devices: Devices
+    config: Config, model: Model, params: Any, test: data.Windows, count: int, directory: Path, devices: Devices
 ) -> None:
     """Write predictions and metrics of the first `count` test sequences, except those that are there already.
 

@@ -13,16 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from config import Config
-from cwvae import CWVAE, LevelRollout
-from noise import draw, part
+from cwvae import LevelRollout
+from models import Model
 
 Place = Callable[[Any], Any]
 
 
 def chunk_size(config: Config) -> int:
     """Return the frames of a chunk: a training sequence's, up to whole ticks of the top level."""
-    block = config.tmp_abs_factor ** (config.levels - 1)
-    return -(-config.seq_len // block) * block
+    return -(-config.seq_len // config.block) * config.block
 
 
 def chunks(config: Config, frames: int, chunk: int | None) -> Iterator[tuple[int, int]]:
@@ -33,14 +32,14 @@ def chunks(config: Config, frames: int, chunk: int | None) -> Iterator[tuple[int
 
 
 def elbo(
-    model: CWVAE, params: Any, video: Any, keys: Array, chunk: int | None = None, place: Place = jnp.asarray
+    model: Model, params: Any, video: Any, keys: Array, chunk: int | None = None, place: Place = jnp.asarray
 ) -> dict[str, Array]:
     """Return the terms of `CWVAE.elbo` for video [B, T, H, W, C], with noise from one PRNG key per sequence [B]."""
     c, T = model.config, video.shape[1]
-    inputs, state, total = draw(c, keys, T), None, None
+    inputs, state, total = model.draw(keys, T), None, None
     for start, stop in chunks(c, T, chunk):
         terms, state = apply(
-            model, "elbo", params, place(video[:, start:stop]), part(c, inputs, start, stop), state=state
+            model, "elbo", params, place(video[:, start:stop]), model.part(inputs, start, stop), state=state
         )
         total = terms if total is None else jax.tree.map(jnp.add, total, terms)
     assert total is not None
@@ -48,7 +47,7 @@ def elbo(
 
 
 def observe(
-    model: CWVAE,
+    model: Model,
     params: Any,
     video: Any,
     keys: Array,
@@ -62,21 +61,21 @@ def observe(
         Each level's rollout over the ticks of a chunk.
     """
     c, T = model.config, video.shape[1]
-    inputs, state = draw(c, keys, T), None
+    inputs, state = model.draw(keys, T), None
     for start, stop in chunks(c, T, chunk):
         rollouts, state = apply(
             model,
             "observe",
             params,
             place(video[:, start:stop]),
-            part(c, inputs, start, stop),
+            model.part(inputs, start, stop),
             state=state,
             use_obs=use_obs,
         )
         yield rollouts
 
 
-def reconstruct(model: CWVAE, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
+def reconstruct(model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
     """Yield all frames of a video, in chunks of time, as decoded from a posterior that sees them."""
     for rollouts in observe(model, params, video, keys, place=place):
         yield apply(model, "decode", params, rollouts)
@@ -86,12 +85,11 @@ class OpenLoop(NamedTuple):
     """Frames that an open loop predicts, all [B, T, H, W, C], not clipped to [0, 1]."""
 
     reconstruction: Array  # the context, as its posterior decodes it
-    one_step: Array  # the context, each frame predicted from those before it by level 0's prior
     prediction: Iterator[Array]  # what follows, in chunks of time
 
 
 def open_loop(
-    model: CWVAE,
+    model: Model,
     params: Any,
     context: Any,
     keys: Array,
@@ -117,19 +115,19 @@ def open_loop(
     """
     c, T = model.config, context.shape[1]
     size = chunk or chunk_size(c)
-    inputs = draw(c, keys, T + frames, context=T)
-    reconstruction, one_step, state = filter_context(model, params, place(context), part(c, inputs, 0, T), use_obs)
+    inputs = model.draw(keys, T + frames, context=T)
+    reconstruction, state = filter_context(model, params, place(context), model.part(inputs, 0, T), use_obs)
 
     def prediction(state: Any) -> Iterator[Array]:
         for start in range(0, frames, size):  # all of one size: compiled once
-            future = part(c, inputs, T + start, T + start + size)
+            future = model.part(inputs, T + start, T + start + size)
             predicted, state = imagine_frames(model, params, future, state)
             yield predicted[:, : frames - start]
 
-    return OpenLoop(reconstruction, one_step, prediction(state))
+    return OpenLoop(reconstruction, prediction(state))
 
 
-def predict(model: CWVAE, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
+def predict(model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
     """Yield one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), in chunks of time."""
     c = model.config
     context, frames = video[:, : c.open_loop_ctx], video.shape[1] - c.open_loop_ctx
@@ -137,21 +135,18 @@ def predict(model: CWVAE, params: Any, video: Any, keys: Array, place: Place = j
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="use_obs")
-def apply(model: CWVAE, method: str, params: Any, *arguments: Any, **keywords: Any) -> Any:
+def apply(model: Model, method: str, params: Any, *arguments: Any, **keywords: Any) -> Any:
     """Call a method of the model, compiled."""
     return model.apply(params, *arguments, method=method, **keywords)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def filter_context(model: CWVAE, params: Any, video: Array, inputs: Any, use_obs: str | None) -> Any:
+def filter_context(model: Model, params: Any, video: Array, inputs: Any, use_obs: str | None) -> Any:
     rollouts, state = model.apply(params, video, inputs, use_obs=use_obs, method="observe")
-    prior = rollouts[0].prior
-    stoch = prior.mean if model.config.cell_mean_only else prior.mean + prior.stddev * inputs[0].noise
-    one_step = (rollouts[0]._replace(stoch=stoch),)
-    return (*(model.apply(params, seen, method="decode") for seen in (rollouts, one_step)), state)
+    return model.apply(params, rollouts, method="decode"), state
 
 
 @partial(jax.jit, static_argnums=0)
-def imagine_frames(model: CWVAE, params: Any, inputs: Any, state: Any) -> Any:
+def imagine_frames(model: Model, params: Any, inputs: Any, state: Any) -> Any:
     rollouts, state = model.apply(params, inputs, state, method="imagine")
     return model.apply(params, rollouts, method="decode"), state

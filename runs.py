@@ -25,7 +25,7 @@ import jax
 
 import config as configuration
 from config import Config, ConfigError
-from cwvae import CWVAE
+from models import Model
 from system import logs
 from system.checkpoints import Checkpoints
 from system.devices import Devices
@@ -57,7 +57,7 @@ class Run:
         self.logged = 0
         """The last step that was logged."""
 
-    def restore(self, model: CWVAE) -> tuple[int, TrainState, dict[str, float]]:
+    def restore(self, model: Model) -> tuple[int, TrainState, dict[str, float]]:
         """Load the newest intact checkpoint, or make the state before the first step; open the log there.
 
         Returns:
@@ -138,7 +138,7 @@ def resumable(config: Config, saved: Path) -> Config:
     differing = [
         f"{key} ({getattr(earlier, key)!r} there, {getattr(config, key)!r} now)"
         for key in vars(config)
-        if key not in configuration.marked("free") and getattr(earlier, key) != getattr(config, key)
+        if key not in config.free and getattr(earlier, key) != getattr(config, key)
     ]
     if differing:
         raise ConfigError(
@@ -212,7 +212,7 @@ def find_checkpoint(logdir: Path) -> Checkpoint:
     return Checkpoint(path, max(steps))
 
 
-def load_state(model: CWVAE, checkpoint: Checkpoint) -> TrainState:
+def load_state(model: Model, checkpoint: Checkpoint) -> TrainState:
     """Return what a checkpoint holds, as numpy arrays.
 
     Raises:
@@ -223,6 +223,6 @@ def load_state(model: CWVAE, checkpoint: Checkpoint) -> TrainState:
     return state
 
 
-def load_params(model: CWVAE, checkpoint: Checkpoint) -> Any:
+def load_params(model: Model, checkpoint: Checkpoint) -> Any:
     """Return the parameters in a checkpoint, on all devices of this process. Raises as `load_state`."""
     return Devices().replicate(load_state(model, checkpoint).params)

@@ -16,7 +16,7 @@ import rollout
 import runs
 import tools
 from config import Config, ConfigError
-from cwvae import CWVAE
+from models import Model, make_model
 from noise import key_for, sequence_keys
 from runs import Run
 from system.devices import Devices, connect, use_compilation_cache
@@ -43,7 +43,7 @@ def train(config: Config) -> TrainState:
         check_videos(config)
         train_set, test_set = data.windows(config, "train"), data.windows(config, "test")
         with runs.opened(config, devices) as run, interrupts.held_at_exit():
-            c, model = run.config, CWVAE(run.config)
+            c, model = run.config, make_model(run.config)
             steps = data.training_steps(c, train_set)
             metrics: dict[str, Any]
             step, state, metrics = run.restore(model)
@@ -100,7 +100,7 @@ def check_videos(config: Config) -> None:
 # ---------------------------------------------------------------------------------------------- what a step owes
 
 
-def validate(model: CWVAE, params: Any, test: data.Windows, devices: Devices) -> dict[str, float]:
+def validate(model: Model, params: Any, test: data.Windows, devices: Devices) -> dict[str, float]:
     """Return the training metrics on the first `num_val_batches` test batches, with the same noise each time.
 
     Each process computes its own rows of a batch, in chunks of time.
@@ -119,7 +119,7 @@ def validate(model: CWVAE, params: Any, test: data.Windows, devices: Devices) ->
     return {name: float(np.average([m[name] for _, m in totals], weights=weights)) for name in totals[0][1]}
 
 
-def save_videos(model: CWVAE, params: Any, run: Run, step: int, **windows: data.Windows) -> None:
+def save_videos(model: Model, params: Any, run: Run, step: int, **windows: data.Windows) -> None:
     """Write open-loop predictions of a few videos of each split, unless they are there; process 0 does it."""
     for split, source in windows.items():
         path = run.video(split, step)
@@ -136,7 +136,7 @@ def save_videos(model: CWVAE, params: Any, run: Run, step: int, **windows: data.
         run.log.gif(step, f"{split}/open_loop", path)
 
 
-def open_loop_video(model: CWVAE, params: Any, video: np.ndarray) -> np.ndarray:
+def open_loop_video(model: Model, params: Any, video: np.ndarray) -> np.ndarray:
     """Return truth, prediction and error of videos uint8 [B, T, H, W, C], side by side, uint8 [T, H', W', 3]."""
     c = model.config
     T, context = video.shape[1], c.open_loop_ctx

@@ -12,10 +12,11 @@ import optax
 from jax import Array
 
 import cwvae
-from config import FRAME_SIZE, Config
-from cwvae import CWVAE
+from config import FRAME_SIZE
+from cwvae import Training
 from data import Batch
-from noise import draw, key_for, sequence_keys
+from models import Model
+from noise import key_for, sequence_keys
 
 NEVER = np.int32(2**31 - 1)
 
@@ -26,49 +27,59 @@ class TrainState:
 
     step: Array  # int32 []
     first_bad: Array  # int32 []: the first step whose loss or gradient wasn't finite, or NEVER
-    params: Any
+    params: Any  # what the model is applied with: parameters, and the running averages of models that have any
     opt_state: optax.OptState
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Return Adam with eps 1e-4, behind clipping by the global norm."""
-    clip = optax.clip_by_global_norm(config.clip_grad_norm_by) if config.clip_grad_norm_by else optax.identity()
-    return optax.chain(clip, optax.adam(config.lr, eps=1e-4))
+def make_optimizer(model: Model) -> optax.GradientTransformation:
+    """Return the model's optimizer, behind clipping by the global norm."""
+    bound = model.config.clip_grad_norm_by
+    return optax.chain(optax.clip_by_global_norm(bound) if bound else optax.identity(), model.optimizer())
+
+
+def split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the optimizer changes, and the running averages."""
+    return {"params": params["params"]}, {name: x for name, x in params.items() if name != "params"}
 
 
 @partial(jax.jit, static_argnums=0)
-def make_state(model: CWVAE) -> TrainState:
+def make_state(model: Model) -> TrainState:
     """Return the state before the first step."""
     c = model.config
-    block = c.tmp_abs_factor ** (c.levels - 1)  # parameters don't depend on the length
-    video = jnp.zeros((1, block, FRAME_SIZE, FRAME_SIZE, c.channels))
-    params = model.init(key_for("params", c), video, draw(c, jax.random.split(jax.random.key(0), 1), block))
-    return TrainState(jnp.int32(0), jnp.int32(NEVER), params, make_optimizer(c).init(params))
+    frames = model.shortest  # no parameter's shape depends on the length
+    video = jnp.zeros((1, frames, FRAME_SIZE, FRAME_SIZE, c.channels))
+    params = model.init(key_for("params", c), video, model.draw(jax.random.split(jax.random.key(0), 1), frames))
+    return TrainState(jnp.int32(0), jnp.int32(NEVER), params, make_optimizer(model).init(split(params)[0]))
 
 
-def make_train_step(model: CWVAE) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """Return Adam's step on Equation 5 over all devices, (state, batch) -> (state, metrics).
+def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Return the optimizer's step on Equation 5 over all devices, (state, batch) -> (state, metrics).
 
     Batches are [devices, B / devices, ...], the state is whole on each device. The state's memory is donated: the state
     that was passed in can't be used again.
     """
     c = model.config
-    optimizer = make_optimizer(c)
+    optimizer = make_optimizer(model)
     key = key_for("train", c)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         b, T = batch.video.shape[:2]
         first = jax.lax.axis_index("data") * b
-        inputs = draw(c, sequence_keys(jax.random.fold_in(key, state.step), first, b), T)
+        inputs = model.draw(sequence_keys(jax.random.fold_in(key, state.step), first, b), T)
+        training = Training(state.step, batch.weight, "data")
+        params, averages = split(state.params)
 
-        def loss(params: Any) -> tuple[Array, dict[str, Array]]:
-            terms, _ = model.apply(params, batch.video, inputs)
-            return cwvae.objective(c, terms, batch.weight, T, axis="data")
+        def loss(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
+            (terms, _), changed = model.apply(
+                {**params, **averages}, batch.video, inputs, training=training, mutable=list(averages)
+            )
+            loss, metrics = cwvae.objective(c, terms, batch.weight, T, axis="data")
+            return loss, (metrics, changed)
 
-        gradients, metrics = jax.grad(loss, has_aux=True)(state.params)
+        gradients, (metrics, averages) = jax.grad(loss, has_aux=True)(params)
         gradients, metrics = jax.lax.psum((gradients, metrics), "data")
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        params = {**optax.apply_updates(params, updates), **averages}
         metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": jnp.float32(c.lr)}
         # Read when something is logged or saved: no step waits for it. A loss that is NaN can have finite gradients.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])

@@ -28,6 +28,8 @@ def blind(arguments: Sequence[str]) -> None:
         blind_ctx="context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)",
     )
     run = single("blind", models)
+    if run.config.model != "cwvae":
+        raise ConfigError(f"model: blind is about the levels of cwvae, got a run of {run.config.model}")
     number, blind_context = whole(given, "example", 0, at_least=0), whole(given, "blind_ctx", 8)
     worker = Worker(run)
     if number >= len(worker.test):

@@ -9,7 +9,7 @@ import numpy as np
 import runs
 from analyses.arguments import directory_for, parse_models, single
 from config import Config, ConfigError
-from cwvae import CWVAE
+from models import make_model
 from system.checkpoints import Checkpoints
 
 
@@ -20,7 +20,7 @@ def export(arguments: Sequence[str]) -> None:
     """
     models, given = parse_models("export", __doc__, arguments)
     run = single("export", models)
-    state = runs.load_state(CWVAE(run.config), run.checkpoint)
+    state = runs.load_state(make_model(run.config), run.checkpoint)
     with np.errstate(over="ignore"):  # refused below
         params = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(x.dtype), state.params)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):

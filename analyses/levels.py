@@ -15,7 +15,6 @@ from analyses.arguments import directory_for, parse_models, whole
 from analyses.worker import Worker
 from config import ConfigError
 from cwvae import LevelRollout, entropy, kl_divergence, per_level
-from noise import ticks
 from report import plots, statistics, tables
 
 
@@ -66,6 +65,7 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
     c = worker.config
     latents.mkdir()
     totals: list[dict[str, np.ndarray]] = []
+    ticks: list[int] = []
     for first, valid, video in worker.batches():
         terms, parts = [], []
         keys = worker.keys(first, len(video))
@@ -75,7 +75,9 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
             terms.append(level_terms(chunk))
             parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32), chunk))
         totals.append(jax.tree.map(lambda *x, valid=valid: np.sum(x, axis=0)[:, :valid], *jax.device_get(terms)))
-        for level, of_level in enumerate(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)):
+        all_ticks = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
+        ticks = [of_level.stoch.shape[1] for of_level in all_ticks]
+        for level, of_level in enumerate(all_ticks):
             of_level = jax.tree.map(operator.itemgetter(slice(valid)), of_level)
             np.savez(
                 latents / f"level_{level}_{first:06}.npz",
@@ -89,7 +91,7 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
             )
     by_term = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *totals)  # [L, N] each
     found = []
-    for level, T in enumerate(ticks(c, frames)):
+    for level, T in enumerate(ticks):
         per_sequence = {key: statistics.plain(statistics.estimate(x[level])) for key, x in by_term.items()}
         per_tick = {key: statistics.plain(statistics.estimate(x[level] / T)) for key, x in by_term.items()}
         found.append({"ticks": T, "per_sequence": per_sequence, "per_tick": per_tick})

@@ -11,7 +11,7 @@ import rollout
 import runs
 import tools
 from analyses.arguments import TrainedModel
-from cwvae import CWVAE
+from models import make_model
 from noise import example_keys
 from system.devices import Devices
 
@@ -22,7 +22,7 @@ class Worker:
     def __init__(self, run: TrainedModel):
         self.config = run.config
         self.name = run.name
-        self.model = CWVAE(run.config)
+        self.model = make_model(run.config)
         self.test = data.windows(run.config, "test")
         self.devices = Devices()
         self.params = runs.load_params(self.model, run.checkpoint)

@@ -170,7 +170,7 @@ class Bench:
 
     def textbook_stepper(self, **forms: Any) -> Callable[[], Any]:
         """Return the same in the textbook form, on one device."""
-        c, optimizer = self.config, make_optimizer(self.config)
+        c, optimizer = self.config, make_optimizer(self.model)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: Any, video: Any, step: Any) -> Any:
@@ -281,8 +281,8 @@ def bench_parts(config: Config) -> list[Row]:
         wanted = (0,) if "convolutions" in name or "Dense" in name else (0, 1)  # the video needs no gradient
         contenders[f"{name}, forward"] = functools.partial(jax.jit(total), params, *arguments)
         contenders[f"{name}, with backward"] = functools.partial(jax.jit(jax.grad(total, wanted)), params, *arguments)
-    params = make_state(CWVAE(dataclasses.replace(c, seed=0))).params
-    optimizer = make_optimizer(c)
+    model = CWVAE(dataclasses.replace(c, seed=0))
+    params, optimizer = make_state(model).params, make_optimizer(model)
     update = jax.jit(lambda gradients, opt_state: optimizer.update(gradients, opt_state, gradients))
     contenders["optimizer"] = functools.partial(update, params, optimizer.init(params))
     return [timed(name, times) for name, times in in_turn(contenders).items()]

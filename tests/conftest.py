@@ -18,11 +18,11 @@ sys.path.insert(0, str(ROOT))
 import analyses.export  # noqa: E402
 import analyses.worker  # noqa: E402
 import eval  # noqa: E402
+import models  # noqa: E402
 import runs  # noqa: E402
 import train  # noqa: E402
 import train_step  # noqa: E402
 from config import Config  # noqa: E402
-from cwvae import CWVAE  # noqa: E402
 
 # Compiling takes most of the time of tiny models. Programs that tests start have all optimizations, but for the sweeps'.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -76,17 +76,17 @@ def full_disk():
 def compile_once():
     """Trainings that differ only in what the model and its training step don't depend on share what was compiled."""
 
-    def model(config: Config) -> CWVAE:
+    def model(config: Config) -> models.Model:
         keys = [
             *("logdir", "datadir", "wandb", "num_epochs", "max_steps", "save_model_every", "save_scalars_every"),
             *("save_named_model_every", "save_gifs", "num_examples", "num_samples", "no_save_grid"),
         ]
         default = Config()
-        return CWVAE(dataclasses.replace(config, **{key: getattr(default, key) for key in keys}))
+        return models.make_model(dataclasses.replace(config, **{key: getattr(default, key) for key in keys}))
 
     with pytest.MonkeyPatch.context() as patch:
         for program in train, eval, analyses.worker, analyses.export:
-            patch.setattr(program, "CWVAE", model)
+            patch.setattr(program, "make_model", model)
         patch.setattr(train, "make_train_step", functools.cache(train_step.make_train_step))
         yield
 

@@ -181,8 +181,10 @@ def test_yaml_round_trip(tmp_path_factory, data):
     keys = [
         f
         for f in dataclasses.fields(Config)
-        if f.name
+        if "cwvae" in (f.metadata["models"] or ["cwvae"])
+        and f.name
         not in (
+            "model",
             "levels",
             "tmp_abs_factor",
             "dataset",
@@ -213,6 +215,14 @@ def test_yaml_round_trip(tmp_path_factory, data):
     assert yaml.safe_load(path.read_text()).keys() == dataclasses.asdict(c).keys()
     again.save(path.with_name("again.yml"))
     assert path.read_text() == path.with_name("again.yml").read_text()
+
+
+def test_keys_that_a_model_does_not_read_are_refused():
+    assert Config(model="svg", svg_network="vgg", open_loop_ctx=7).block == 1
+    with pytest.raises(ConfigError, match=r"levels: svg doesn't read it \(it is for cwvae\), got 2; leave it out"):
+        Config(model="svg", levels=2)
+    with pytest.raises(ConfigError, match=r"svg_network: cwvae doesn't read it \(it is for svg\), got 'vgg'"):
+        Config(svg_network="vgg")
 
 
 def test_run_name():

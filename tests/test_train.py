@@ -158,7 +158,7 @@ def test_gradient_clipping_and_adam(tiny):
 
     g = {"a": jnp.array([3e-3, -4e-3])}
     for clip, scale in (10000, 1.0), (0, 1.0), (None, 1.0), (1e-3, 0.2):
-        optimizer = train_step.make_optimizer(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1))
+        optimizer = train_step.make_optimizer(CWVAE(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1)))
         updates, _ = optimizer.update(g, optimizer.init(g))
         clipped = g["a"] * scale
         np.testing.assert_allclose(updates["a"], -0.1 * clipped / (abs(clipped) + 1e-4), rtol=1e-4)

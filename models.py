@@ -1,28 +1,65 @@
-"""The models that can be trained, and the face by which the programs know them.
+"""The models that can be trained, and the face by which the programs know them."""
 
-Each is a Flax module made of a configuration, with these methods and no line about it anywhere else:
+from typing import Any, Protocol
 
-    draw(keys, frames, context=0)     the noise over so many frames, from one PRNG key per sequence [B]; of these, the
-                                      first `context` are observed and the others imagined
-    part(inputs, start, stop)         what of it belongs to the frames from `start` on, before `stop`
-    elbo(video, inputs, state=None, training=None)      -> Terms, state; what `init` and `apply` call
-    observe(video, inputs, state=None, use_obs=None)    -> a rollout per level, state
-    imagine(inputs, state)                              -> a rollout per level, state
-    decode(rollouts)                                    -> frames [B, T, H, W, C]
-    optimizer()                       what trains it, behind clipping
-    shortest                          the frames that `init` needs
+import optax
+from jax import Array
 
-Rollouts have prior, posterior, stoch and deter [B, T_l, ...], as cwvae.LevelRollout does. A call continues where
-`state` was left, so that long sequences can be computed in chunks of time, of multiples of `config.block` frames.
-Collections besides `params` are running averages: they change in training only.
-"""
-
+from baselines.svg import SVG
 from config import Config
-from cwvae import CWVAE
+from cwvae import CWVAE, Terms, Training
 
-Model = CWVAE
+
+class Model(Protocol):
+    """A Flax module made of a configuration.
+
+    Long videos are computed in chunks of time, each a multiple of `config.block` frames: a call continues where
+    `state` was left (None: at the beginning of a video). Rollouts have a part for each level, with prior, posterior,
+    stoch and deter [B, T_l, ...] as `cwvae.LevelRollout`. Variables besides `params` change in training only.
+    """
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def shortest(self) -> int:
+        """The frames that `init` needs."""
+
+    def draw(self, keys: Array, frames: int, context: int = 0) -> Any:
+        """Return the noise of so many frames, from one PRNG key per sequence [B]; the first `context` are observed."""
+
+    def part(self, inputs: Any, start: int, stop: int) -> Any:
+        """Return what belongs to the frames from `start` to `stop`, with zeros behind the end."""
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Return what trains the model, behind clipping."""
+        ...
+
+    def elbo(self, video: Array, inputs: Any, state: Any = None, training: Training | None = None) -> tuple[Terms, Any]:
+        """Return the terms of the evidence lower bound for video [B, T, H, W, C], and the state."""
+        ...
+
+    def observe(self, video: Array, inputs: Any, state: Any = None, use_obs: str | None = None) -> tuple[Any, Any]:
+        """Infer states from frames; return rollouts and the state."""
+        ...
+
+    def imagine(self, inputs: Any, state: Any) -> tuple[Any, Any]:
+        """Predict as many frames as the inputs are for; return rollouts and the state."""
+        ...
+
+    def decode(self, rollouts: Any) -> Array:
+        """Return the frames' means [B, T, H, W, C]."""
+        ...
+
+    @property
+    def init(self) -> Any:
+        """Flax's, for `elbo`."""
+
+    @property
+    def apply(self) -> Any:
+        """Flax's, for `elbo` unless a method is named."""
 
 
 def make_model(config: Config) -> Model:
     """Return the model that `config.model` names."""
-    return {"cwvae": CWVAE}[config.model](config)
+    return SVG(config) if config.model == "svg" else CWVAE(config)

@@ -26,9 +26,10 @@ class Dense(nn.Module):
     inputs: int
     outputs: int
     dtype: Any = None
+    kernel_init: Any = lecun_normal
 
     def setup(self) -> None:
-        self.kernel = self.param("kernel", lecun_normal, (self.inputs, self.outputs))
+        self.kernel = self.param("kernel", self.kernel_init, (self.inputs, self.outputs))
         self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
 
     def __call__(self, x: Array, given: Array | None = None) -> Array:

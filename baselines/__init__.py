@@ -1,0 +1,1 @@
+"""Models that the paper compares the Clockwork VAE with."""

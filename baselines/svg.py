@@ -1,0 +1,419 @@
+"""SVG-LP (Denton, Fergus 2018, https://arxiv.org/abs/1802.07687): frames predicted from the frame before and a latent.
+
+Each frame x_t follows from the features h_{t-1} of the frame before it and a latent z_t whose prior is learned:
+
+    h_t = encoder(x_t)
+    z_t ~ q(z_t | x_1..t) = N(LSTM(h_t)) in training and in the context, else p(z_t | x_1..t-1) = N(LSTM(h_{t-1}))
+    g_t = LSTM([h_{t-1}, z_t])
+    x_t ~ N(decoder(g_t, skips), dec_stddev)
+
+The skips are the encoder's feature maps of frame t - 1, and from frame `open_loop_ctx` on those of the last context
+frame. Beyond the context, predicted frames take the place of true ones. The first frame of a video has nothing before
+it: it is given, and no term of the bound is about it.
+
+Differences from the authors' code (https://github.com/edenton/svg):
+
+- Its loss is a mean squared error plus 1e-4 times the KL. Up to a factor, that is the bound for a Normal decoder with
+  2 dec_stddev^2 = 1e-4 H W C: `dec_stddev` 0.4525 for grey frames, 0.784 for colour. So `dec_stddev` takes its place.
+- Batch statistics: there, of one time step and one GPU at a time. Here of all frames of a batch on all devices, and
+  one step counts once in the running averages.
+- LSTMs begin with zeros for each video, also when a long one is predicted in parts.
+
+B sequences, T frames, `svg_features` G, `cell_stoch_size` S, `svg_rnn_size` D.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import Array
+
+from baselines.layers import BatchNorm
+from config import Config
+from cwvae import Gaussian, Terms, Training, entropy, floats, kl_divergence, negative_log_likelihood
+from fast.convolutions import LAYOUT, conv, conv_transpose
+from fast.layers import Dense, linear
+from noise import cut
+
+normal = nn.initializers.normal(0.02)
+
+Maps = tuple[Array, ...]
+"""The encoder's feature maps, from the largest to the smallest, [B, T, H, W, C] each."""
+
+# ---------------------------------------------------------------------------------------------- recurrent parts
+
+
+class LSTMState(NamedTuple):
+    hidden: Array  # [B, D]
+    cell: Array  # [B, D]
+
+
+class LSTM(nn.Module):
+    """An LSTM layer in PyTorch's form: gates in the order input, forget, candidate, output; two biases."""
+
+    inputs: int
+    size: int
+
+    @nn.compact
+    def __call__(self, x: Array, state: LSTMState) -> tuple[Array, LSTMState]:
+        """[B, T, inputs] -> the hidden states [B, T, D], and the state after the last."""
+        D, uniform = self.size, nn.initializers.uniform(2 / self.size**0.5)
+
+        def parameter(name: str, *shape: int) -> Array:
+            return self.param(name, lambda *of: uniform(*of) - 1 / D**0.5, shape)  # PyTorch's: within 1 / sqrt(D)
+
+        kernel, bias = parameter("input_kernel", self.inputs, 4 * D), parameter("input_bias", 4 * D)
+        state_kernel, state_bias = parameter("state_kernel", D, 4 * D), parameter("state_bias", 4 * D)
+
+        def tick(state: LSTMState, gates: Array) -> tuple[LSTMState, Array]:
+            gates = linear(state.hidden, state_kernel, state_bias) + gates
+            read, forget, candidate, write = jnp.split(gates, 4, -1)
+            cell = nn.sigmoid(forget) * state.cell + nn.sigmoid(read) * jnp.tanh(candidate)
+            hidden = nn.sigmoid(write) * jnp.tanh(cell)
+            return LSTMState(hidden, cell), hidden
+
+        state, hidden = jax.lax.scan(tick, state, linear(x, kernel, bias).swapaxes(0, 1))
+        return hidden.swapaxes(0, 1), state
+
+
+class Belief(nn.Module):
+    """The posterior or the prior: a Gaussian over z_t, given the features up to frame t or t - 1."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, features: Array, state: LSTMState) -> tuple[Gaussian, LSTMState]:
+        """[B, T, G] -> [B, T, S], and the state."""
+        G, D, S = (getattr(self.config, key) for key in ("svg_features", "svg_rnn_size", "cell_stoch_size"))
+        x = Dense(G, D, kernel_init=normal, name="embed")(features)
+        x, state = LSTM(D, D, name="lstm")(x, state)
+        mean = Dense(D, S, kernel_init=normal, name="mean")(x)
+        log_variance = Dense(D, S, kernel_init=normal, name="log_variance")(x)
+        return Gaussian(mean, jnp.exp(0.5 * log_variance)), state
+
+
+class Predictor(nn.Module):
+    """g_t = LSTM([h_{t-1}, z_t]), two layers."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(
+        self, features: Array, stoch: Array, states: Sequence[LSTMState]
+    ) -> tuple[Array, tuple[LSTMState, ...]]:
+        """[B, T, G], [B, T, S] -> [B, T, G], and the states."""
+        G, D, S = (getattr(self.config, key) for key in ("svg_features", "svg_rnn_size", "cell_stoch_size"))
+        x = Dense(G + S, D, kernel_init=normal, name="embed")(features, stoch)
+        after = []
+        for i, state in enumerate(states):
+            x, state = LSTM(D, D, name=f"lstm_{i}")(x, state)
+            after.append(state)
+        return jnp.tanh(Dense(D, G, kernel_init=normal, name="output")(x)), tuple(after)
+
+
+# ---------------------------------------------------------------------------------------------- encoder, decoder
+
+STAGES = (1, 2, 4, 8)
+"""Channels of the stages, in multiples of `filters`, from the largest feature maps to the smallest."""
+
+
+class Block(nn.Module):
+    """A convolution, batch normalisation, and leaky ReLU or another function.
+
+    kind: "down" and "up" have a kernel of 4 and stride 2: they halve and double H and W. "same" has a kernel of 3.
+    "to_one" makes one pixel of 4x4, "from_one" the reverse.
+    """
+
+    inputs: int
+    outputs: int
+    kind: str
+    skipped: int = 0
+    """How many of the inputs, the last ones, are a skip. It goes through `of_skip` alone."""
+    activation: Callable[[Array], Array] = partial(nn.leaky_relu, negative_slope=0.2)
+    norm: bool = True
+
+    def setup(self) -> None:
+        size = 3 if self.kind == "same" else 4
+        self.kernel = self.param("kernel", normal, (size, size, self.inputs, self.outputs))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        self.normalise = BatchNorm(self.outputs) if self.norm else None
+
+    def __call__(self, x: Array, training: Training | None, skip: Array | None = None) -> Array:
+        """[B, T, H, W, inputs - skipped], what `of_skip` returned [B, T or 1, ...] -> [B, T, H', W', outputs]"""
+        x = self.convolve(x, self.kernel[:, :, : self.inputs - self.skipped]) + self.bias
+        x = x if skip is None else x + skip
+        return self.activation(x if self.normalise is None else self.normalise(x, training))
+
+    def of_skip(self, x: Array) -> Array:
+        """Return what a skip adds to the convolution, once for all frames that it is for.
+
+        [B, T, H, W, skipped] -> [B, T, H', W', outputs]
+        """
+        return self.convolve(x, self.kernel[:, :, self.inputs - self.skipped :])
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        B, T, *shape = x.shape
+        x = x.reshape(B * T, *shape)
+        if self.kind == "down":
+            x = conv(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel)
+        elif self.kind == "up":
+            x = conv_transpose(x, kernel)[:, 1:-1, 1:-1]
+        elif self.kind == "same":
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+        else:
+            x = {"to_one": conv, "from_one": conv_transpose}[self.kind](x, kernel)
+        return x.reshape(B, T, *x.shape[1:])
+
+
+class DCGANEncoder(nn.Module):
+    """Five convolutions."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, video: Array, training: Training | None) -> tuple[Array, Maps]:
+        """[B, T, 64, 64, C] -> features [B, T, G] and feature maps of 32, 16, 8 and 4 pixels."""
+        c, x = self.config, video
+        maps = []
+        for stage in STAGES:
+            x = Block(x.shape[-1], c.filters * stage, "down")(x, training)
+            maps.append(x)
+        x = Block(x.shape[-1], c.svg_features, "to_one", activation=jnp.tanh)(x, training)
+        return x[:, :, 0, 0], tuple(maps)
+
+
+class DCGANDecoder(nn.Module):
+    """Five transposed convolutions, the last four of a skip, too."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c, (*wider, deepest) = self.config, [self.config.filters * stage for stage in STAGES]
+        self.first = Block(c.svg_features, deepest, "from_one")
+        blocks, inputs = [], deepest
+        for outputs in reversed(wider):
+            blocks.append(Block(2 * inputs, outputs, "up", skipped=inputs))
+            inputs = outputs
+        last = Block(2 * inputs, c.channels, "up", skipped=inputs, activation=nn.sigmoid, norm=False)
+        self.blocks = [*blocks, last]
+
+    def of_skips(self, maps: Maps) -> Maps:
+        """Return what the feature maps of some frames add, from the smallest to the largest."""
+        return tuple(block.of_skip(x) for block, x in zip(self.blocks, reversed(maps), strict=True))
+
+    def __call__(self, features: Array, skips: Maps, training: Training | None) -> Array:
+        """[B, T, G], what `of_skips` returned for these frames or for one -> [B, T, 64, 64, C]"""
+        x = self.first(features[:, :, None, None], training)
+        for block, skip in zip(self.blocks, skips, strict=True):
+            x = block(x, training, skip)
+        return x
+
+
+class VGGEncoder(nn.Module):
+    """Stages of 2, 2, 3 and 3 convolutions with max pooling between them."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, video: Array, training: Training | None) -> tuple[Array, Maps]:
+        """[B, T, 64, 64, C] -> features [B, T, G] and feature maps of 64, 32, 16 and 8 pixels."""
+        c, x = self.config, video
+        maps = []
+        for stage, count in zip(STAGES, (2, 2, 3, 3), strict=True):
+            for _ in range(count):
+                x = Block(x.shape[-1], c.filters * stage, "same")(x, training)
+            maps.append(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = Block(x.shape[-1], c.svg_features, "to_one", activation=jnp.tanh)(x, training)
+        return x[:, :, 0, 0], tuple(maps)
+
+
+class VGGDecoder(nn.Module):
+    """The reverse: stages of 3, 3, 2 and 2 convolutions, with each pixel repeated between them."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c, widths = self.config, [self.config.filters * stage for stage in STAGES]
+        self.first = Block(c.svg_features, widths[-1], "from_one")
+        stages = []
+        for level, count in (3, 3), (2, 3), (1, 2):
+            width, outputs = widths[level], widths[level - 1]
+            head = Block(2 * width, width, "same", skipped=width)
+            stages.append(
+                [head, *(Block(width, width, "same") for _ in range(count - 2)), Block(width, outputs, "same")]
+            )
+        head = Block(2 * widths[0], widths[0], "same", skipped=widths[0])
+        last = Block(widths[0], c.channels, "same", activation=nn.sigmoid, norm=False)
+        self.stages = [*stages, [head, last]]
+
+    def of_skips(self, maps: Maps) -> Maps:
+        """Return what the feature maps of some frames add, from the smallest to the largest."""
+        return tuple(stage[0].of_skip(x) for stage, x in zip(self.stages, reversed(maps), strict=True))
+
+    def __call__(self, features: Array, skips: Maps, training: Training | None) -> Array:
+        """[B, T, G], what `of_skips` returned for these frames or for one -> [B, T, 64, 64, C]"""
+        x = self.first(features[:, :, None, None], training)
+        for (head, *rest), skip in zip(self.stages, skips, strict=True):
+            x = head(x.repeat(2, axis=2).repeat(2, axis=3), training, skip)
+            for block in rest:
+                x = block(x, training)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+@flax.struct.dataclass
+class State:
+    """Where a video stands between two calls of `observe` and `imagine`."""
+
+    posterior: LSTMState
+    prior: LSTMState
+    predictor: tuple[LSTMState, ...]
+    features: Array  # [B, G], of the last frame
+    maps: Maps  # [B, 1, H, W, C], of the last frame whose maps are skips
+    seen: int = flax.struct.field(pytree_node=False, default=0)
+    """How many frames have passed, up to `open_loop_ctx`: it decides which maps are skips."""
+
+
+class Rollout(NamedTuple):
+    """As cwvae.LevelRollout, with a latent for each predicted frame. A video's first frame has none."""
+
+    prior: Gaussian  # [B, T, S]; in frames that were imagined, the posterior is the prior
+    posterior: Gaussian  # [B, T, S]
+    stoch: Array  # [B, T, S]
+    deter: Array  # [B, T, G], g_t
+    frames: Array  # [B, T, H, W, C]; with the video's first frame, as it was given
+
+
+class SVG(nn.Module):
+    """SVG-LP, with the face that models.py describes."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c = self.config
+        encoder, decoder = {"dcgan": (DCGANEncoder, DCGANDecoder), "vgg": (VGGEncoder, VGGDecoder)}[c.svg_network]
+        self.encoder, self.decoder = encoder(c), decoder(c)
+        self.posterior, self.prior, self.predictor = Belief(c), Belief(c), Predictor(c)
+
+    @property
+    def shortest(self) -> int:
+        """A frame that is given and one that is predicted."""
+        return 2
+
+    def draw(self, keys: Array, frames: int, context: int = 0) -> Array:
+        """Return standard normal noise [B, T, S], from one key per sequence [B]."""
+        return jax.vmap(lambda key: jax.random.normal(key, (frames, self.config.cell_stoch_size)))(keys)
+
+    def part(self, inputs: Array, start: int, stop: int) -> Array:
+        """Return the noise of frames `start` to `stop`; zeros behind its end."""
+        return cut(inputs, start, stop, 1)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Return Adam with PyTorch's defaults."""
+        return optax.adam(self.config.lr)
+
+    def observe(
+        self,
+        video: Array,
+        inputs: Array,
+        state: State | None = None,
+        use_obs: str | None = None,
+        training: Training | None = None,
+    ) -> tuple[tuple[Rollout], State]:
+        """Predict each frame from those before it and the latent that its posterior, which sees it, gives.
+
+        Args:
+            video: [B, T, H, W, C], uint8 or floats in [0, 1].
+            inputs: noise [B, T, S].
+            state: where an earlier call ended; None: the beginning of a video, whose first frame is then given.
+            use_obs: None; there are no levels to choose from.
+            training: in a training step, see `BatchNorm`.
+        """
+        assert use_obs is None, use_obs
+        T = video.shape[1]
+        first = int(state is None)
+        video = floats(video)
+        features, maps = self.encoder(video, training)
+        state = self.initial_state(features, maps) if state is None else state
+        before = jnp.concatenate([state.features[:, None], features[:, :-1]], 1)[:, first:]
+
+        prior, prior_state = self.prior(before, state.prior)
+        posterior, posterior_state = self.posterior(features[:, first:], state.posterior)
+        stoch = posterior.mean + posterior.stddev * inputs[:, first:]
+        deter, predictor_states = self.predictor(before, stoch, state.predictor)
+
+        # Frame i has the maps of the frame before, or those of the last context frame.
+        context = min(self.config.open_loop_ctx - state.seen, T)
+        maps = tuple(jnp.concatenate([old, new[:, :context]], 1) for old, new in zip(state.maps, maps, strict=True))
+        skips = self.decoder.of_skips(tuple(x[:, first:T] for x in maps))
+        constant = T - first - skips[0].shape[1]
+        skips = tuple(jnp.concatenate([x, jnp.repeat(x[:, -1:], constant, 1)], 1) for x in skips)
+        frames = self.decoder(deter, skips, training)
+
+        frames = jnp.concatenate([video[:, :first], frames], 1)
+        last = State(
+            posterior_state,
+            prior_state,
+            predictor_states,
+            features[:, -1],
+            tuple(x[:, -1:] for x in maps),
+            state.seen + context,
+        )
+        return (Rollout(prior, posterior, stoch, deter, frames),), last
+
+    def imagine(self, inputs: Array, state: State) -> tuple[tuple[Rollout], State]:
+        """Predict as many frames as there is noise for, [B, T, S]: latents from the prior, each frame from the last."""
+        skips = self.decoder.of_skips(state.maps)
+
+        def tick(self: SVG, carry: tuple, noise: Array) -> tuple[tuple, Rollout]:
+            features, prior_state, predictor_states = carry
+            prior, prior_state = self.prior(features, prior_state)
+            stoch = prior.mean + prior.stddev * noise
+            deter, predictor_states = self.predictor(features, stoch, predictor_states)
+            frames = self.decoder(deter, skips, None)
+            features, _ = self.encoder(frames, None)
+            return (features, prior_state, predictor_states), Rollout(prior, prior, stoch, deter, frames)
+
+        scan = nn.scan(tick, variable_broadcast=("params", "batch_stats"), split_rngs={})
+        carry = state.features[:, None], state.prior, state.predictor
+        carry, rollout = scan(self, carry, inputs.swapaxes(0, 1)[:, :, None])
+        features, prior, predictor = carry
+        state = dataclasses.replace(state, features=features[:, 0], prior=prior, predictor=predictor)
+        return (jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), rollout),), state
+
+    def initial_state(self, features: Array, maps: Maps) -> State:
+        """Return the state before a video's first frame: zeros, in the shapes of an encoded video."""
+        zeros = jnp.zeros((len(features), self.config.svg_rnn_size), features.dtype)
+        lstm = LSTMState(zeros, zeros)
+        zero_maps = tuple(jnp.zeros_like(x[:, :1]) for x in maps)
+        return State(lstm, lstm, (lstm, lstm), jnp.zeros_like(features[:, 0]), zero_maps)
+
+    def decode(self, rollouts: Sequence[Rollout]) -> Array:
+        """Return the frames [B, T, H, W, C], in [0, 1]."""
+        return rollouts[0].frames
+
+    def elbo(
+        self, video: Array, inputs: Array, state: State | None = None, training: Training | None = None
+    ) -> tuple[Terms, State]:
+        """Return the terms of the evidence lower bound of all frames but a video's first, and the state.
+
+        Arguments are as in `observe`.
+        """
+        first = int(state is None)
+        rollouts, state = self.observe(video, inputs, state, training=training)
+        (rollout,) = rollouts
+        nll = negative_log_likelihood(floats(video)[:, first:], rollout.frames[:, first:], self.config.dec_stddev)
+        kl = kl_divergence(rollout.posterior, rollout.prior).sum(1)[None]
+        entropies = (entropy(rollout.prior).sum(1)[None], entropy(rollout.posterior).sum(1)[None])
+        return Terms(nll, kl, kl, kl, *entropies), state
+
+    __call__ = elbo

@@ -95,7 +95,7 @@ class Config:
         models=CWVAE,
     )
 
-    # MODEL svg
+    # SVG
     svg_network: str = option("dcgan", "encoder and decoder, dcgan or vgg", named=True, later=True, models=("svg",))
     svg_features: int = option(128, "size of a frame's features", at_least=1, named=True, later=True, models=("svg",))
     svg_rnn_size: int = option(256, "size of the LSTMs' states", at_least=1, named=True, later=True, models=("svg",))

@@ -4,7 +4,8 @@
 #   bash results.sh CONFIG DIRECTORY [--key value ...]      # e.g. configs/small.yml results --seed 1
 #
 # Keys apply to every training. The models: cwvae (three levels, k = 6), k2, k4, k8, notmpabs (k = 1), rssm (one level), and
-# if the dataset is generated, slow and fast digits. Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
+# if the dataset is generated, slow and fast digits; and svg, for a CONFIG of configs/ that has a counterpart in configs/svg/.
+# Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
 # Paths are those from here. With another Python than the active one: PYTHON=.venv/bin/python bash results.sh ...
 set -eo pipefail
 if [ $# -lt 2 ]; then
@@ -22,11 +23,15 @@ timed() { # NAME COMMAND ...
     echo "$1: $((SECONDS - begin)) s" >>"$directory/times.txt"
 }
 
-model() { # NAME [--key value ...]
+training() { # NAME CONFIG [--key value ...]
     [ -e "$directory/$1/trained" ] && return
     mkdir -p "$directory/$1"
-    timed "$1, training" "$python" train.py --config "$config" --logdir "$directory/$1" "${keys[@]}" "${@:2}"
+    timed "$1, training" "$python" train.py --config "$2" --logdir "$directory/$1" "${keys[@]}" "${@:3}"
     touch "$directory/$1/trained"
+}
+
+model() { # NAME [--key value ...]
+    training "$1" "$config" "${@:2}"
 }
 
 evaluation() { # CONTEXT NAME ...: <name>/context<CONTEXT> leads to it
@@ -57,13 +62,20 @@ named() { # [SUFFIX] NAME ...: NAME=RUN each, in the array `runs`
 model cwvae
 model rssm --levels 1
 model notmpabs --tmp_abs_factor 1
-evaluation 36 cwvae rssm notmpabs
+others=()
+for name in svg; do
+    other=$(dirname "$config")/$name/$(basename "$config")
+    [ -e "$other" ] || continue
+    training "$name" "$other"
+    others+=("$name")
+done
+evaluation 36 cwvae rssm notmpabs "${others[@]}"
 model k2 --tmp_abs_factor 2
 model k4 --tmp_abs_factor 4 --open_loop_ctx 64
 model k8 --tmp_abs_factor 8 --open_loop_ctx 64
 evaluation 36 k2
 evaluation 64 rssm notmpabs k2 k4 k8
-named /context36 cwvae k2 notmpabs rssm
+named /context36 cwvae k2 notmpabs rssm "${others[@]}"
 figure quality compare "${runs[@]}"
 named /context64 k8 k4 k2 notmpabs rssm
 figure factors compare "${runs[@]}"
@@ -79,7 +91,7 @@ figure levels levels "${runs[@]}"
 
 # Figures 5b and 8, of digits alone: are they still the same, and where is their information if they are slower or faster?
 if grep -qE '^dataset: (digits|mnist)$' "$config"; then
-    named "" cwvae k2 notmpabs rssm
+    named "" cwvae k2 notmpabs rssm "${others[@]}"
     figure digits digits "${runs[@]}"
     model slow --digit_speed '[1, 3]'
     model fast --digit_speed '[4, 12]'

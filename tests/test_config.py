@@ -151,14 +151,21 @@ def test_bad_input_exits_with_one_line_and_code_2():
         assert "temporal abstraction factor k: level l ticks every k^l frames (default: 6)" in help
 
 
-@pytest.mark.parametrize("name", ["minerl", "mazes", "mmnist", "digits", "small", "debug"])
+CONFIGS = sorted(str(path.relative_to(ROOT / "configs"))[:-4] for path in (ROOT / "configs").glob("**/*.yml"))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("sweeps/")])
 def test_shipped_configurations(name):
     """Each loads, and says what it is and how long it takes."""
     path = ROOT / "configs" / f"{name}.yml"
     c = configuration.load(path)
-    if name != "debug":
+    if name.endswith(("small", "digits", "mmnist", "minerl", "mazes", "kth")):
+        assert c.dataset == name.split("/")[-1].replace("small", "digits")
+    if "/" in name:
+        assert c.model == name.split("/")[0]
+    elif name != "debug":
         assert (c.levels, c.tmp_abs_factor, c.seq_len) == (3, 6, 100)
-    if name not in ("debug", "small"):
+    if name not in ("debug", "small") and c.model == "cwvae":
         assert (c.batch_size, c.enc_dense_layers) == (50, 3)
     header = path.read_text().split("\n\n")[0]
     assert f"train.py --config configs/{name}.yml" in header and "Runtime" in header and "Score" in header

@@ -45,28 +45,30 @@ def results(tmp_path, config, *keys, failing=None):
 def test_each_call_is_valid(tmp_path, config):
     code, calls = results(tmp_path, f"configs/{config}.yml", "--seed", "3")
     assert code == 0
-    models, evaluations = {}, {}
+    models, others, evaluations = {}, {}, {}
     for program, *arguments in calls:
         if program == "train.py":
             c = configuration.parse(arguments)
             assert c.seed == 3 and c.open_loop_ctx < c.seq_len
-            models[Path(c.logdir)] = c
+            (models if c.model == "cwvae" else others)[Path(c.logdir)] = c
         elif program == "eval.py":
             special, flags = configuration.parse_flags(arguments, program, "", logdir="")
             logdir = Path(special["logdir"])
-            c = configuration.Config(**vars(models[logdir]) | configuration.typed(flags, program))
+            c = configuration.Config(**vars((models | others)[logdir]) | configuration.typed(flags, program))
             evaluations[logdir / f"context{c.open_loop_ctx}"] = c
         else:
             command, *arguments = arguments
             assert program == "analysis.py" and command in analysis.COMMANDS
             named, given, _ = parse_named(arguments, program, "")
-            runs = [evaluations[path] if command == "compare" else models[path] for _, path in named]
+            runs = [evaluations[path] if command == "compare" else (models | others)[path] for _, path in named]
             assert given["out"] and len(runs) == len({c.run_name for c in runs})
-            assert command != "curves" or len(runs) == len(models)
+            assert command != "curves" or len(runs) == len(models | others)
             if command == "compare":
                 assert len({tuple(getattr(c, key) for key in SAME) for c in runs}) == 1
     generated = config in ("small", "digits")
     assert len(models) == (10 if generated else 8)
+    assert [c.model for c in others.values()] == ["svg"]
+    assert {c.dataset for c in others.values()} == {c.dataset for c in models.values()}
     assert {model.tmp_abs_factor for model in models.values()} == {1, 2, 4, 6, 8}
     assert {model.levels for model in models.values()} == {1, 2, 3, 4}
     assert [call[1] for call in calls if call[0] == "analysis.py"] == [

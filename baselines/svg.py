@@ -7,9 +7,10 @@ Each frame x_t follows from the features h_{t-1} of the frame before it and a la
     g_t = LSTM([h_{t-1}, z_t])
     x_t ~ N(decoder(g_t, skips), dec_stddev)
 
-The skips are the encoder's feature maps of frame t - 1, and from frame `open_loop_ctx` on those of the last context
-frame. Beyond the context, predicted frames take the place of true ones. The first frame of a video has nothing before
-it: it is given, and no term of the bound is about it.
+The skips are the encoder's feature maps of frame t - 1 within the context of `open_loop_ctx` frames. After it they
+stay as they were for the context's last frame: those of the frame before that one. Beyond the context, predicted
+frames take the place of true ones. The first frame of a video has nothing before it: it is given, and no term of the
+bound is about it.
 
 Differences from the authors' code (https://github.com/edenton/svg):
 
@@ -280,7 +281,7 @@ class State:
     features: Array  # [B, G], of the last frame
     maps: Maps  # [B, 1, H, W, C], of the last frame whose maps are skips
     seen: int = flax.struct.field(pytree_node=False, default=0)
-    """How many frames have passed, up to `open_loop_ctx`: it decides which maps are skips."""
+    """How many frames have passed, up to those whose maps are skips."""
 
 
 class Rollout(NamedTuple):
@@ -351,8 +352,8 @@ class SVG(nn.Module):
         stoch = posterior.mean + posterior.stddev * inputs[:, first:]
         deter, predictor_states = self.predictor(before, stoch, state.predictor)
 
-        # Frame i has the maps of the frame before, or those of the last context frame.
-        context = min(self.config.open_loop_ctx - state.seen, T)
+        # Frame t has the maps of frame t - 1; what comes after the context has those of the context's last frame.
+        context = min(max(self.config.open_loop_ctx - 1, 1) - state.seen, T)
         maps = tuple(jnp.concatenate([old, new[:, :context]], 1) for old, new in zip(state.maps, maps, strict=True))
         skips = self.decoder.of_skips(tuple(x[:, first:T] for x in maps))
         constant = T - first - skips[0].shape[1]

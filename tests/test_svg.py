@@ -159,7 +159,7 @@ def dense(p, x):
 def plain(network, config, variables, video, noise, context, given, batch_statistics=False):
     """Follow a video [B, T, ...] whose first `given` frames are known, and imagine up to the noise's end.
 
-    Skips are those of the frame before, and from frame `context` on of frame `context` - 1.
+    Skips are those of the frame before; from frame `context` on they don't change any more.
     """
     c, model = config, Plain(network, variables, batch_statistics)
     B, T = noise.shape[:2]
@@ -173,7 +173,9 @@ def plain(network, config, variables, video, noise, context, given, batch_statis
     ]
     kl, gs, skips, frames = 0.0, [], [], [video[:, 0]]
     for t in range(1, T):
-        before, source = encoded[t - 1][0], encoded[min(t, context) - 1][1]
+        before = encoded[t - 1][0]
+        if t < context:
+            source = encoded[t - 1][1]
         mean_p, log_p, prior_state = model.belief("prior", before, prior_state)
         mean, log = mean_p, log_p
         if t < given:
@@ -206,7 +208,7 @@ def by_time(x, B):
 def test_equals_the_plain_form(network, in_training):
     """Values and gradients, to variables and video; the context ends within the sequence."""
     with jax.enable_x64(True):
-        model, variables, video, noise = made(network)
+        model, variables, video, noise = made(network, T=5, open_loop_ctx=3)
         training = Training(jnp.int32(0), jnp.ones(2), None) if in_training else None
 
         def fast(params, video):
@@ -219,7 +221,7 @@ def test_equals_the_plain_form(network, in_training):
 
         def slow(params, video):
             given = {**variables, "params": params}
-            return plain(network, model.config, given, video, noise, 2, video.shape[1], in_training)
+            return plain(network, model.config, given, video, noise, 3, video.shape[1], in_training)
 
         def total(form, params, video):
             outputs = form(params, video)
@@ -242,16 +244,16 @@ def test_equals_the_plain_form(network, in_training):
 def test_open_loop_equals_the_plain_form_for_any_chunk():
     """Predicted frames are fed back; nothing of the video after the context matters."""
     with jax.enable_x64(True):
-        model, variables, video, _ = made("dcgan", T=7)
+        model, variables, video, _ = made("dcgan", T=7, open_loop_ctx=3)
         keys = jax.random.split(jax.random.key(0), 2)
-        want = jax.jit(lambda: plain("dcgan", model.config, variables, video, model.draw(keys, 7), 2, 2)[2])()
+        want = jax.jit(lambda: plain("dcgan", model.config, variables, video, model.draw(keys, 7), 3, 3)[2])()
         for chunk in None, 2:
-            found = rollout.open_loop(model, variables, video[:, :2], keys, 5, chunk=chunk)
-            np.testing.assert_allclose(found.reconstruction, want[:, :2], atol=1e-12)
-            np.testing.assert_allclose(np.concatenate(list(found.prediction), 1), want[:, 2:], atol=1e-12)
+            found = rollout.open_loop(model, variables, video[:, :3], keys, 4, chunk=chunk)
+            np.testing.assert_allclose(found.reconstruction, want[:, :3], atol=1e-12)
+            np.testing.assert_allclose(np.concatenate(list(found.prediction), 1), want[:, 3:], atol=1e-12)
         # The same noise, whose chunks begin within the context, at its end and behind it.
         (whole,) = rollout.observe(model, variables, video, keys, chunk=7)
-        chunks = list(rollout.observe(model, variables, video, keys, chunk=3))
+        chunks = list(rollout.observe(model, variables, video, keys, chunk=2))
     for a, b in zip(
         jax.tree.leaves(whole), jax.tree.leaves(jax.tree.map(lambda *x: np.concatenate(x, 1), *chunks)), strict=True
     ):

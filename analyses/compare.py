@@ -179,7 +179,7 @@ def with_common_metrics(models: Mapping[str, Any]) -> dict[str, Any]:
             common.append(metric)
         elif len(without) < len(models):
             print(
-                f"Without {name}, which {', '.join(without)} lacks; "
+                f"Without {name}, since {', '.join(without)} has none; "
                 f"measure it with: python analysis.py perceptual RUN --{metric} FILE"
             )
     for metric in common:

@@ -14,8 +14,10 @@ from report.results import (
     add_perceptual,
     averages_of,
     figure_formats,
+    frames_file,
     load_frames,
     load_metrics,
+    metrics_file,
     print_perceptual,
     save_metrics,
     write_results,
@@ -45,7 +47,7 @@ def perceptual(arguments: Sequence[str]) -> None:
         raise ConfigError("command line: name the file of a network with --lpips or --fvd, or one of each")
     figures = figure_formats(formats(given.get("format")))
     for path in [find_results(Path(directory)) for directory in directories]:
-        with contextlib.ExitStack() as held, writing(path.parent):
+        with contextlib.ExitStack() as held, writing(path.parent, "copy the evaluation"):
             if not lock(held, path.parent):
                 raise ConfigError(f"{path.parent} is in use by another process; wait for it")
             measure(path, lpips, fvd, figures)
@@ -62,6 +64,10 @@ def measure(path: Path, lpips: Path | None, fvd: Path | None, figures: Sequence[
             f"lpips: the best of {config.num_samples} samples is asked for, of which {directory} has only some; "
             "measure it while they are predicted: eval.py --lpips FILE"
         )
+    needed = [frames_file(directory, i, name) for i in range(count) for name in ("gt_pred", "random_sample_1")]
+    needed += [metrics_file(directory, i) for i in range(count)]
+    if missing := [file for file in needed if not file.exists()]:
+        raise ConfigError(f"{missing[0]}: isn't there, and is needed; evaluate again with eval.py, and these flags")
     networks = measures.load(lpips, fvd, results["predicted_frames"], count)
     examples = [load_metrics(directory, number) for number in range(count)]
     if networks.lpips:

@@ -39,7 +39,7 @@ def formats(text: str | None) -> Formats:
 
 
 @contextlib.contextmanager
-def writing(directory: Path | str) -> Iterator[None]:
+def writing(directory: Path | str, remedy: str = "name another directory with --out") -> Iterator[None]:
     """Raise a ConfigError that names the remedy if results can't be written: disk full, no permission, ..."""
     try:
         yield
@@ -47,8 +47,7 @@ def writing(directory: Path | str) -> Iterator[None]:
         raise  # of something to be read
     except OSError as error:
         raise ConfigError(
-            f"out: {directory} can't be written ({error.strerror or error}); "
-            "make room there, or name another directory with --out"
+            f"out: {directory} can't be written ({error.strerror or error}); make room there, or {remedy}"
         ) from error
 
 

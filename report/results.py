@@ -41,10 +41,9 @@ def save_example(
     metrics: Mapping[str, np.ndarray],
 ) -> None:
     """Write one example's truth uint8 [T, H, W, C], predictions of what follows the context, and metrics [T]."""
-    context, names = config.open_loop_ctx, ("gt_ctx", "gt_pred")
-    named = dict(zip(names, (video[:context], video[context:]), strict=True)) | dict(predictions)
-    for name, frames in named.items():
-        path = directory / (f"sample{number}_gt" if name in names else f"sample{number}") / f"{name}.npz"
+    context = config.open_loop_ctx
+    for name, frames in {"gt_ctx": video[:context], "gt_pred": video[context:], **predictions}.items():
+        path = frames_file(directory, number, name)
         path.parent.mkdir(exist_ok=True)
         tools.save_frames(frames, path)
         if not config.no_save_grid:
@@ -52,10 +51,14 @@ def save_example(
     save_metrics(directory, number, metrics)
 
 
+def frames_file(directory: Path, number: int, name: str) -> Path:
+    """Return the path of an example's `gt_ctx`, `gt_pred` or one of its predictions."""
+    return directory / (f"sample{number}_gt" if name.startswith("gt_") else f"sample{number}") / f"{name}.npz"
+
+
 def load_frames(directory: Path, number: int, name: str) -> np.ndarray:
     """Return an example's `gt_ctx`, `gt_pred` or one of its predictions, uint8 [T, H, W, C]."""
-    folder = f"sample{number}_gt" if name.startswith("gt_") else f"sample{number}"
-    with np.load(directory / folder / f"{name}.npz") as file:
+    with np.load(frames_file(directory, number, name)) as file:
         return file["arr_0"]
 
 

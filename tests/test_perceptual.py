@@ -188,12 +188,17 @@ def test_too_short_or_too_few(run, networks):
 
 
 def test_what_the_command_refuses(tmp_path, networks):
-    directory = write_evaluation(tmp_path / "a", 0)
+    directory, whole = write_evaluation(tmp_path / "a", 0), write_evaluation(tmp_path / "b", 0)
+    for number in 0, 2, 3:
+        for name in "sample1_gt", "sample1":
+            (whole / name.replace("1", str(number))).symlink_to(whole / name)
+    results.save_metrics(whole, 1, {})
     for arguments, message in (
         ([], "no directory is named; call analysis.py perceptual RUN"),
         ([str(directory)], "name the file of a network with --lpips or --fvd"),
         ([str(directory), "--out=x"], "unknown argument '--out=x'"),
-        ([str(directory), networks[1]], "fvd: needs at least 16 predicted frames of at least 2 sequences, got 12 of 4"),
+        ([str(directory), networks[0]], "gt_pred.npz: isn't there, and is needed; evaluate again with eval.py"),
+        ([str(whole), networks[1]], "fvd: needs at least 16 predicted frames of at least 2 sequences, got 12 of 4"),
         ([str(tmp_path), networks[0]], "holds no run"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -278,7 +283,7 @@ def test_what_only_some_models_have_is_left_out(tmp_path, capsys):
     with_perceptual(paths[0], lpips=0.25, fvd=300.0)
     with_perceptual(paths[1], fvd=200.0)
     compare.compare([*call, f"--out={tmp_path / 'some'}"])
-    assert "Without LPIPS, which b lacks; measure it with: python analysis.py perceptual" in capsys.readouterr().out
+    assert "Without LPIPS, since b has none; measure it with: python analysis.py perceptual" in capsys.readouterr().out
     found = json.loads((tmp_path / "some" / "comparison.json").read_text())
     assert list(found["scores"]["paper"]["a"]) == ["ssim", "psnr", "fvd"]
     with_perceptual(paths[1], lpips=0.5, sha256="z")

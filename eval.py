@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import config as configuration
 import data
+import perceptual
 import rollout
 import runs
 import tools
@@ -23,6 +24,7 @@ from models import Model, make_model
 from noise import example_keys
 from report.output import FORMAT, Formats, formats, open_directory, writing
 from report.results import is_done, log_to_wandb, print_table, save_example, summarise
+from report.statistics import goodness
 from system.checkpoints import DamagedCheckpoint
 from system.devices import Devices, connect, use_compilation_cache
 from system.interrupts import Interrupts, exit_codes
@@ -36,6 +38,8 @@ class Output(NamedTuple):
     directory: Path | None = None  # None: a new one below the run's
     formats: Formats = Formats()
     all_videos: bool = False
+    lpips: Path | None = None  # the file of its network
+    fvd: Path | None = None
 
 
 def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
@@ -52,14 +56,16 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
         out="new directory for the results (default: one below the run's); an interrupted evaluation there is resumed",
         format=FORMAT,
         videos="whose videos are written: shown (the examples on the page) or all (default: shown)",
+        lpips=perceptual.LPIPS_HELP,
+        fvd=perceptual.FVD_HELP,
     )
     if "logdir" not in special:
         raise ConfigError("command line: --logdir is missing; name a run directory that train.py printed")
     videos = special.get("videos", "shown")
     configuration.choose("videos", videos, ["shown", "all"])
-    out = Path(special["out"]) if "out" in special else None
+    out, lpips, fvd = (Path(special[key]) if key in special else None for key in ("out", "lpips", "fvd"))
     checkpoint = runs.find_checkpoint(Path(special["logdir"]))
-    output = Output(out, formats(special.get("format")), videos == "all")
+    output = Output(out, formats(special.get("format")), videos == "all", lpips, fvd)
     return runs.load_config(checkpoint.run, flags), checkpoint, output
 
 
@@ -67,7 +73,7 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
 
 
 Metrics = dict[str, dict[str, np.ndarray]]
-"""protocol -> "ssim", "psnr" -> [B, T]"""
+"""protocol -> "ssim", "psnr" -> [B, T]; if its network is given, also "perceptual" -> "lpips" -> [B, T]"""
 
 
 class Prediction(NamedTuple):
@@ -201,7 +207,7 @@ class Samples:
                     self.metrics[key] = values
                     continue
                 kept = self.metrics.setdefault(key, values.copy())
-                better = values.mean(-1) > kept.mean(-1)
+                better = goodness(name, values.mean(-1)) > goodness(name, kept.mean(-1))
                 kept[better] = values[better]
                 mean = self.metrics.setdefault(f"{key}_mean", np.zeros_like(values))
                 mean += (values - mean) / (number + 1)
@@ -239,13 +245,16 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
     if count < c.num_examples:
         devices.say(f"num_examples: the test set has {count} sequences; evaluating these")
     results: dict[str, Any] = {}
+    networks = perceptual.load(output.lpips, output.fvd, c.eval_seq_len - c.open_loop_ctx, count)
+    network = networks.lpips.sha256 if networks.lpips else ""
     with contextlib.ExitStack() as held:
-        opened = devices.first_decides(lambda: str(open_directory(held, c, checkpoint, output.directory)))
+        opened = devices.first_decides(lambda: str(open_directory(held, c, checkpoint, output.directory, network)))
         directory = Path(opened)
-        predict_all(c, model, params, test, count, directory, devices)
+        predict_all(c, model, params, test, count, directory, devices, networks.lpips)
         if devices.process == 0:
+            found = perceptual.measured(networks, directory, count)
             with writing(directory):
-                results = summarise(c, checkpoint.step, directory, count, output.formats, output.all_videos)
+                results = summarise(c, checkpoint.step, directory, count, output.formats, output.all_videos, found)
             log_to_wandb(c, checkpoint.run, directory, results)
             print_table(results)
             print(f"Results: {directory}")
@@ -253,11 +262,18 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
 
 
 def predict_all(
-    config: Config, model: Model, params: Any, test: data.Windows, count: int, directory: Path, devices: Devices
+    config: Config,
+    model: Model,
+    params: Any,
+    test: data.Windows,
+    count: int,
+    directory: Path,
+    devices: Devices,
+    lpips: perceptual.Network | None = None,
 ) -> None:
     """Write predictions and metrics of the first `count` test sequences, except those that are there already.
 
-    A thread writes a batch while the devices compute the next one.
+    LPIPS is among the metrics if its network is given. A thread writes a batch while the devices compute the next one.
     """
     c = config
     batch_size = min(c.batch_size, count)
@@ -291,7 +307,11 @@ def predict_all(
             samples = Samples(c.num_samples, references(model, params, batch.video, keys, first, pool, devices.put))
             for sample in range(c.num_samples):
                 keys = example_keys(c, first, len(batch.video), sample)
-                samples.add(sample, predict(model, params, batch.video, keys, devices.put))
+                prediction = predict(model, params, batch.video, keys, devices.put)
+                if lpips:
+                    distances = perceptual.lpips(lpips, batch.video[:, c.open_loop_ctx :], prediction.frames)
+                    prediction.metrics["perceptual"] = {"lpips": distances}
+                samples.add(sample, prediction)
                 bar.update()
             if written:
                 written.result()

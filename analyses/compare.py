@@ -42,7 +42,7 @@ def compare(arguments: Sequence[str]) -> None:
     values = [configuration.typed(results["config"], str(path)) for results, path in zip(found, paths, strict=True)]
     configs = [Config(**config) for config in values]
     names = with_names([name for name, _ in named], configs)
-    models = dict(zip(names, found, strict=True))
+    models = with_common_metrics(dict(zip(names, found, strict=True)))
     check_comparable(models)
     shown = predictions({name: path.parent for name, path in zip(names, paths, strict=True)}, example)
     directory = new_directory("compare", given.get("out"))
@@ -64,13 +64,15 @@ def write_comparison(
     first = next(iter(models.values()))
     own = list(dict.fromkeys(line for results in models.values() for line in results["lines"]["paper"]["ssim"]))
     own = [line for line in own if line not in statistics.REFERENCES.values()]
-    for protocol, metric in itertools.product(first["protocols"], statistics.METRICS):
+    for protocol, metric in ((protocol, metric) for protocol, metrics in lines.items() for metric in metrics):
         for line in own:
             stem = f"{metric}_{protocol}" + (f"_{line.replace(' ', '_')}" if len(own) > 1 else "")
-            label = f"{statistics.METRICS[metric]}, {protocol} protocol" + (f", {line}" if len(own) > 1 else "")
+            label = statistics.NAMES[metric] + (f", {protocol} protocol" if protocol in first["protocols"] else "")
+            label += f", {line}" if len(own) > 1 else ""
             drawn = comparison_plot(models, protocol, metric, line)
             plots.plot_lines(drawn, directory / f"{stem}.png", label, formats=figures)
-    places = {protocol: rank(models, protocol, own[0]) for protocol in first["protocols"]}
+    found = {protocol: scores(models, protocol, own[0]) for protocol in first["protocols"]}
+    places = {protocol: rank(by_model) for protocol, by_model in found.items()}
     markdown = f"{c.dataset}: {first['num_examples']} sequences, {c.open_loop_ctx} context frames\n"
     for protocol, description in first["protocols"].items():
         header, rows = tables.table(lines, protocol)
@@ -79,12 +81,24 @@ def write_comparison(
         rows = [[row[0], average.get(row[0], "-"), *row[1:]] for row in rows]
         markdown += f"\nProtocol `{protocol}`: {description}.\n\n"
         markdown += tables.to_markdown([header[0], "average rank", *header[1:]], rows)
+    if measured := first["perceptual"]:
+        names = " and ".join(statistics.NAMES[metric] for metric in measured)
+        markdown += f"\n{names}, which the average ranks include. {statistics.PERCEPTION}\n"
+    if "lpips" in measured:
+        markdown += "\n" + tables.to_markdown(*tables.table(lines, "perceptual", ["lpips"]))
+    if "fvd" in measured:
+        markdown += "\n" + tables.to_markdown(*tables.fvd_table(models))
+    cells = [*tables.csv_rows(lines)]
+    for name, results in models.items():
+        cells += [[*row[:2], name, *row[3:]] for row in tables.fvd_rows(results)]
     tables.write(directory / "comparison.md", markdown)
-    tables.write(directory / "comparison.csv", tables.to_csv(tables.CSV_HEADER, tables.csv_rows(lines)))
+    tables.write(directory / "comparison.csv", tables.to_csv(tables.CSV_HEADER, cells))
     summary = {
         "dataset": first["config"]["dataset"],
+        "num_examples": first["num_examples"],
         "protocols": first["protocols"],
         "evaluations": {name: str(path) for name, path in paths.items()},
+        "scores": found,
         "ranks": places,
     }
     tables.write(directory / "comparison.json", tables.to_json(summary))
@@ -129,14 +143,14 @@ def find_results(path: Path) -> Path:
     return found[-1]
 
 
-def read_json(path: Path, key: str) -> Any:
-    """Return what a JSON file holds; raise ConfigError if it can't be read or lacks a key."""
+def read_json(path: Path, key: str, remedy: str = "evaluate again") -> Any:
+    """Return what a JSON file holds; raise ConfigError, with the remedy, if it can't be read or lacks a key."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: can't be read ({error}); evaluate again") from None
+        raise ConfigError(f"{path}: can't be read ({error}); {remedy}") from None
     if key not in results:
-        raise ConfigError(f"{path}: holds no {key}, from an earlier version; evaluate again")
+        raise ConfigError(f"{path}: holds no {key}, from an earlier version; {remedy}")
     return results
 
 
@@ -150,6 +164,39 @@ def check_comparable(models: Mapping[str, Any]) -> None:
             x, y = (r["num_examples"] if key == "num_examples" else r["config"][key] for r in (first, results))
             if x != y:
                 raise ConfigError(f"{key}: {name} has {x}, {other} {y}; evaluate both with the same --{key}")
+
+
+def with_common_metrics(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the models' results with only those of LPIPS and FVD that all have; say which are left out.
+
+    Raises:
+        ConfigError: they were measured with different networks.
+    """
+    common = []
+    for metric, name in statistics.PERCEPTUAL.items():
+        without = [model for model, results in models.items() if metric not in results.get("perceptual", {})]
+        if not without:
+            common.append(metric)
+        elif len(without) < len(models):
+            print(
+                f"Without {name}, since {', '.join(without)} has none; "
+                f"measure it with: python analysis.py perceptual RUN --{metric} FILE"
+            )
+    for metric in common:
+        networks = {model: results["perceptual"][metric] for model, results in models.items()}
+        (a, first), *others = networks.items()
+        for b, other in others:
+            if other["sha256"] != first["sha256"]:
+                raise ConfigError(
+                    f"{metric}: {a} was measured with {first['file']}, {b} with {other['file']}, another network; "
+                    "measure both with the same file"
+                )
+    kept = {}
+    for model, results in models.items():
+        lines = {k: v for k, v in results["lines"].items() if k != "perceptual" or "lpips" in common}
+        kept[model] = results | {"lines": lines}
+        kept[model]["perceptual"] = {metric: results["perceptual"][metric] for metric in common}
+    return kept
 
 
 def compared_lines(models: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,39 +223,50 @@ def comparison_plot(models: Mapping[str, Any], protocol: str, metric: str, line:
     for name, results in models.items():
         found = plots.drawn(results["lines"][protocol][metric])
         drawn[name] = found[line]
-        upper = found[statistics.REFERENCES["posterior"]]
-        beside[f"{name}, posterior reconstruction"] = plots.Line(upper.values, beside=name)
+        if upper := found.get(statistics.REFERENCES["posterior"]):
+            beside[f"{name}, posterior reconstruction"] = plots.Line(upper.values, beside=name)
         for key in "copy", "random":
             if statistics.REFERENCES[key] in found:
                 shared[statistics.REFERENCES[key]] = found[statistics.REFERENCES[key]]
     return drawn | beside | shared
 
 
-def rank(models: Mapping[str, Any], protocol: str, line: str) -> dict[str, dict[str, float]]:
-    """Return each model's rank by each metric's average over all frames, 1 for the best; ties share their mean rank."""
-    found: dict[str, dict[str, float]] = {name: {} for name in models}
-    for metric in statistics.METRICS:
-        scores = [-results["lines"][protocol][metric][line]["average"]["value"] for results in models.values()]
-        for name, place in zip(models, scipy.stats.rankdata(scores), strict=True):
+def scores(models: Mapping[str, Any], protocol: str, line: str) -> dict[str, dict[str, float]]:
+    """Return each model's scores over all predicted frames: of a line SSIM and PSNR in a protocol, and LPIPS; FVD."""
+    found: dict[str, dict[str, float]] = {}
+    for name, results in models.items():
+        lines = results["lines"][protocol] | results["lines"].get("perceptual", {})
+        found[name] = {metric: figures[line]["average"]["value"] for metric, figures in lines.items()}
+        if fvd := results["perceptual"].get("fvd"):
+            found[name]["fvd"] = fvd["frames"][str(results["predicted_frames"])]
+    return found
+
+
+def rank(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return each model's rank by each metric, 1 for the best; ties share their mean rank. "average": over metrics."""
+    found: dict[str, dict[str, float]] = {name: {} for name in scores}
+    for metric in next(iter(scores.values())):
+        values = [-statistics.goodness(metric, by_metric[metric]) for by_metric in scores.values()]
+        for name, place in zip(scores, scipy.stats.rankdata(values), strict=True):
             found[name][metric] = float(place)
     return {name: places | {"average": float(np.mean(list(places.values())))} for name, places in found.items()}
 
 
 def ranks(arguments: Sequence[str]) -> None:
-    """Average ranks over the datasets and metrics of several comparisons.
+    """Average ranks over the datasets and metrics of several comparisons, with the scores (Table E.1).
 
     `ranks_<protocol>.png`, ranks.md, ranks.csv.
     """
     named, given, _ = parse_named(
         arguments,
         "analysis.py ranks DIR ... --out DIR",
-        "Average ranks over several comparisons (Figure 5c). DIR is a directory that compare wrote.",
+        "Average ranks over several comparisons (Figure 5c, Table E.1). DIR is a directory that compare wrote.",
         keys=False,
         format=FORMAT,
     )
     figures = formats(given.get("format")).figures
     paths = [path / "comparison.json" for _, path in named]
-    found = [read_json(path, "ranks") for path in paths]
+    found = [read_json(path, "scores", "compare again") for path in paths]
     first = found[0]
     models = list(next(iter(first["ranks"].values())))
     for path, comparison in zip(paths, found, strict=True):
@@ -224,27 +282,44 @@ def ranks(arguments: Sequence[str]) -> None:
     if len(set(datasets)) < len(datasets):
         raise ConfigError(f"dataset: {', '.join(datasets)} have one twice; name one comparison per dataset")
     directory = new_directory("ranks", given.get("out"))
-    columns = [(dataset, metric) for dataset in datasets for metric in statistics.METRICS]
+    columns = [(comparison, metric) for comparison in found for metric in comparison["scores"]["paper"][models[0]]]
     markdown, rows = "", []
     for protocol in first["protocols"]:
-        places = {
-            name: [comparison["ranks"][protocol][name][metric] for comparison in found for metric in statistics.METRICS]
-            for name in models
-        }
+        places, points = (
+            {name: [comparison[kind][protocol][name][metric] for comparison, metric in columns] for name in models}
+            for kind in ("ranks", "scores")
+        )
         averages = {name: float(np.mean(values)) for name, values in places.items()}
         order = sorted(models, key=lambda name: averages[name])
         table = [[name, f"{averages[name]:.2f}", *(f"{place:g}" for place in places[name])] for name in order]
-        header = ["model", "average rank", *(f"{dataset}, {statistics.METRICS[metric]}" for dataset, metric in columns)]
-        markdown += f"Protocol `{protocol}`: {first['protocols'][protocol]}.\n\n{tables.to_markdown(header, table)}\n"
-        rows += [
-            [protocol, *column, name, place]
-            for name in order
-            for column, place in zip([*columns, ("all", "all")], [*places[name], averages[name]], strict=True)
-        ]
+        labels = [f"{comparison['dataset']}, {statistics.NAMES[metric]}" for comparison, metric in columns]
+        markdown += f"Protocol `{protocol}`: {first['protocols'][protocol]}.\n\n"
+        markdown += tables.to_markdown(["model", "average rank", *labels], table) + "\n"
+        markdown += score_table(found, protocol, order) + "\n"
+        for name in order:
+            rows += [
+                [protocol, comparison["dataset"], metric, name, score, place]
+                for (comparison, metric), score, place in zip(columns, points[name], places[name], strict=True)
+            ]
+            rows.append([protocol, "all", "all", name, "", averages[name]])
         bars = {f"{protocol} protocol": {name: (averages[name],) * 3 for name in order}}
         with writing(directory):
             plots.plot_bars(bars, directory / f"ranks_{protocol}.png", "average rank (1 is best)", figures)
+    header = ["protocol", "dataset", "metric", "model", "score", "rank"]
     with writing(directory):
         tables.write(directory / "ranks.md", markdown)
-        tables.write(directory / "ranks.csv", tables.to_csv(["protocol", "dataset", "metric", "model", "rank"], rows))
+        tables.write(directory / "ranks.csv", tables.to_csv(header, rows))
     print(f"\n{markdown}Results: {directory}")
+
+
+def score_table(comparisons: Sequence[Mapping[str, Any]], protocol: str, models: Sequence[str]) -> str:
+    """Return the scores of each dataset as a Markdown table (Table E.1), with arrows to the better ones."""
+    metrics = [m for m in statistics.NAMES if any(m in c["scores"][protocol][models[0]] for c in comparisons)]
+    arrows = [f"{statistics.NAMES[m]} {'↓' if m in statistics.PERCEPTUAL else '↑'}" for m in metrics]
+    rows = []
+    for comparison in comparisons:
+        for name in models:
+            scores = comparison["scores"][protocol][name]
+            cells = [f"{scores[m]:.{statistics.DIGITS[m]}f}" if m in scores else "-" for m in metrics]
+            rows.append([f"{comparison['dataset']} ({comparison['num_examples']} sequences)", name, *cells])
+    return tables.to_markdown(["dataset", "model", *arrows], rows)

@@ -39,7 +39,7 @@ def formats(text: str | None) -> Formats:
 
 
 @contextlib.contextmanager
-def writing(directory: Path | str) -> Iterator[None]:
+def writing(directory: Path | str, remedy: str = "name another directory with --out") -> Iterator[None]:
     """Raise a ConfigError that names the remedy if results can't be written: disk full, no permission, ..."""
     try:
         yield
@@ -47,15 +47,21 @@ def writing(directory: Path | str) -> Iterator[None]:
         raise  # of something to be read
     except OSError as error:
         raise ConfigError(
-            f"out: {directory} can't be written ({error.strerror or error}); "
-            "make room there, or name another directory with --out"
+            f"out: {directory} can't be written ({error.strerror or error}); make room there, or {remedy}"
         ) from error
 
 
-def open_directory(held: contextlib.ExitStack, config: Config, checkpoint: Checkpoint, out: Path | None) -> Path:
+def open_directory(
+    held: contextlib.ExitStack, config: Config, checkpoint: Checkpoint, out: Path | None, network: str = ""
+) -> Path:
     """Return the directory of the same evaluation, if it was interrupted, or a new one; `held` holds its lock.
 
     Never one with results, or one that another process holds.
+
+    Args:
+        held: holds the lock until it ends.
+        config, checkpoint, network: what is evaluated; a network (its SHA-256) measures each example, if any does.
+        out: the directory; None: a new one below the run's.
 
     Raises:
         ConfigError: `out` is in use or isn't empty, or nothing can be written there.
@@ -64,8 +70,8 @@ def open_directory(held: contextlib.ExitStack, config: Config, checkpoint: Check
         if out is None:
             for directory in sorted(checkpoint.run.glob("eval_*")):
                 # Looked at again once nobody else can write there.
-                found = unfinished(directory, config, checkpoint) and lock(held, directory)
-                if found and unfinished(directory, config, checkpoint):
+                found = unfinished(directory, config, checkpoint, network) and lock(held, directory)
+                if found and unfinished(directory, config, checkpoint, network):
                     print(f"Resuming {directory}")
                     return directory
             directory = dated_directory(checkpoint.run, "eval")
@@ -78,18 +84,20 @@ def open_directory(held: contextlib.ExitStack, config: Config, checkpoint: Check
             out.mkdir(parents=True, exist_ok=True)
             if not lock(held, out):
                 raise ConfigError(f"out: another process evaluates into {out}; wait for it, or name a new directory")
-            if unfinished(out, config, checkpoint):
+            if unfinished(out, config, checkpoint, network):
                 print(f"Resuming {out}")
                 return out
             if any(path.name != "lock" for path in out.iterdir()):
                 raise occupied
-        replace_file(directory / "checkpoint", place_of(checkpoint).encode())
+        replace_file(directory / "checkpoint", evaluated(checkpoint, network).encode())
         config.save(directory / "evaluation.yml")
         return directory
 
 
-def place_of(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.run.resolve() / "checkpoints" / str(checkpoint.step))
+def evaluated(checkpoint: Checkpoint, network: str) -> str:
+    """Return a checkpoint's place, and in a second line the network that measures each example, if there is one."""
+    place = checkpoint.run.resolve() / "checkpoints" / str(checkpoint.step)
+    return f"{place}\nlpips {network}" if network else str(place)
 
 
 def lock(held: contextlib.ExitStack, directory: Path) -> bool:
@@ -101,12 +109,12 @@ def lock(held: contextlib.ExitStack, directory: Path) -> bool:
     return True
 
 
-def unfinished(directory: Path, config: Config, checkpoint: Checkpoint) -> bool:
+def unfinished(directory: Path, config: Config, checkpoint: Checkpoint, network: str) -> bool:
     """Return whether a directory holds the same evaluation, interrupted."""
     if (directory / "metrics.json").exists():
         return False
     try:
         same = configuration.load(directory / "evaluation.yml") == config
-        return same and (directory / "checkpoint").read_text() == place_of(checkpoint)
+        return same and (directory / "checkpoint").read_text() == evaluated(checkpoint, network)
     except (ConfigError, OSError):  # not an evaluation, or interrupted before it was one
         return False

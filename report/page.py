@@ -4,8 +4,8 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from report.statistics import METRICS, REFERENCES
-from report.tables import table
+from report.statistics import METRICS, PERCEPTION, REFERENCES
+from report.tables import fvd_table, table
 
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); }
@@ -52,6 +52,12 @@ def page(results: Mapping[str, Any], plots: Sequence[str]) -> str:
         parts += [f"<h2>Protocol <code>{protocol}</code></h2>", f"<p>{html.escape(description)}</p>"]
         for metric in METRICS:
             parts.append(html_table(*table(results["lines"], protocol, [metric]), set(REFERENCES.values())))
+    if perceptual := results.get("perceptual"):
+        parts += ["<h2>LPIPS and FVD</h2>", f"<p>{html.escape(PERCEPTION)}</p>"]
+        if "lpips" in perceptual:
+            parts.append(html_table(*table(results["lines"], "perceptual", ["lpips"]), set()))
+        if "fvd" in perceptual:
+            parts.append(html_table(*fvd_table({"first sample of each": results}), set()))
     parts += ["<h2>Quality over distance</h2>", '<div class="by2">']
     parts += [f'<figure><img src="{html.escape(path)}" alt="{html.escape(path)}"></figure>' for path in plots]
     parts.append("</div>")

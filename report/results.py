@@ -41,24 +41,24 @@ def save_example(
     metrics: Mapping[str, np.ndarray],
 ) -> None:
     """Write one example's truth uint8 [T, H, W, C], predictions of what follows the context, and metrics [T]."""
-    context, names = config.open_loop_ctx, ("gt_ctx", "gt_pred")
-    named = dict(zip(names, (video[:context], video[context:]), strict=True)) | dict(predictions)
-    for name, frames in named.items():
-        path = directory / (f"sample{number}_gt" if name in names else f"sample{number}") / f"{name}.npz"
+    context = config.open_loop_ctx
+    for name, frames in {"gt_ctx": video[:context], "gt_pred": video[context:], **predictions}.items():
+        path = frames_file(directory, number, name)
         path.parent.mkdir(exist_ok=True)
         tools.save_frames(frames, path)
         if not config.no_save_grid:
             tools.save_grid(frames, path.with_suffix(".png"))
-    buffer = io.BytesIO()
-    arrays: Any = metrics
-    np.savez(buffer, **arrays)
-    replace_file(metrics_file(directory, number), buffer.getvalue())
+    save_metrics(directory, number, metrics)
+
+
+def frames_file(directory: Path, number: int, name: str) -> Path:
+    """Return the path of an example's `gt_ctx`, `gt_pred` or one of its predictions."""
+    return directory / (f"sample{number}_gt" if name.startswith("gt_") else f"sample{number}") / f"{name}.npz"
 
 
 def load_frames(directory: Path, number: int, name: str) -> np.ndarray:
     """Return an example's `gt_ctx`, `gt_pred` or one of its predictions, uint8 [T, H, W, C]."""
-    folder = f"sample{number}_gt" if name.startswith("gt_") else f"sample{number}"
-    with np.load(directory / folder / f"{name}.npz") as file:
+    with np.load(frames_file(directory, number, name)) as file:
         return file["arr_0"]
 
 
@@ -86,19 +86,43 @@ def line_names(config: Config) -> dict[str, str]:
     return own | {name: f"_{key}" for key, name in statistics.REFERENCES.items()}
 
 
+def load_metrics(directory: Path, number: int) -> dict[str, np.ndarray]:
+    """Return one example's metrics, [T] each."""
+    with np.load(metrics_file(directory, number)) as file:
+        return dict(file)
+
+
+def save_metrics(directory: Path, number: int, metrics: Mapping[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    arrays: Any = metrics
+    np.savez(buffer, **arrays)
+    replace_file(metrics_file(directory, number), buffer.getvalue())
+
+
 def summarise(
-    config: Config, step: int, directory: Path, count: int, formats: Formats, all_videos: bool
+    config: Config,
+    step: int,
+    directory: Path,
+    count: int,
+    formats: Formats,
+    all_videos: bool,
+    perceptual: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write what is told of all examples, from their files. Returns what `metrics.json` holds."""
-    formats = Formats(tuple({"png": None} | dict.fromkeys(formats.figures)), formats.videos)  # the page shows PNGs
-    examples = []
-    for number in range(count):
-        with np.load(metrics_file(directory, number)) as file:
-            examples.append(dict(file))
+    """Write what is told of all examples, from their files. Returns what `metrics.json` holds.
+
+    Args:
+        config, step: what was evaluated.
+        directory: where to.
+        count: how many examples there are.
+        formats: of figures and videos.
+        all_videos: whether each example has videos.
+        perceptual: what `perceptual.measured` returns.
+    """
+    figures = figure_formats(formats)
+    examples = [load_metrics(directory, number) for number in range(count)]
     shown = {name: suffix for name, suffix in line_names(config).items() if f"paper_ssim{suffix}" in examples[0]}
     lines: dict[str, Any] = {}
     averages: dict[str, dict[str, float]] = {}
-    figures = []
     for protocol in tools.PROTOCOLS:
         averages[protocol], lines[protocol] = {}, {}
         for metric, label in statistics.METRICS.items():
@@ -106,9 +130,8 @@ def summarise(
             curves = {name: np.stack([e[key + suffix] for e in examples]) for name, suffix in shown.items()}
             averages[protocol][metric] = float(next(iter(curves.values())).mean())
             lines[protocol][metric] = {name: statistics.summary(values) for name, values in curves.items()}
-            draw_curves(curves, lines[protocol][metric], directory, metric, protocol, label, formats)
-            figures.append(f"{metric}_{protocol}.png")
-    means = [{key: float(values.mean()) for key, values in example.items()} for example in examples]
+            draw_curves(curves, lines[protocol][metric], directory, metric, protocol, label, figures)
+    means = averages_of(examples)
     results = {
         "averages": averages,
         "num_examples": count,
@@ -121,11 +144,53 @@ def summarise(
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         | {"python": sys.version.split()[0], "device": jax.devices()[0].device_kind},
     }
+    add_perceptual(config, directory, results, perceptual or {}, examples, figures)
+    write_results(directory, results, means)
+    return results
+
+
+def figure_formats(formats: Formats) -> tuple[str, ...]:
+    """Return the formats of an evaluation's figures: also PNG, which the page shows."""
+    return tuple({"png": None} | dict.fromkeys(formats.figures))
+
+
+def add_perceptual(
+    config: Config,
+    directory: Path,
+    results: dict[str, Any],
+    perceptual: Mapping[str, Any],
+    examples: Sequence[Mapping[str, np.ndarray]],
+    formats: Sequence[str],
+) -> None:
+    """Add what `perceptual.measured` returns to what `metrics.json` holds: LPIPS with the examples' curves."""
+    if not perceptual:
+        return
+    results["perceptual"] = results.get("perceptual", {}) | perceptual
+    averages = results["averages"].setdefault("perceptual", {})
+    if "lpips" in perceptual:
+        names = {name: f"perceptual_lpips{suffix}" for name, suffix in line_names(config).items()}
+        curves = {name: np.stack([e[key] for e in examples]) for name, key in names.items() if key in examples[0]}
+        averages["lpips"] = float(next(iter(curves.values())).mean())
+        lines = {name: statistics.summary(values) for name, values in curves.items()}
+        results["lines"]["perceptual"] = {"lpips": lines}
+        draw_curves(curves, lines, directory, "lpips", "perceptual", "LPIPS", formats)
+    if "fvd" in perceptual:
+        averages["fvd"] = perceptual["fvd"]["frames"][str(results["predicted_frames"])]
+
+
+def write_results(directory: Path, results: Mapping[str, Any], means: Sequence[Mapping[str, float]]) -> None:
+    """Write the tables and the page of what `metrics.json` holds, and that file itself."""
+    figures = [f"{metric}_{protocol}.png" for protocol, metrics in results["lines"].items() for metric in metrics]
+    rows = [*tables.csv_rows(results["lines"]), *tables.fvd_rows(results)]
     tables.write(directory / "examples.csv", examples_csv(means))
-    tables.write(directory / "metrics.csv", tables.to_csv(tables.CSV_HEADER, tables.csv_rows(lines)))
+    tables.write(directory / "metrics.csv", tables.to_csv(tables.CSV_HEADER, rows))
     tables.write(directory / "index.html", page(results, figures))
     tables.write(directory / "metrics.json", tables.to_json(results))  # last: with it, the evaluation is finished
-    return results
+
+
+def averages_of(examples: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, float]]:
+    """Return the examples' metrics, averaged over the predicted frames."""
+    return [{key: float(values.mean()) for key, values in example.items()} for example in examples]
 
 
 def draw_curves(
@@ -135,21 +200,21 @@ def draw_curves(
     metric: str,
     protocol: str,
     label: str,
-    formats: Formats,
+    formats: Sequence[str],
 ) -> None:
     """Write one metric's curves [N, T] over the predicted frames: plots, and the arrays of the earlier codes."""
     stem = metric if protocol == "paper" else f"{metric}_{protocol}"  # named as in the earlier codes
-    label = f"{label}, {protocol} protocol"
+    label = f"{label}, {protocol} protocol" if protocol in tools.PROTOCOLS else label
     own, values = next(iter(curves.items()))
     mean, stddev = values.mean(0), values.std(0)
     np.savez(directory / f"{stem}_mean.npz", mean)
     np.savez(directory / f"{stem}_stddev.npz", stddev)
     drawn = plots.drawn(lines)
-    plots.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label, formats=formats.figures)
+    plots.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label, formats=formats)
     spread = {name: line for name, line in drawn.items() if line.reference}
     spread = {own: plots.Line(mean, mean - stddev, mean + stddev)} | spread
     title = "mean and standard deviation"
-    plots.plot_lines(spread, directory / f"{stem}_range.png", label, title, formats=formats.figures)
+    plots.plot_lines(spread, directory / f"{stem}_range.png", label, title, formats=formats)
 
 
 def examples_csv(means: Sequence[Mapping[str, float]]) -> str:
@@ -186,6 +251,18 @@ def print_table(results: Mapping[str, Any]) -> None:
         for line in results["lines"][protocol]["ssim"]:
             ssim, psnr = (results["lines"][protocol][metric][line]["average"] for metric in statistics.METRICS)
             print(f"  {line:<24} {tables.with_interval(ssim, 4):>25} {tables.with_interval(psnr, 2):>24}")
+        print()
+    print_perceptual(results)
+
+
+def print_perceptual(results: Mapping[str, Any]) -> None:
+    """Print LPIPS and FVD, as far as they were measured."""
+    for line, figures in results["lines"].get("perceptual", {}).get("lpips", {}).items():
+        print(f"LPIPS, {line}: {tables.with_interval(figures['average'], statistics.DIGITS['lpips'])}")
+    if fvd := results.get("perceptual", {}).get("fvd"):
+        for frames, value in fvd["frames"].items():
+            print(f"FVD, {frames} frames, {fvd['clips']} clips: {value:.{statistics.DIGITS['fvd']}f}")
+    if "perceptual" in results:
         print()
 
 

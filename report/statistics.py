@@ -19,6 +19,23 @@ training frame at each step, the quality of a prediction that has lost the video
 
 
 METRICS = {"ssim": "SSIM", "psnr": "PSNR (dB)"}
+"""What is measured in each protocol."""
+
+PERCEPTUAL = {"lpips": "LPIPS", "fvd": "FVD"}
+"""What is measured with a network's file, of frames as saved: no matter of a protocol, and lower is better."""
+
+PERCEPTION = "Of frames as saved, with 8 bits. Lower is better. FVD is of one sample of each sequence."
+
+NAMES = METRICS | PERCEPTUAL
+DIGITS = {"ssim": 4, "psnr": 2, "lpips": 4, "fvd": 1}
+
+FEW_CLIPS = 256
+"""Of fewer clips than this, an FVD is mainly one of their number: it is biased, the more so the fewer there are."""
+
+
+def goodness(metric: str, values: Any) -> Any:
+    """Return values of a metric so that higher ones are better."""
+    return -values if metric in PERCEPTUAL else values
 
 
 def estimate(values: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:

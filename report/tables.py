@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from report.statistics import METRICS
+from report.statistics import DIGITS, FEW_CLIPS, METRICS, NAMES
 from system.files import replace_file
 
 Lines = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -52,22 +52,41 @@ def csv_rows(lines: Lines) -> Iterator[Sequence[Any]]:
                     yield *start, t, *values
 
 
+def fvd_rows(results: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
+    """Yield one row per FVD of an evaluation, if it was measured."""
+    for frames, value in results.get("perceptual", {}).get("fvd", {"frames": {}})["frames"].items():
+        yield "perceptual", "fvd", "first sample", f"1-{frames}", value, "", ""
+
+
 def table(lines: Lines, protocol: str, metrics: Sequence[str] = tuple(METRICS)) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the averages in one protocol: a row per line; over all frames, with intervals, and at
     the distances."""
     header, rows = ["line"], []
     for metric in metrics:
-        name = METRICS[metric]
+        name = NAMES[metric]
         any_line = next(iter(lines[protocol][metric].values()))
         frames = len(any_line["curve"]["value"])
         header += [f"{name}, {protocol}, {frames} frames", *(f"first {d}" for d in any_line["first"])]
-    for line in lines[protocol]["ssim"]:
+    for line in lines[protocol][metrics[0]]:
         row = [line]
         for metric in metrics:
-            figures, digits = lines[protocol][metric][line], 4 if metric == "ssim" else 2
+            figures, digits = lines[protocol][metric][line], DIGITS[metric]
             row += [with_interval(figures["average"], digits)]
             row += [f"{value['value']:.{digits}f}" for value in figures["first"].values()]
         rows.append(row)
+    return header, rows
+
+
+def fvd_table(models: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the FVD of named results' first samples: a row per name, with the number of clips."""
+    any_fvd = next(iter(models.values()))["perceptual"]["fvd"]
+    header = ["line", *(f"FVD, {frames} frames" for frames in any_fvd["frames"]), "clips"]
+    rows = []
+    for name, results in models.items():
+        fvd = results["perceptual"]["fvd"]
+        few = f" (fewer than {FEW_CLIPS})" if fvd["clips"] < FEW_CLIPS else ""
+        values = (f"{value:.{DIGITS['fvd']}f}" for value in fvd["frames"].values())
+        rows.append([name, *values, f"{fvd['clips']}{few}"])
     return header, rows
 
 

@@ -1,0 +1,85 @@
+"""LPIPS and FVD of predictions that are already on disk."""
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import config as configuration
+import perceptual as measures
+from analyses.compare import find_results, read_json
+from config import Config, ConfigError
+from report.output import FORMAT, formats, lock, writing
+from report.results import (
+    add_perceptual,
+    averages_of,
+    figure_formats,
+    frames_file,
+    load_frames,
+    load_metrics,
+    metrics_file,
+    print_perceptual,
+    save_metrics,
+    write_results,
+)
+
+
+def perceptual(arguments: Sequence[str]) -> None:
+    """Add LPIPS and FVD to finished evaluations, as `eval.py --lpips FILE --fvd FILE` would have.
+
+    Into their directories: metrics.json, metrics.csv, examples.csv, index.html, lpips_perceptual.png.
+    """
+    directories = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    program = "analysis.py perceptual RUN ... --lpips FILE --fvd FILE"
+    given, _ = configuration.parse_flags(
+        arguments[len(directories) :],
+        program,
+        "LPIPS and FVD of finished evaluations, from their saved frames. RUN may be one of its evaluations.",
+        keys=False,
+        lpips=measures.LPIPS_HELP,
+        fvd=measures.FVD_HELP,
+        format=FORMAT,
+    )
+    if not directories:
+        raise ConfigError(f"command line: no directory is named; call {program}")
+    lpips, fvd = (Path(given[key]) if key in given else None for key in ("lpips", "fvd"))
+    if lpips is None and fvd is None:
+        raise ConfigError("command line: name the file of a network with --lpips or --fvd, or one of each")
+    figures = figure_formats(formats(given.get("format")))
+    for path in [find_results(Path(directory)) for directory in directories]:
+        with contextlib.ExitStack() as held, writing(path.parent, "copy the evaluation"):
+            if not lock(held, path.parent):
+                raise ConfigError(f"{path.parent} is in use by another process; wait for it")
+            measure(path, lpips, fvd, figures)
+
+
+def measure(path: Path, lpips: Path | None, fvd: Path | None, figures: Sequence[str]) -> None:
+    """Add what is measured with the networks' files to the evaluation whose `metrics.json` is at `path`."""
+    results = read_json(path, "lines")
+    directory, count = path.parent, results["num_examples"]
+    results["config"] = configuration.typed(results["config"], str(path))
+    config = Config(**results["config"])
+    if lpips and config.num_samples > 1:
+        raise ConfigError(
+            f"lpips: the best of {config.num_samples} samples is asked for, of which {directory} has only some; "
+            "measure it while they are predicted: eval.py --lpips FILE"
+        )
+    needed = [frames_file(directory, i, name) for i in range(count) for name in ("gt_pred", "random_sample_1")]
+    needed += [metrics_file(directory, i) for i in range(count)]
+    if missing := [file for file in needed if not file.exists()]:
+        raise ConfigError(f"{missing[0]}: isn't there, and is needed; evaluate again with eval.py, and these flags")
+    networks = measures.load(lpips, fvd, results["predicted_frames"], count)
+    examples = [load_metrics(directory, number) for number in range(count)]
+    if networks.lpips:
+        for number in measures.progress(range(count), "LPIPS"):
+            truth, prediction = (load_frames(directory, number, name) for name in ("gt_pred", "random_sample_1"))
+            distances = measures.lpips(networks.lpips, truth, prediction)
+            examples[number] = dict(sorted((examples[number] | {"perceptual_lpips": distances}).items()))
+    found = measures.measured(networks, directory, count)
+    if networks.lpips:
+        for number, example in enumerate(examples):
+            save_metrics(directory, number, example)
+    add_perceptual(config, directory, results, found, examples, figures)
+    write_results(directory, results, averages_of(examples))
+    print_perceptual(results)
+    print(f"Results: {directory}")

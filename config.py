@@ -64,7 +64,7 @@ class Config:
     """
 
     # MODEL
-    model: str = option("cwvae", "cwvae, or of the models that the paper compares it with: svg", later=True)
+    model: str = option("cwvae", "cwvae, or of the models that the paper compares it with: svg, vta", later=True)
     levels: int = option(3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1, models=CWVAE)
     tmp_abs_factor: int = option(
         6, "temporal abstraction factor k: level l ticks every k^l frames", at_least=1, models=CWVAE
@@ -74,7 +74,7 @@ class Config:
     enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1, models=CWVAE)
     cell_type: str = option("RSSMCell", "recurrent cell (RSSMCell is the only one)", models=CWVAE)
     cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1)
-    cell_deter_size: int = option(200, "size of a level's deterministic state", at_least=1, models=CWVAE)
+    cell_deter_size: int = option(200, "size of a level's deterministic state", at_least=1, models=("cwvae", "vta"))
     cell_embed_size: int = option(200, "width of the cell's Dense layers", at_least=1, models=CWVAE)
     cell_min_stddev: float = option(
         0.0001, "added to the standard deviation of prior and posterior", at_least=0, named=True, models=CWVAE
@@ -85,7 +85,10 @@ class Config:
     )
     channels_mult: int = option(1, "multiplies the number of convolution channels", at_least=1, models=CWVAE)
     filters: int = option(
-        32, "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many", at_least=1, named=True
+        32,
+        "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many (for vta: as many)",
+        at_least=1,
+        named=True,
     )
 
     dtype: str = option(
@@ -99,6 +102,35 @@ class Config:
     svg_network: str = option("dcgan", "encoder and decoder, dcgan or vgg", named=True, later=True, models=("svg",))
     svg_features: int = option(128, "size of a frame's features", at_least=1, named=True, later=True, models=("svg",))
     svg_rnn_size: int = option(256, "size of the LSTMs' states", at_least=1, named=True, later=True, models=("svg",))
+
+    # VTA
+    vta_init_size: int = option(
+        5,
+        "frames at each end of a training sequence that are seen and not modelled",
+        at_least=1,
+        named=True,
+        later=True,
+        models=("vta",),
+    )
+    vta_max_segments: int | None = option(
+        None,
+        "segments of a training sequence, at most, by the prior; null: seq_len / 4",
+        at_least=1,
+        named=True,
+        later=True,
+        models=("vta",),
+    )
+    vta_max_length: int = option(
+        8, "frames of a segment, at most, by the prior in training", at_least=1, named=True, later=True, models=("vta",)
+    )
+    vta_detector_layers: int = option(
+        3,
+        "convolutions over time that find boundaries, before the one to logits",
+        at_least=0,
+        named=True,
+        later=True,
+        models=("vta",),
+    )
 
     # DATASET
     dataset: str = option(
@@ -202,7 +234,7 @@ class Config:
                 limit = field.metadata[bound]
                 if limit is not None and not all(n is None or holds(float(n), float(limit)) for n in numbers):
                     raise ConfigError(f"{field.name}: must be {bound.replace('_', ' ')} {limit}, got {value!r}")
-        choose("model", self.model, ["cwvae", "svg"])
+        choose("model", self.model, ["cwvae", "svg", "vta"])
         for field in dataclasses.fields(self):
             models, value = field.metadata["models"], getattr(self, field.name)
             if models and self.model not in models and value != field.default:
@@ -230,6 +262,11 @@ class Config:
             )
         if self.use_obs is not None and not re.fullmatch(f"[TF]{{{self.levels}}}", self.use_obs):
             raise ConfigError(f"use_obs: needs one T or F for each of the {self.levels} levels, got {self.use_obs!r}")
+        if self.model == "vta" and self.seq_len <= 2 * self.vta_init_size:
+            raise ConfigError(
+                f"seq_len: must be more than twice vta_init_size = {self.vta_init_size}, so that frames are left to "
+                f"model, got {self.seq_len}"
+            )
         block = self.block
         nearest_context = max(1, round(self.open_loop_ctx / block)) * block
         if self.open_loop_ctx % block:

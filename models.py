@@ -1,11 +1,13 @@
 """The models that can be trained, and the face by which the programs know them."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import optax
 from jax import Array
 
 from baselines.svg import SVG
+from baselines.vta import VTA
 from config import Config
 from cwvae import CWVAE, Terms, Training
 
@@ -62,4 +64,5 @@ class Model(Protocol):
 
 def make_model(config: Config) -> Model:
     """Return the model that `config.model` names."""
-    return SVG(config) if config.model == "svg" else CWVAE(config)
+    models: dict[str, Callable[[Config], Model]] = {"cwvae": CWVAE, "svg": SVG, "vta": VTA}
+    return models[config.model](config)

@@ -18,12 +18,14 @@ class BatchNorm(nn.Module):
     """
 
     channels: int
+    scale_stddev: float = 0.02
+    """Of the initial scales, whose mean is 1."""
 
     @nn.compact
     def __call__(self, x: Array, training: Training | None) -> Array:
         """Return x [B, ..., C] normalised. Sequences of weight 0 are padding and don't count."""
         C = self.channels
-        scale = self.param("scale", lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape), (C,))
+        scale = self.param("scale", lambda key, shape: 1 + self.scale_stddev * jax.random.normal(key, shape), (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (C,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (C,))

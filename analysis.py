@@ -1,16 +1,17 @@
 """The paper's analyses, each a command: python analysis.py <command> [NAME=]RUN ... [--out DIR] [--key value ...]
 
 Of trained models, with the keys of the configuration as in eval.py:
-    levels     information per level: KL and entropies (Table 1, Figure 8); exports the latents
-    blind      open-loop predictions where some levels don't see the context (Figure 7)
-    digits     which digits are in the predicted frames, read by a classifier (Figure 5b)
-    rooms      which rooms the predicted videos visit, read from their colours (Figure 5a)
-    export     writes a small copy of a run, to share
+    levels      information per level: KL and entropies (Table 1, Figure 8); exports the latents
+    blind       open-loop predictions where some levels don't see the context (Figure 7)
+    boundaries  where segments begin, as VTA finds and predicts it
+    digits      which digits are in the predicted frames, read by a classifier (Figure 5b)
+    rooms       which rooms the predicted videos visit, read from their colours (Figure 5a)
+    export      writes a small copy of a run, to share
 Of what train.py and eval.py wrote:
-    perceptual adds LPIPS and FVD to finished evaluations, with the networks' files
-    compare    quality over distance of several models on one dataset (Figure 1)
-    ranks      average ranks over several comparisons (Figure 5c)
-    curves     losses over the steps of several trainings
+    perceptual  adds LPIPS and FVD to finished evaluations, with the networks' files
+    compare     quality over distance of several models on one dataset (Figure 1)
+    ranks       average ranks over several comparisons (Figure 5c)
+    curves      losses over the steps of several trainings
 """
 
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import config as configuration
 from analyses.blind import blind
+from analyses.boundaries import boundaries
 from analyses.compare import compare, ranks
 from analyses.curves import curves
 from analyses.digits import digits
@@ -30,7 +32,8 @@ from system.devices import use_compilation_cache
 from system.interrupts import Interrupts, exit_codes
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (levels, blind, digits, rooms, export, perceptual, compare, ranks, curves)
+    command.__name__: command
+    for command in (levels, blind, boundaries, digits, rooms, export, perceptual, compare, ranks, curves)
 }
 
 

@@ -4,7 +4,7 @@
 #   bash results.sh CONFIG DIRECTORY [--key value ...]      # e.g. configs/small.yml results --seed 1
 #
 # Keys apply to every training. The models: cwvae (three levels, k = 6), k2, k4, k8, notmpabs (k = 1), rssm (one level), and
-# if the dataset is generated, slow and fast digits; and svg, for a CONFIG of configs/ that has a counterpart in configs/svg/.
+# if the dataset is generated, slow and fast digits; and svg and vta, for a CONFIG of configs/ that has a counterpart in configs/<model>/.
 # Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
 # Paths are those from here. With another Python than the active one: PYTHON=.venv/bin/python bash results.sh ...
 set -eo pipefail
@@ -63,7 +63,7 @@ model cwvae
 model rssm --levels 1
 model notmpabs --tmp_abs_factor 1
 others=()
-for name in svg; do
+for name in svg vta; do
     other=$(dirname "$config")/$name/$(basename "$config")
     [ -e "$other" ] || continue
     training "$name" "$other"

@@ -156,10 +156,13 @@ def save_rows(
     times: np.ndarray,
     context: Mapping[str, int],
     formats: Sequence[str] = ("png",),
+    boundaries: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write named videos uint8 [T, H, W, C] as rows of their frames at `times`.
 
     Frames of a row's context are framed green, predicted ones red; a row without context (the truth) not at all.
+    `boundaries` are probabilities [T] that a segment begins: they stand below the frames, and where they are at least
+    1/2, a bar stands at the left.
     """
     plt = pyplot()
     figure, panels = plt.subplots(
@@ -174,6 +177,10 @@ def save_rows(
             axes.spines[:].set(color=np.array(color) / 255 if name in context else color, linewidth=1.5)
             if y == 0:
                 axes.set_title(str(time + 1), fontsize=8)
+            if boundaries and name in boundaries:
+                axes.set_xlabel(f"{boundaries[name][time]:.2f}", fontsize=6, labelpad=2)
+                if boundaries[name][time] >= 0.5:
+                    axes.axvline(-0.5, color=COLORS[0], linewidth=6)
         panels[y, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     save_figure(figure, path, formats)
 

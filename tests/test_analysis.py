@@ -475,7 +475,7 @@ def test_parameters_that_half_precision_cannot_hold_are_not_exported(run, monkey
     [
         (
             ["level"],
-            "command: must be one of levels, blind, digits, rooms, export, perceptual, compare, ranks, curves, got 'level'; did you mean 'levels'?",
+            "command: must be one of levels, blind, boundaries, digits, rooms, export, perceptual, compare, ranks, curves, got 'level'; did you mean 'levels'?",
         ),
         (["levels"], "command line: no directory is named; call analysis.py levels [NAME=]RUN ..."),
         (["levels", "nowhere"], "logdir: nowhere is not a directory"),

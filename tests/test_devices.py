@@ -15,7 +15,7 @@ from conftest import COMPILED, ROOT, flags
 import config as configuration
 import train
 import train_step
-from cwvae import CWVAE
+from models import make_model
 from system.checkpoints import Checkpoints
 
 
@@ -58,7 +58,7 @@ def results(logdir):
     run = path.parent
     c = configuration.load(run / "config.yml")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: train_step.make_state(CWVAE(c))))
+        step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: train_step.make_state(make_model(c))))
     return [json.loads(line) for line in path.read_text().splitlines()], step, state
 
 

@@ -67,7 +67,7 @@ def test_each_call_is_valid(tmp_path, config):
                 assert len({tuple(getattr(c, key) for key in SAME) for c in runs}) == 1
     generated = config in ("small", "digits")
     assert len(models) == (10 if generated else 8)
-    assert [c.model for c in others.values()] == ["svg"]
+    assert [c.model for c in others.values()] == ["svg", "vta"]
     assert {c.dataset for c in others.values()} == {c.dataset for c in models.values()}
     assert {model.tmp_abs_factor for model in models.values()} == {1, 2, 4, 6, 8}
     assert {model.levels for model in models.values()} == {1, 2, 3, 4}

@@ -48,7 +48,7 @@ def test_all_that_the_paper_varies():
     assert values["k"]["tmp_abs_factor"] == [1, 2, 4, 6, 8]
     assert values["levels"]["levels"] == [1, 2, 3] and values["levels_k4"]["levels"] == [1, 2, 3, 4]
     assert len(values["speed"]["digit_speed"]) == 3
-    for name in "baselines", "svg":
+    for name in "baselines", "svg", "vta":
         parameters = read(name)["parameters"]
         for key, (low, high) in BOUNDS.items():
             assert (parameters[key]["min"], parameters[key]["max"]) == (low, high)

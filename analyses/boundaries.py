@@ -1,0 +1,59 @@
+"""Where segments begin in a test sequence: as the posterior of VTA finds it, and in an open-loop prediction."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import rollout
+import tools
+from analyses.arguments import directory_for, parse_models, single, whole
+from analyses.worker import Worker
+from config import ConfigError
+from report import plots
+
+
+def boundaries(arguments: Sequence[str]) -> None:
+    """Draw frames of one sequence with the begins of segments marked: boundaries.png, boundaries.npz."""
+    models, given = parse_models("boundaries", __doc__, arguments, example="number of the test sequence (default: 0)")
+    run = single("boundaries", models)
+    if run.config.model != "vta":
+        raise ConfigError(f"model: boundaries is about those of vta, got a run of {run.config.model}")
+    number = whole(given, "example", 0, at_least=0)
+    worker = Worker(run)
+    if number >= len(worker.test):
+        raise ConfigError(f"example: there are {len(worker.test)} test sequences; name one from 0, got {number}")
+    video, context = worker.test[number], run.config.open_loop_ctx
+    directory = directory_for("boundaries", models, given)
+    rows, probabilities = {"truth": video}, {}
+    for name, seen in ("posterior", len(video)), ("prediction", context):
+        rows[name], probabilities[name] = observe_and_imagine(worker, number, video[:seen], len(video) - seen)
+    times = np.arange(max(0, context - 4), min(len(video), context + 20))
+    seen_frames = {"posterior": len(video), "prediction": context}
+    plots.save_rows(rows, directory / "boundaries.png", times, seen_frames, boundaries=probabilities)
+    arrays: Any = rows | {f"{name}_boundary": x for name, x in probabilities.items()}
+    np.savez(directory / "boundaries.npz", **arrays)
+    print(f"Results: {directory}")
+
+
+def observe_and_imagine(worker: Worker, number: int, video: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reconstruct a test sequence uint8 [T, H, W, C] and predict further frames, with the noise of eval.py.
+
+    Returns:
+        All frames, uint8, and the probability that a segment begins with each.
+    """
+    model, params, c = worker.model, worker.params, worker.config
+    T, keys = len(video), worker.keys(number, 1)
+    inputs = model.draw(keys, T + frames, context=T)
+    found, state = [], None
+    for start, stop in rollout.chunks(c, T, None if frames == 0 else T):
+        part = model.part(inputs, start, stop)
+        observed, state = rollout.apply(model, "observe", params, video[None, start:stop], part, state)
+        found.append(observed)
+    for start, stop in rollout.chunks(c, frames, None):
+        part = model.part(inputs, T + start, T + stop)
+        imagined, state = rollout.apply(model, "imagine", params, part, state)
+        found.append(imagined)
+    decoded = [tools.to_uint8(rollout.apply(model, "decode", params, rollouts)) for rollouts in found]
+    probabilities = [rollouts[1].boundary for rollouts in found]
+    return np.concatenate(decoded, axis=1)[0], np.concatenate(probabilities, axis=1)[0]

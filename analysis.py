@@ -4,7 +4,7 @@ Of trained models, with the keys of the configuration as in eval.py:
     levels      information per level: KL and entropies (Table 1, Figure 8); exports the latents
     blind       open-loop predictions where some levels don't see the context (Figure 7)
     boundaries  where segments begin, as VTA finds and predicts it
-    digits      which digits are in the predicted frames, read by a classifier (Figure 5b)
+    digits      which digits are in the predicted frames, read by a classifier (Figure 5b); of one, also where
     rooms       which rooms the predicted videos visit, read from their colours (Figure 5a)
     export      writes a small copy of a run, to share
 Of what train.py and eval.py wrote:

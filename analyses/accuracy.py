@@ -33,6 +33,11 @@ def write_readout(kind: str, results: Mapping[str, Any], directory: Path, more: 
     tables.write(directory / f"{kind}.json", tables.to_json({**more, "lines": results}))
     print()
     for name, summary in results.items():
-        first = "".join(f", first {d}: {value['value']:.3f}" for d, value in summary["first"].items())
-        print(f"{name}: {tables.with_interval(summary['average'], 3)}{first}")
+        print(f"{name}: {averages(summary)}")
     print(f"Results: {directory}")
+
+
+def averages(summary: Mapping[str, Any]) -> str:
+    """Return the average over all frames with its interval, and those over the first ones."""
+    first = "".join(f", first {d}: {value['value']:.3f}" for d, value in summary["first"].items())
+    return tables.with_interval(summary["average"], 3) + first

@@ -1,7 +1,8 @@
 """Which digits predicted frames show, read by a classifier trained on the spot (Figure 5b)."""
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from flax import linen as nn
 from jax import Array
 
 import data
+from analyses import places
 from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
 from analyses.arguments import directory_for, parse_models, same_readout
 from analyses.worker import Worker
@@ -26,7 +28,8 @@ def digits(arguments: Sequence[str]) -> None:
     """Write how often digits' identities are right in predicted frames over time (Figure 5b): digits.png, .json, .csv.
 
     Each frame counts by itself: right if the classifier finds the truth's digits in it, in any order. Frames where
-    digits hide each other can't all be read: the same figure for the true frames is the ceiling.
+    digits hide each other can't all be read: the same figure for the true frames is the ceiling. Of videos of a single
+    digit, also how far from its true place it is: place_distance.png, place_share.png, place.json, .csv.
     """
     models, given = parse_models("digits", __doc__, arguments)
     train_set, test_set = (
@@ -45,30 +48,40 @@ def digits(arguments: Sequence[str]) -> None:
             f"{100 * NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
         )
     directory = directory_for("digits", models, given)
-    results: dict[str, Any] = {}
-    truth: list[np.ndarray] = []
+    place_by_chance = places.chance(train_set, test_set) if train_set.digits == 1 else None
+    found: dict[str, list[dict[str, np.ndarray]]] = {}
     for run, worker in zip(models, workers, strict=True):
-        rights, upper = [], []
+        context = run.config.open_loop_ctx
         for first, valid, video in worker.batches():
+            truth = video[:valid, context:]
             labels = np.stack([test_set.digits_in(first + row) for row in range(valid)])
-            if run is models[0]:
-                truth.append(right_digits(read, video[:valid, run.config.open_loop_ctx :], labels))
-            samples = (
-                right_digits(read, worker.predictions(video, first, sample)[:valid], labels)
-                for sample in range(run.config.num_samples)
-            )
-            rights.append(np.mean(list(samples), axis=0))
-            upper.append(right_digits(read, worker.reconstructions(video, first)[:valid], labels))
-        results[run.name] = statistics.summary(np.concatenate(rights))
-        results[f"{run.name}, {POSTERIOR}"] = statistics.summary(np.concatenate(upper))
+            shown: dict[str, Iterable[np.ndarray]] = {
+                run.name: (worker.predictions(video, first, i)[:valid] for i in range(run.config.num_samples)),
+                f"{run.name}, {POSTERIOR}": [worker.reconstructions(video, first)[:valid]],
+            }
+            if run is models[-1]:
+                shown |= {TRUTH: [truth], COPY: [video[:valid, context - 1 : context]]}
+            read_all = functools.partial(readouts, read, labels, places.centers(truth), place_by_chance)
+            for name, samples in shown.items():
+                mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *map(read_all, samples))
+                found.setdefault(name, []).append(mean)
+    joined = {name: jax.tree.map(lambda *values: np.concatenate(values), *parts) for name, parts in found.items()}
+    results = {name: statistics.summary(values["right"]) for name, values in joined.items() if name != COPY}
     lines = accuracy_lines(models, results)
-    results["true frames"] = statistics.summary(np.concatenate(truth))
     by_chance = chance(train_set)
-    lines["true frames"] = plots.Line(np.array(results["true frames"]["curve"]["value"]), reference=True)
-    lines["chance"] = plots.Line(np.full(len(lines["true frames"].values), by_chance), reference=True)
+    lines[TRUTH] = plots.Line(np.array(results[TRUTH]["curve"]["value"]), reference=True)
+    lines["chance"] = plots.Line(np.full(len(lines[TRUTH].values), by_chance), reference=True)
     plots.plot_lines(lines, directory / "digits.png", "accuracy of the digits' identities")
+    if place_by_chance:
+        of_models = {name: values for name, values in joined.items() if name != TRUTH}
+        places.write_places(models, of_models, place_by_chance, directory)
+    else:
+        print("\nPlaces are left out: of several digits, a frame doesn't say which is where")
     more = {"classifier_accuracy_on_clean_frames": clean, "clean_frames": total, "chance": by_chance}
     write_readout("digits", results, directory, more)
+
+
+TRUTH, COPY = "true frames", statistics.REFERENCES["copy"]
 
 
 def digit_windows(config: Config, split: str) -> MovingDigits:
@@ -233,6 +246,18 @@ def right_digits(read: Reader, videos: np.ndarray, labels: np.ndarray) -> np.nda
     B, T = videos.shape[:2]
     found = read(videos.reshape(B * T, *videos.shape[2:])).reshape(B, T, 10)
     return (found == counts(labels)[:, None]).all(-1).astype(float)
+
+
+def readouts(
+    read: Reader,
+    labels: np.ndarray,
+    centers: np.ndarray,
+    place_by_chance: Mapping[str, float] | None,
+    frames: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Return "right", see `right_digits`, and of a single digit what `places.read_places` returns, [B, T] each."""
+    right = {"right": right_digits(read, frames, labels)}
+    return right | (places.read_places(centers, frames, place_by_chance) if place_by_chance else {})
 
 
 def chance(windows: MovingDigits) -> float:

@@ -218,6 +218,7 @@ def test_digits(run, monkeypatch, tmp_path, capsys):
     assert list(results["lines"]) == ["a", f"a, {posterior}", "b", f"b, {posterior}", "true frames"]
     assert results["lines"]["true frames"]["average"]["value"] > 0.6 > 0.3 > results["lines"]["a"]["average"]["value"]
     assert len(results["lines"]["a"]["curve"]["value"]) == 8 and (directory / "digits.png").exists()
+    assert "Places are left out: of several digits" in printed and not list(directory.glob("place*"))
 
 
 def test_digits_are_not_drawn_by_a_poor_classifier(run, monkeypatch):
@@ -236,6 +237,39 @@ def test_perfect_predictions_reach_the_ceiling(run, monkeypatch):
     monkeypatch.setattr(Worker, "predictions", lambda self, video, first, sample: video[:, 4:])
     results = json.loads((call("digits", run) / "digits.json").read_text())
     assert results["lines"]["digits"] == results["lines"]["true frames"]
+
+
+def test_places_of_a_digit(run, monkeypatch, capsys):
+    """Planted: of 8 frames, one sample shows the truth in the first 5 and nothing then; the other in all but the last."""
+
+    def predictions(self, video, first, sample):
+        frames = video[:, 4:].copy()
+        frames[:, (5, 7)[sample] :] = 0
+        return frames
+
+    monkeypatch.setattr(digits, "train_digit_reader", lambda train: lambda frames: np.zeros((len(frames), 10)))
+    monkeypatch.setattr(digits, "clean_accuracy", lambda read, test: (0.98, 10))
+    monkeypatch.setattr(Worker, "predictions", predictions)
+    directory = call("digits", run, "--num_digits=1", "--num_samples=2")
+    results = json.loads((directory / "place.json").read_text())
+    own, chance, copy = "digits", results["chance"], "last context frame"
+    lines = results["lines"]
+    assert list(lines["share"]) == list(lines["distance"]) == [own, f"{own}, posterior reconstruction", copy]
+    assert lines["share"][own]["curve"]["value"] == [1] * 5 + [0.5] * 2 + [0]
+    want = [0] * 5 + [chance["distance"] / 2] * 2 + [chance["distance"]]
+    np.testing.assert_allclose(lines["distance"][own]["curve"]["value"], want, rtol=1e-4)
+    assert results["over_half_until"][own] == 5 and results["empty"][own] == 4 / 16
+    moved = np.array(lines["distance"][copy]["curve"]["value"])
+    assert 2 <= moved[0] <= 6 < moved[2]  # digits move by 2 to 6 pixels per frame
+    printed = capsys.readouterr().out
+    assert (
+        f"\n{own}: 0.750; over one half until frame 5; mean distance {chance['distance'] / 4:.1f} pixels; 25 %"
+        in printed
+    )
+    assert (directory / "place_distance.png").exists() and (directory / "place_share.png").exists()
+    with (directory / "place.csv").open() as file:
+        rows = {(row["metric"], row["line"], row["frames"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert rows["share", own, "1-8"] == 0.75 and rows["share", own, "8"] == 0
 
 
 def fake_counts(frames):

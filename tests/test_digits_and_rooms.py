@@ -9,8 +9,9 @@ import pytest
 import scipy.ndimage
 
 from analyses import digits as reading
+from analyses import places
 from analyses import rooms as visiting
-from videos.digits import MovingDigits, labels_of_scikit_learn, of_scikit_learn
+from videos.digits import MovingDigits, compose, labels_of_scikit_learn, of_scikit_learn
 
 # ---------------------------------------------------------------------------------------------- digits
 
@@ -142,6 +143,73 @@ def test_right_digits_in_any_order():
     found = np.array([[0, 1, 0, 0, 0, 0, 0, 0, 0, 1], [0, 2, 0, 0, 0, 0, 0, 0, 0, 0]])
     right = reading.right_digits(lambda frames: found, np.zeros((1, 2, 64, 64, 1), np.uint8), np.array([[9, 1]]))
     assert right.tolist() == [[1, 0]]
+
+
+# ---------------------------------------------------------------------------------------------- places
+
+
+def placed_digits(count=200, seed=0):
+    """Frames with a digit each at known places, float [count, 64, 64], and the centroids of their ink, [count, 2]."""
+    random = np.random.default_rng(seed)
+    glyphs = random.choice(of_scikit_learn("test"), count)
+    corners = random.integers(37, size=(count, 2))
+    corners[:4] = [[0, 0], [0, 36], [36, 0], [36, 36]]
+    centroids = [scipy.ndimage.center_of_mass(glyph.astype(float)) for glyph in glyphs]
+    return compose(glyphs[None], corners[None]).astype(float), corners + np.array(centroids)
+
+
+def as_frames(images):
+    return images.clip(0, 255).astype(np.uint8)[..., None]
+
+
+def errors(images, true):
+    return np.linalg.norm(places.centers(as_frames(images)) - true, axis=-1)
+
+
+def test_centers_of_true_frames():
+    assert errors(*placed_digits()).max() < 0.1
+
+
+def test_centers_of_blurred_faint_and_noisy_digits():
+    """A plain centroid of these frames is off by ten pixels."""
+    images, true = placed_digits()
+    noise = np.random.default_rng(1).normal(10, 4, images.shape)
+    found = errors(0.5 * scipy.ndimage.gaussian_filter(images, (0, 3, 3)) + noise, true)
+    assert found.mean() < 0.5 and found.max() < 2
+
+
+def test_centers_are_of_the_greater_part():
+    """A ghost of two fifths of the ink, out of the digit's window, is nothing to the place; a centroid lies between."""
+    images, true = placed_digits()
+    ghosts, where = placed_digits(seed=1)
+    apart = np.abs(true - where).max(1) > 28
+    found = errors(np.maximum(images, 0.4 * ghosts)[apart], true[apart])
+    assert apart.sum() > 10 and found.max() < 1
+
+
+def test_distances_from_known_places():
+    """Shifts by known pixels, another glyph in the same place, and nothing at all."""
+    glyphs = np.stack([easy_glyphs("")[i] for i in (7, 7, 7, 7, 7, 2, 7)])[None]
+    corners = np.array([[20, 20], [23, 20], [20, 16], [20, 25], [17, 24], [20, 20], [20, 20]])[None]
+    truth, frames = (as_frames(compose(glyphs[:, :n], at))[None] for n, at in ((1, corners * 0 + 20), (7, corners)))
+    frames[0, 6] = places.NOISE
+    read = places.read_places(places.centers(truth), frames, {"distance": 19.0, "share": 0.03})
+    np.testing.assert_allclose(read["distance"], [[0, 3, 4, 5, 5, 0, 19]], atol=1e-4)
+    assert read["share"].tolist() == [[1, 1, 1, 0, 0, 1, 0]] and read["empty"].tolist() == [[0] * 6 + [1]]
+
+
+def test_chance_of_a_place():
+    """Against two points anywhere in a square: their mean distance, and the probability that they are near."""
+    side = 64 - 28
+    got = places.chance(moving("train", digits=1), moving("test", digits=1))
+    near = places.NEAR / side
+    assert got["distance"] == pytest.approx(0.5214 * side, rel=0.05)
+    assert got["share"] == pytest.approx(np.pi * near**2 - 8 / 3 * near**3 + near**4 / 2, rel=0.15)
+
+
+@pytest.mark.parametrize("shares, frames", [([0.9, 0.6, 0.5, 0.7], 2), ([1, 1], 2), ([0.2, 0.9], 0)])
+def test_until_when_places_are_known(shares, frames):
+    assert places.until(shares) == frames
 
 
 # ---------------------------------------------------------------------------------------------- rooms

@@ -347,6 +347,7 @@ def test_evaluation_equals_the_plain_form():
 def assert_equal(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a), np.asarray(b)  # in double precision, also where JAX has single again
         difference = float(np.abs(a - b).max() / (1 + np.abs(b).max()))
         assert difference < 1e-9, (jax.tree_util.keystr(path), difference)
 

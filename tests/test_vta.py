@@ -397,10 +397,10 @@ def test_straight_through():
 def test_log_density_is_that_of_the_concrete_distribution():
     """The density of the difference of a sample's logs integrates to one."""
     temperature, logits = 0.6, jnp.array([0.3, -0.8])
-    x = jnp.linspace(-60, 60, 100_001)
-    log_sample = jax.nn.log_softmax(jnp.stack([x, jnp.zeros_like(x)], -1))
+    x, step = np.linspace(-60, 60, 10_001, retstep=True)
+    log_sample = jax.nn.log_softmax(jnp.stack([jnp.asarray(x), jnp.zeros(len(x))], -1))
     density = temperature * jnp.exp(vta.log_density(logits, log_sample, jnp.float32(temperature)))
-    assert float(density.sum() * (x[1] - x[0])) == pytest.approx(1, abs=1e-3)
+    assert float(density.sum() * step) == pytest.approx(1, abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------- chunks, predictions
@@ -412,10 +412,10 @@ def test_later_chunks_and_frames_after_the_context_change_nothing(monkeypatch):
     keys = jax.random.split(jax.random.key(0), 2)
     changed = video.copy()
     changed[:, 4:] = 0
-    a, b, c = (np.concatenate(list(rollout.predict(model, variables, v, keys)), 1) for v in (video, changed, 1 - video))
+    a, b, c = (np.concatenate(list(rollout.predict(model, variables, v, keys)), 1) for v in (video, changed, 0 * video))
     assert a.shape == (2, 8, 64, 64, 1)
     np.testing.assert_array_equal(a, b)
-    assert not np.allclose(a, c, atol=1e-3)
+    assert not np.allclose(a, c, atol=1e-4)
     in_chunks = rollout.open_loop(model, variables, video[:, :4], keys, 8, chunk=3)
     np.testing.assert_allclose(np.concatenate(list(in_chunks.prediction), 1), a, atol=1e-5)
 

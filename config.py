@@ -294,8 +294,10 @@ class Config:
     def run_name(self) -> str:
         """Name the run's directory: the earlier codes' name, then what else sets this training apart from others."""
         c = self
+        deter = f"_ds{c.cell_deter_size}" if c.model == "vta" else ""
         name = (
-            f"{c.dataset}_{c.model}_decsd{c.dec_stddev}_ss{c.cell_stoch_size}_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
+            f"{c.dataset}_{c.model}_decsd{c.dec_stddev}_ss{c.cell_stoch_size}{deter}"
+            f"_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
         )
         if c.model == "cwvae":
             name = (

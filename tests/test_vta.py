@@ -303,7 +303,8 @@ def test_training_equals_the_plain_form(case, monkeypatch):
         differentiate = partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         (_, (got, new)), got_gradients = jax.jit(differentiate(partial(probe, fast)))(variables["params"], video)
         (_, (want, found)), want_gradients = differentiate(partial(probe, slow))(variables["params"], video)
-        assert len(video) < float(found["read"].sum()) < found["read"].size  # some frames are read, others copied
+        begun = float(found["read"].sum())  # frames are copied, and in the first case read, beyond those that are given
+        assert len(video) + (step == 0) <= begun < found["read"].size
         assert_equal(got, want)
         assert_equal(got_gradients, want_gradients)
         assert float(new["schedule"]["temperature"]) == pytest.approx(0.9 * 0.999 ** (step / 100) + 0.1)
@@ -543,19 +544,3 @@ def test_the_same_on_one_device_and_on_two_with_padding():
     assert_equal(first, want)
     for device in range(2):
         assert_equal(jax.tree.map(lambda x, device=device: x[device], found[1]), averages)
-
-
-def test_a_short_training_shows_digits(tmp_path):
-    """The loss falls, and what is decoded is bright where the digit is, if blurred yet."""
-    keys = dict(cell_deter_size=32, cell_stoch_size=8, filters=16, batch_size=4, lr=3e-3, dec_stddev=0.3)
-    c = Config(**TINY | keys | dict(max_steps=120, save_scalars_every=30, logdir=str(tmp_path)))
-    state = train.train(c)
-    lines = [json.loads(line) for line in (runs.directory(c) / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["validation/loss"] for line in lines]
-    assert losses[-1] < losses[0] - 100, losses
-    model, video = make_model(c), np.stack([data.windows(c, "test")[i] for i in range(4)])[:, :8]
-    keys = jax.random.split(jax.random.key(0), 4)
-    params = jax.device_get(state.params)
-    (frames,) = rollout.reconstruct(model, params, video, keys)
-    correlation = np.corrcoef(np.asarray(frames)[:, 2:6].ravel(), video[:, 2:6].ravel())[0, 1]
-    assert correlation > 0.3, correlation

@@ -294,18 +294,16 @@ class Config:
     def run_name(self) -> str:
         """Name the run's directory: the earlier codes' name, then what else sets this training apart from others."""
         c = self
-        deter = f"_ds{c.cell_deter_size}" if c.model == "vta" else ""
-        name = (
-            f"{c.dataset}_{c.model}_decsd{c.dec_stddev}_ss{c.cell_stoch_size}{deter}"
-            f"_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
-        )
         if c.model == "cwvae":
-            name = (
-                f"{c.dataset}_cwvae_{c.cell_type.lower()}_{c.levels}l_f{c.tmp_abs_factor}_decsd{c.dec_stddev}"
+            model = (
+                f"cwvae_{c.cell_type.lower()}_{c.levels}l_f{c.tmp_abs_factor}_decsd{c.dec_stddev}"
                 f"_enchl{c.enc_dense_layers}_ences{c.enc_dense_embed_size}_edchnlmult{c.channels_mult}"
                 f"_ss{c.cell_stoch_size}_ds{c.cell_deter_size}_es{c.cell_embed_size}"
-                f"_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
             )
+        else:
+            deter = f"_ds{c.cell_deter_size}" if c.model == "vta" else ""
+            model = f"{c.model}_decsd{c.dec_stddev}_ss{c.cell_stoch_size}{deter}"
+        name = f"{c.dataset}_{model}_seq{c.seq_len}_lr{c.lr}_bs{c.batch_size}"
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.metadata["named"] and value != field.default:

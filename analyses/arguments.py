@@ -21,6 +21,24 @@ class TrainedModel(NamedTuple):
     checkpoint: runs.Checkpoint
 
 
+def parse_directories(
+    arguments: Sequence[str], program: str, description: str, keys: bool = True, **special: str
+) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """Read the directories that a command line begins with, then its flags.
+
+    Returns:
+        The directories, and what `config.parse_flags` returns.
+
+    Raises:
+        ConfigError: no directory is named; or as `config.parse_flags`.
+    """
+    directories = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    given, values = configuration.parse_flags(arguments[len(directories) :], program, description, keys, **special)
+    if not directories:
+        raise ConfigError(f"command line: no directory is named; call {program}")
+    return directories, given, values
+
+
 def parse_named(
     arguments: Sequence[str], program: str, description: str, keys: bool = True, **special: str
 ) -> tuple[list[tuple[str, Path]], dict[str, str], dict[str, str]]:
@@ -30,13 +48,9 @@ def parse_named(
         The directories by name, and what `config.parse_flags` returns, with `--out` among the special flags.
 
     Raises:
-        ConfigError: no directory is named; or as `config.parse_flags`.
+        ConfigError: as `parse_directories`.
     """
-    directories = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    flags = arguments[len(directories) :]
-    given, values = configuration.parse_flags(flags, program, description, keys, out=OUT, **special)
-    if not directories:
-        raise ConfigError(f"command line: no directory is named; call {program}")
+    directories, given, values = parse_directories(arguments, program, description, keys, out=OUT, **special)
     named = []
     for directory in directories:
         name, equals, path = directory.partition("=")

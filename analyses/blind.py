@@ -32,9 +32,7 @@ def blind(arguments: Sequence[str]) -> None:
         raise ConfigError(f"model: blind is about the levels of cwvae, got a run of {run.config.model}")
     number, blind_context = whole(given, "example", 0, at_least=0), whole(given, "blind_ctx", 8)
     worker = Worker(run)
-    if number >= len(worker.test):
-        raise ConfigError(f"example: there are {len(worker.test)} test sequences; name one from 0, got {number}")
-    video = worker.test[number]
+    video = worker.sequence(number)
     if blind_context >= len(video):
         raise ConfigError(f"blind_ctx: must be less than the sequence's {len(video)} frames, got {blind_context}")
     directory = directory_for("blind", models, given)

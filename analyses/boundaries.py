@@ -21,9 +21,7 @@ def boundaries(arguments: Sequence[str]) -> None:
         raise ConfigError(f"model: boundaries is about those of vta, got a run of {run.config.model}")
     number = whole(given, "example", 0, at_least=0)
     worker = Worker(run)
-    if number >= len(worker.test):
-        raise ConfigError(f"example: there are {len(worker.test)} test sequences; name one from 0, got {number}")
-    video, context = worker.test[number], run.config.open_loop_ctx
+    video, context = worker.sequence(number), run.config.open_loop_ctx
     directory = directory_for("boundaries", models, given)
     rows, probabilities = {"truth": video}, {}
     for name, seen in ("posterior", len(video)), ("prediction", context):

@@ -1,12 +1,12 @@
 """LPIPS and FVD of predictions that are already on disk."""
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import config as configuration
 import perceptual as measures
+from analyses.arguments import parse_directories
 from analyses.compare import find_results, read_json
 from config import Config, ConfigError
 from report.output import FORMAT, formats, lock, writing
@@ -29,19 +29,15 @@ def perceptual(arguments: Sequence[str]) -> None:
 
     Into their directories: metrics.json, metrics.csv, examples.csv, index.html, lpips_perceptual.png.
     """
-    directories = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    program = "analysis.py perceptual RUN ... --lpips FILE --fvd FILE"
-    given, _ = configuration.parse_flags(
-        arguments[len(directories) :],
-        program,
+    directories, given, _ = parse_directories(
+        arguments,
+        "analysis.py perceptual RUN ... --lpips FILE --fvd FILE",
         "LPIPS and FVD of finished evaluations, from their saved frames. RUN may be one of its evaluations.",
         keys=False,
         lpips=measures.LPIPS_HELP,
         fvd=measures.FVD_HELP,
         format=FORMAT,
     )
-    if not directories:
-        raise ConfigError(f"command line: no directory is named; call {program}")
     lpips, fvd = (Path(given[key]) if key in given else None for key in ("lpips", "fvd"))
     if lpips is None and fvd is None:
         raise ConfigError("command line: name the file of a network with --lpips or --fvd, or one of each")

@@ -11,6 +11,7 @@ import rollout
 import runs
 import tools
 from analyses.arguments import TrainedModel
+from config import ConfigError
 from models import make_model
 from noise import example_keys
 from system.devices import Devices
@@ -27,6 +28,12 @@ class Worker:
         self.devices = Devices()
         self.params = runs.load_params(self.model, run.checkpoint)
         self.count = min(run.config.num_examples, len(self.test))
+
+    def sequence(self, number: int) -> np.ndarray:
+        """Return a test sequence's frames, uint8 [T, H, W, C]; raise ConfigError if there is none of that number."""
+        if number >= len(self.test):
+            raise ConfigError(f"example: there are {len(self.test)} test sequences; name one from 0, got {number}")
+        return self.test[number]
 
     def batches(self) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield the first sequence's number, how many there are, and their frames uint8 [rows, T, H, W, C]; the rows

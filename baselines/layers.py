@@ -6,9 +6,29 @@ from flax import linen as nn
 from jax import Array
 
 from cwvae import Training
+from fast.convolutions import LAYOUT, conv, conv_transpose
 
 MOMENTUM, EPSILON = 0.1, 1e-5
 """Of PyTorch, as the public codes leave them: a step's statistics are a tenth of the running averages."""
+
+
+def convolve(kind: str, x: Array, kernel: Array) -> Array:
+    """Convolve frames [B, T, H, W, C] with a kernel [size, size, C, O] -> [B, T, H', W', O].
+
+    kind: "down" and "up" have a kernel of 4 and stride 2: they halve and double H and W. "same" has a kernel of 3.
+    "to_one" makes one pixel of 4x4, "from_one" the reverse.
+    """
+    B, T, *shape = x.shape
+    x = x.reshape(B * T, *shape)
+    if kind == "down":
+        x = conv(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel)
+    elif kind == "up":
+        x = conv_transpose(x, kernel)[:, 1:-1, 1:-1]
+    elif kind == "same":
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+    else:
+        x = {"to_one": conv, "from_one": conv_transpose}[kind](x, kernel)
+    return x.reshape(B, T, *x.shape[1:])
 
 
 class BatchNorm(nn.Module):

@@ -35,10 +35,9 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from baselines.layers import BatchNorm
+from baselines.layers import BatchNorm, convolve
 from config import Config
 from cwvae import Gaussian, Terms, Training, entropy, floats, kl_divergence, negative_log_likelihood
-from fast.convolutions import LAYOUT, conv, conv_transpose
 from fast.layers import Dense, linear
 from noise import cut
 
@@ -127,8 +126,7 @@ STAGES = (1, 2, 4, 8)
 class Block(nn.Module):
     """A convolution, batch normalisation, and leaky ReLU or another function.
 
-    kind: "down" and "up" have a kernel of 4 and stride 2: they halve and double H and W. "same" has a kernel of 3.
-    "to_one" makes one pixel of 4x4, "from_one" the reverse.
+    kind: as of `convolve`.
     """
 
     inputs: int
@@ -147,7 +145,7 @@ class Block(nn.Module):
 
     def __call__(self, x: Array, training: Training | None, skip: Array | None = None) -> Array:
         """[B, T, H, W, inputs - skipped], what `of_skip` returned [B, T or 1, ...] -> [B, T, H', W', outputs]"""
-        x = self.convolve(x, self.kernel[:, :, : self.inputs - self.skipped]) + self.bias
+        x = convolve(self.kind, x, self.kernel[:, :, : self.inputs - self.skipped]) + self.bias
         x = x if skip is None else x + skip
         return self.activation(x if self.normalise is None else self.normalise(x, training))
 
@@ -156,20 +154,7 @@ class Block(nn.Module):
 
         [B, T, H, W, skipped] -> [B, T, H', W', outputs]
         """
-        return self.convolve(x, self.kernel[:, :, self.inputs - self.skipped :])
-
-    def convolve(self, x: Array, kernel: Array) -> Array:
-        B, T, *shape = x.shape
-        x = x.reshape(B * T, *shape)
-        if self.kind == "down":
-            x = conv(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel)
-        elif self.kind == "up":
-            x = conv_transpose(x, kernel)[:, 1:-1, 1:-1]
-        elif self.kind == "same":
-            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
-        else:
-            x = {"to_one": conv, "from_one": conv_transpose}[self.kind](x, kernel)
-        return x.reshape(B, T, *x.shape[1:])
+        return convolve(self.kind, x, self.kernel[:, :, self.inputs - self.skipped :])
 
 
 class DCGANEncoder(nn.Module):

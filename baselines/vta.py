@@ -47,7 +47,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from baselines.layers import BatchNorm
+from baselines.layers import BatchNorm, convolve
 from config import Config
 from cwvae import (
     GRU,
@@ -61,7 +61,6 @@ from cwvae import (
     kl_divergence,
     negative_log_likelihood,
 )
-from fast.convolutions import conv, conv_transpose
 from fast.layers import Dense, lecun_normal
 from fast.scan import unroll
 from noise import cut
@@ -83,15 +82,10 @@ class FrameConvolution(nn.Module):
     @nn.compact
     def __call__(self, x: Array, training: Training | None) -> Array:
         """[B, T, H, W, inputs] -> [B, T, H / 2, W / 2, outputs], or transposed [B, T, 2 H, 2 W, outputs]; 4 <-> 1."""
-        B, T, H, *_ = x.shape
+        H = x.shape[2]
         kernel = self.param("kernel", lecun_normal, (4, 4, self.inputs, self.outputs))
-        x = x.reshape(B * T, *x.shape[2:])
-        if self.transposed:
-            x = conv_transpose(x, kernel)
-            x = x if H == 1 else x[:, 1:-1, 1:-1]
-        else:
-            x = conv(x if H == 4 else jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel)
-        x = x.reshape(B, T, *x.shape[1:])
+        kind = ("from_one" if H == 1 else "up") if self.transposed else ("to_one" if H == 4 else "down")
+        x = convolve(kind, x, kernel)
         if self.last:
             return jnp.tanh(x + self.param("bias", nn.initializers.zeros, (self.outputs,)))
         return nn.elu(BatchNorm(self.outputs, scale_stddev=0.0, name="norm")(x, training))

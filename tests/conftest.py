@@ -50,6 +50,12 @@ TINY = dict(
 )
 
 
+def tiny_keys(model: str) -> dict:
+    """Those keys of TINY that a model reads."""
+    read_by = {field.name: field.metadata["models"] or [model] for field in dataclasses.fields(Config)}
+    return {key: value for key, value in TINY.items() if model in read_by[key]}
+
+
 COMPILED = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")}
 """Part of the environment of programs: they share what they compile."""
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import tiny_keys
 
 import data
 import eval
@@ -19,24 +20,17 @@ from cwvae import Training
 from models import make_model
 from system.devices import Devices
 
-TINY = dict(
+TINY = tiny_keys("svg") | dict(
     model="svg",
-    dataset="digits",
     num_digits=1,
     svg_features=3,
     svg_rnn_size=4,
     cell_stoch_size=2,
-    filters=1,
     dec_stddev=0.45,
     seq_len=5,
     eval_seq_len=7,
     open_loop_ctx=2,
-    batch_size=2,
     num_examples=2,
-    max_steps=4,
-    seed=0,
-    save_gifs=False,
-    wandb="disabled",
 )
 
 

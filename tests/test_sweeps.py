@@ -1,6 +1,5 @@
 """The shipped wandb sweeps: accepted by wandb's own check, valid at each point, and run as wandb's agent runs them."""
 
-import dataclasses
 import itertools
 import os
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import COMPILED, ROOT, TINY
+from conftest import COMPILED, ROOT, tiny_keys
 
 import config as configuration
 from config import Config
@@ -76,9 +75,9 @@ def test_it_runs_as_an_agent_starts_it(name, tmp_path):
     sweep = read(name)
     point = points(sweep)[-1]
     model = configuration.read_yaml(ROOT / sweep["command"][-1]).get("model", "cwvae")
-    read_by = {f.name: f.metadata["models"] or [model] for f in dataclasses.fields(Config)}
-    small = {key: value for key, value in TINY.items() if model in read_by[key]}
-    small |= dict(max_steps=1, batch_size=1, wandb="offline", seq_len=4, logdir=str(tmp_path / "logs"))
+    small = tiny_keys(model) | dict(
+        max_steps=1, batch_size=1, wandb="offline", seq_len=4, logdir=str(tmp_path / "logs")
+    )
     if "open_loop_ctx" in point:
         small |= dict(eval_seq_len=point["open_loop_ctx"] + 4)
     small = {key: value for key, value in small.items() if key not in ("levels", "tmp_abs_factor", "open_loop_ctx")}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny_keys
 from PIL import Image
 
 import analysis
@@ -27,25 +27,8 @@ from config import Config, ConfigError
 from cwvae import Training
 from models import make_model
 
-TINY = dict(
-    model="vta",
-    dataset="digits",
-    num_digits=1,
-    cell_stoch_size=3,
-    cell_deter_size=5,
-    filters=4,
-    vta_init_size=2,
-    seq_len=8,
-    eval_seq_len=12,
-    open_loop_ctx=4,
-    batch_size=2,
-    num_examples=2,
-    lr=1e-3,
-    clip_grad_norm_by=10,
-    max_steps=4,
-    seed=0,
-    save_gifs=False,
-    wandb="disabled",
+TINY = tiny_keys("vta") | dict(
+    model="vta", num_digits=1, filters=4, vta_init_size=2, num_examples=2, clip_grad_norm_by=10
 )
 
 

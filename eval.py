@@ -153,12 +153,10 @@ def references(
         place: puts frames on the devices.
     """
     context = model.config.open_loop_ctx
-    B, T = video.shape[:2]
-    last = place(video[:, context - 1 : context])
+    future, last = video[:, context:], place(video[:, context - 1 : context])
     if pool is not None:
-        numbers = np.zeros((B, T), int)
-        for row in range(B):
-            numbers[row, context:] = np.random.default_rng([1, first + row]).integers(len(pool), size=T - context)
+        randoms = (np.random.default_rng([1, first + row]) for row in range(len(future)))
+        numbers = np.stack([random.integers(len(pool), size=future.shape[1]) for random in randoms])
 
     def chunks() -> Iterator[dict[str, Array]]:
         start = 0
@@ -168,7 +166,7 @@ def references(
             yield {"posterior": chunk, "copy": last} | random
             start = stop
 
-    return jax.tree.map(lambda values: values[:, context:], measure(video, chunks(), place))
+    return measure(future, chunks(), place)
 
 
 def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:

@@ -82,8 +82,8 @@ def observe(
 
 
 def reconstruct(model: CWVAE, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
-    """Yield the frames of a video after its context, as decoded from a posterior that sees them, in chunks of time:
-    the same as of `predict`, with the same noise."""
+    """Yield the frames of a video after its context, which `predict` predicts, in chunks of time, as decoded from a
+    posterior that sees them all. The noise of the context is that of `predict`."""
     rollouts = observe(model, params, video, keys, context=model.config.open_loop_ctx, place=place)
     next(rollouts)  # the context
     for after in rollouts:

@@ -62,13 +62,15 @@ def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7
 
     # A single channel as the last axis would be slow. Variances don't change when a constant is subtracted, but their
     # rounding errors shrink.
-    a, b = (jnp.moveaxis(x, -1, -3) - 0.5 for x in (a, b))
+    a, b = (jnp.moveaxis(x, -1, -3) for x in (a, b))
+    center = a.mean((-2, -1), keepdims=True)
+    a, b = a - center, b - center
     mean_a, mean_b = window_mean(a), window_mean(b)
     sample = pixels / (pixels - 1)
     var_a = sample * (window_mean(a**2) - mean_a**2)
     var_b = sample * (window_mean(b**2) - mean_b**2)
     covariance = sample * (window_mean(a * b) - mean_a * mean_b)
-    mean_a, mean_b = mean_a + 0.5, mean_b + 0.5
+    mean_a, mean_b = mean_a + center, mean_b + center
     similarity = (
         (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     )

@@ -20,6 +20,7 @@ import rollout
 import runs
 import tools
 from config import Config, ConfigError
+from fast.backend import on_cpu
 from models import Model, make_model
 from noise import example_keys
 from report.output import FORMAT, Formats, formats, open_directory, writing
@@ -85,11 +86,24 @@ class Prediction(NamedTuple):
 
 @jax.jit
 def frame_metrics(truth: Array, predictions: dict[str, Array]) -> dict[str, dict[str, dict[str, Array]]]:
-    """Return the metrics of named predictions in all protocols, which share most of the work."""
-    return {
-        name: {protocol: tools.frame_metrics(truth, frames, protocol) for protocol in tools.PROTOCOLS}
-        for name, frames in predictions.items()
-    }
+    """Return the metrics of named predictions in all protocols, which share most of the work.
+
+    On a CPU, one time after the other: so little at once stays in its cache.
+    """
+    T = truth.shape[1]
+
+    def at(time: Array) -> dict[str, dict[str, dict[str, Array]]]:
+        now = truth[:, time]
+        return {
+            name: {
+                protocol: tools.frame_metrics(now, frames[:, jnp.minimum(time, frames.shape[1] - 1)], protocol)
+                for protocol in tools.PROTOCOLS
+            }
+            for name, frames in predictions.items()
+        }
+
+    metrics = jax.lax.map(at, jnp.arange(T), batch_size=1 if on_cpu() else T)
+    return jax.tree.map(lambda values: values.swapaxes(0, 1), metrics)
 
 
 def measure(
@@ -145,12 +159,10 @@ def references(
         place: puts frames on the devices.
     """
     context = model.config.open_loop_ctx
-    B, T = video.shape[:2]
-    last = place(video[:, context - 1 : context])
+    future, last = video[:, context:], place(video[:, context - 1 : context])
     if pool is not None:
-        numbers = np.zeros((B, T), int)
-        for row in range(B):
-            numbers[row, context:] = np.random.default_rng([1, first + row]).integers(len(pool), size=T - context)
+        randoms = (np.random.default_rng([1, first + row]) for row in range(len(future)))
+        numbers = np.stack([random.integers(len(pool), size=future.shape[1]) for random in randoms])
 
     def chunks() -> Iterator[dict[str, Array]]:
         start = 0
@@ -160,7 +172,7 @@ def references(
             yield {"posterior": chunk, "copy": last} | random
             start = stop
 
-    return jax.tree.map(lambda values: values[:, context:], measure(video, chunks(), place))
+    return measure(future, chunks(), place)
 
 
 def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:
@@ -241,11 +253,15 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
     model = make_model(c)
     test = data.windows(c, "test")
     params = runs.load_params(model, checkpoint)
+    if (frames := len(test[0]) - c.open_loop_ctx) < 1:
+        raise ConfigError(
+            f"open_loop_ctx: must be less than the {len(test[0])} frames of a test video, got {c.open_loop_ctx}; lower it"
+        )
     count = min(c.num_examples, len(test))
     if count < c.num_examples:
         devices.say(f"num_examples: the test set has {count} sequences; evaluating these")
     results: dict[str, Any] = {}
-    networks = perceptual.load(output.lpips, output.fvd, c.eval_seq_len - c.open_loop_ctx, count)
+    networks = perceptual.load(output.lpips, output.fvd, frames, count)
     network = networks.lpips.sha256 if networks.lpips else ""
     with contextlib.ExitStack() as held:
         opened = devices.first_decides(lambda: str(open_directory(held, c, checkpoint, output.directory, network)))

@@ -5,6 +5,7 @@ and results don't depend on how the work is divided.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -90,18 +91,20 @@ def part(config: Config, inputs: Sequence[Inputs], start: int, stop: int) -> tup
     """Cut out the ticks from frame `start` (a multiple of k**(L-1)) to frame `stop`; zeros behind an array's end."""
     parts = []
     for level, (noise, keep, actions) in enumerate(inputs):
-        first, last = start // config.tmp_abs_factor**level, -(-stop // config.tmp_abs_factor**level)
+        first = start // config.tmp_abs_factor**level
+        count = -(-stop // config.tmp_abs_factor**level) - first
         parts.append(
             Inputs(
-                cut(noise, first, last, 1),
-                None if keep is None else cut(keep, first, last, 0),
-                None if actions is None else cut(actions, first, last, 1),
+                cut(noise, first, count, 1),
+                None if keep is None else cut(keep, first, count, 0),
+                None if actions is None else cut(actions, first, count, 1),
             )
         )
     return tuple(parts)
 
 
-def cut(x: Array, first: int, last: int, axis: int) -> Array:
-    """Return x[first:last] along an axis, with zeros where x has ended."""
-    x = jax.lax.slice_in_dim(x, min(first, x.shape[axis]), min(last, x.shape[axis]), axis=axis)
-    return jnp.pad(x, [(0, last - first - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
+@partial(jax.jit, static_argnames=("count", "axis"))
+def cut(x: Array, first: int, count: int, axis: int) -> Array:
+    """Return x[first : first + count] along an axis, with zeros where x has ended. Compiled once for all `first`."""
+    padded = jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
+    return jax.lax.dynamic_slice_in_dim(padded, first, count, axis)

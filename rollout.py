@@ -24,10 +24,12 @@ def chunk_size(config: Config) -> int:
     return -(-config.seq_len // config.block) * config.block
 
 
-def chunks(config: Config, frames: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the first frame of each chunk and the one after its last."""
+def chunks(config: Config, frames: int, chunk: int | None, context: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the first frame of each chunk and the one after its last; a context is a chunk by itself."""
     chunk = chunk or chunk_size(config)
-    for start in range(0, frames, chunk):
+    if context:
+        yield 0, context
+    for start in range(context, frames, chunk):
         yield start, min(start + chunk, frames)
 
 
@@ -53,16 +55,19 @@ def observe(
     keys: Array,
     use_obs: str | None = None,
     chunk: int | None = None,
+    context: int = 0,
     place: Place = jnp.asarray,
 ) -> Iterator[tuple[LevelRollout, ...]]:
     """Infer the states behind all frames of a video; arguments as in `open_loop`, which draws the same noise.
+
+    So many frames as `context` says are a chunk by themselves.
 
     Yields:
         Each level's rollout over the ticks of a chunk.
     """
     c, T = model.config, video.shape[1]
     inputs, state = model.draw(keys, T), None
-    for start, stop in chunks(c, T, chunk):
+    for start, stop in chunks(c, T, chunk, context):
         rollouts, state = apply(
             model,
             "observe",
@@ -76,9 +81,12 @@ def observe(
 
 
 def reconstruct(model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
-    """Yield all frames of a video, in chunks of time, as decoded from a posterior that sees them."""
-    for rollouts in observe(model, params, video, keys, place=place):
-        yield apply(model, "decode", params, rollouts)
+    """Yield the frames of a video after its context, which `predict` predicts, in chunks of time, as decoded from a
+    posterior that sees them all. The noise of the context is that of `predict`."""
+    rollouts = observe(model, params, video, keys, context=model.config.open_loop_ctx, place=place)
+    next(rollouts)  # the context
+    for after in rollouts:
+        yield apply(model, "decode", params, after)
 
 
 class OpenLoop(NamedTuple):
@@ -113,25 +121,32 @@ def open_loop(
     Raises:
         ValueError: the context isn't a multiple of k**(L-1) frames.
     """
-    c, T = model.config, context.shape[1]
-    size = chunk or chunk_size(c)
+    T = context.shape[1]
     inputs = model.draw(keys, T + frames, context=T)
     reconstruction, state = filter_context(model, params, place(context), model.part(inputs, 0, T), use_obs)
+    return OpenLoop(reconstruction, imagine(model, params, inputs, state, T, frames, chunk))
 
-    def prediction(state: Any) -> Iterator[Array]:
-        for start in range(0, frames, size):  # all of one size: compiled once
-            future = model.part(inputs, T + start, T + start + size)
-            predicted, state = imagine_frames(model, params, future, state)
-            yield predicted[:, : frames - start]
 
-    return OpenLoop(reconstruction, prediction(state))
+def imagine(
+    model: Model, params: Any, inputs: Any, state: Any, start: int, frames: int, chunk: int | None
+) -> Iterator[Array]:
+    """Yield so many frames from frame `start` on, in chunks of time that are all of one size: compiled once."""
+    size = chunk or chunk_size(model.config)
+    for first in range(start, start + frames, size):
+        predicted, state = imagine_frames(model, params, model.part(inputs, first, first + size), state)
+        yield predicted[:, : start + frames - first]
 
 
 def predict(model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
-    """Yield one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), in chunks of time."""
-    c = model.config
-    context, frames = video[:, : c.open_loop_ctx], video.shape[1] - c.open_loop_ctx
-    return open_loop(model, params, context, keys, frames, c.use_obs, place=place).prediction
+    """Yield one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), in chunks of time.
+
+    As `open_loop` predicts them, but nothing of the context is decoded.
+    """
+    c, T = model.config, model.config.open_loop_ctx
+    inputs = model.draw(keys, video.shape[1], context=T)
+    seen, context = place(video[:, :T]), model.part(inputs, 0, T)
+    _, state = apply(model, "observe", params, seen, context, state=None, use_obs=c.use_obs)
+    return imagine(model, params, inputs, state, T, video.shape[1] - T, None)
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="use_obs")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -54,24 +55,26 @@ def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7
     pixels = window**2
 
     def window_mean(x: Array) -> Array:
-        """Over each window that lies within the frame: a matmul with a band matrix along each axis."""
-        rows, columns = (
-            (jnp.tri(size - window + 1, size, window - 1) - jnp.tri(size - window + 1, size, -1)) / window
-            for size in x.shape[-3:-1]
-        )
-        return jnp.einsum("ph,...hwc,qw->...pqc", rows, x, columns, precision="highest")
+        """Over each window that lies within the frame, [..., H, W] -> [..., H - window + 1, W - window + 1]."""
+        for sizes in (1, window), (window, 1):
+            x = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1,) * (x.ndim - 2) + sizes, (1,) * x.ndim, "valid")
+        return x / pixels
 
-    # Variances don't change when a constant is subtracted, but their rounding errors shrink.
-    mean_a, mean_b = window_mean(a - 0.5), window_mean(b - 0.5)
+    # A single channel as the last axis would be slow. Variances don't change when a constant is subtracted, but their
+    # rounding errors shrink.
+    a, b = (jnp.moveaxis(x, -1, -3) for x in (a, b))
+    center = a.mean((-2, -1), keepdims=True)
+    a, b = a - center, b - center
+    mean_a, mean_b = window_mean(a), window_mean(b)
     sample = pixels / (pixels - 1)
-    var_a = sample * (window_mean((a - 0.5) ** 2) - mean_a**2)
-    var_b = sample * (window_mean((b - 0.5) ** 2) - mean_b**2)
-    covariance = sample * (window_mean((a - 0.5) * (b - 0.5)) - mean_a * mean_b)
-    mean_a, mean_b = mean_a + 0.5, mean_b + 0.5
+    var_a = sample * (window_mean(a**2) - mean_a**2)
+    var_b = sample * (window_mean(b**2) - mean_b**2)
+    covariance = sample * (window_mean(a * b) - mean_a * mean_b)
+    mean_a, mean_b = mean_a + center, mean_b + center
     similarity = (
         (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     )
-    return similarity.mean((-3, -2))
+    return similarity.mean((-2, -1))
 
 
 def to_uint8(video: Array) -> Array:

@@ -60,7 +60,7 @@ class Worker:
         """Return the same frames as the posterior, which sees them, reconstructs them: the bound of predictions."""
         keys = self.keys(first, len(video))
         chunks = rollout.reconstruct(self.model, self.params, video, keys, self.devices.put)
-        return joined(chunks)[:, self.config.open_loop_ctx :]
+        return joined(chunks)
 
 
 def joined(chunks: Iterable[Array]) -> np.ndarray:

@@ -301,7 +301,7 @@ class SVG(nn.Module):
 
     def part(self, inputs: Array, start: int, stop: int) -> Array:
         """Return the noise of frames `start` to `stop`; zeros behind its end."""
-        return cut(inputs, start, stop, 1)
+        return cut(inputs, start, stop - start, 1)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Return Adam with PyTorch's defaults."""

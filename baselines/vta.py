@@ -379,7 +379,7 @@ class VTA(nn.Module):
 
     def part(self, inputs: Inputs, start: int, stop: int) -> Inputs:
         """Return the noise of frames `start` to `stop`; zeros behind its end."""
-        return Inputs(*(cut(x, start, stop, 1) for x in inputs))
+        return Inputs(*(cut(x, start, stop - start, 1) for x in inputs))
 
     def optimizer(self) -> optax.GradientTransformation:
         """Return AMSGrad with PyTorch's defaults."""

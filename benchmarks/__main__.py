@@ -33,8 +33,8 @@ from jax.experimental import topologies
 import config as configuration
 import cwvae
 import data
+import eval as evaluation
 import rollout
-import tools
 import train
 from benchmarks import textbook
 from config import FRAME_SIZE, Config, ConfigError
@@ -326,8 +326,11 @@ def bench_metrics(config: Config) -> list[Row]:
                 structural_similarity(a, b, data_range=data_range, channel_axis=-1)
                 peak_signal_noise_ratio(a, b, data_range=data_range)
 
-    on_device = jax.jit(lambda a, b: [tools.frame_metrics(a, b, protocol) for protocol in tools.PROTOCOLS])
-    times = in_turn({"scikit-image": host, "frame_metrics": lambda: on_device(truth, prediction)}, 3)
+    both = {
+        "scikit-image": host,
+        "frame_metrics": lambda: evaluation.frame_metrics(truth, {"prediction": prediction}),
+    }
+    times = in_turn(both, 3)
     return compared(times, frames_per_s=math.prod(shape[:2]))
 
 

@@ -250,12 +250,14 @@ def test_places_of_a_digit(run, monkeypatch, capsys):
     monkeypatch.setattr(digits, "train_digit_reader", lambda train: lambda frames: np.zeros((len(frames), 10)))
     monkeypatch.setattr(digits, "clean_accuracy", lambda read, test: (0.98, 10))
     monkeypatch.setattr(Worker, "predictions", predictions)
+    monkeypatch.setattr(Worker, "reconstructions", lambda self, video, first: video[:, 4:])
     directory = call("digits", run, "--num_digits=1", "--num_samples=2")
     results = json.loads((directory / "place.json").read_text())
     own, chance, copy = "digits", results["chance"], "last context frame"
     lines = results["lines"]
     assert list(lines["share"]) == list(lines["distance"]) == [own, f"{own}, posterior reconstruction", copy]
     assert lines["share"][own]["curve"]["value"] == [1] * 5 + [0.5] * 2 + [0]
+    assert lines["share"][f"{own}, posterior reconstruction"]["average"]["value"] == 1
     want = [0] * 5 + [chance["distance"] / 2] * 2 + [chance["distance"]]
     np.testing.assert_allclose(lines["distance"][own]["curve"]["value"], want, rtol=1e-4)
     assert results["over_half_until"][own] == 5 and results["empty"][own] == 4 / 16

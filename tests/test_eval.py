@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, full_disk
@@ -41,6 +42,21 @@ def evaluate(run, *flags):
     results = evaluation.evaluate(*evaluation.parse(["--logdir", str(run), *flags]))
     (directory,) = set(run.glob("eval_*")) - before
     return directory, results
+
+
+@pytest.mark.parametrize("backend, rows", [("cpu", 1), ("gpu", 2)])
+def test_metrics_of_several_predictions(monkeypatch, backend, rows):
+    """Each form, for CPUs and for accelerators, gives what each frame gives by itself; one frame stands for all."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 256, (rows, 3, 8, 8, 1), dtype=np.uint8)
+    predictions = {"float": random.normal(size=truth.shape).astype(np.float32), "still": 255 - truth[:, 1:2]}
+    got = evaluation.frame_metrics(truth, predictions)
+    for name, protocol in itertools.product(predictions, tools.PROTOCOLS):
+        want = tools.frame_metrics(truth, np.broadcast_to(predictions[name], truth.shape), protocol)
+        for metric in "ssim", "psnr":
+            assert got[name][protocol][metric].shape == (rows, 3)
+            np.testing.assert_allclose(got[name][protocol][metric], want[metric], rtol=1e-5, atol=1e-6)
 
 
 def test_files_and_their_contents(run, capsys):

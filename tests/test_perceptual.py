@@ -187,6 +187,14 @@ def test_too_short_or_too_few(run, networks):
     assert not list(run.glob("eval_*"))
 
 
+@pytest.mark.parametrize("length, message", [(19, "got 15 of 3"), (4, "open_loop_ctx: must be less than the 4 frames")])
+def test_frames_are_counted_where_whole_videos_are_taken(run, networks, monkeypatch, length, message):
+    monkeypatch.setattr(evaluation.data, "windows", lambda config, split: np.zeros((3, length, 64, 64, 1), np.uint8))
+    with pytest.raises(ConfigError, match=message):
+        evaluate(run, *networks, "--eval_seq_len=0", "--open_loop_ctx=4")
+    assert not list(run.glob("eval_*"))
+
+
 def test_what_the_command_refuses(tmp_path, networks):
     directory, whole = write_evaluation(tmp_path / "a", 0), write_evaluation(tmp_path / "b", 0)
     for number in 0, 2, 3:

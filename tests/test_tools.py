@@ -49,6 +49,18 @@ def test_metrics_equal_scikit_image(kind, channels):
             )
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+def test_rounding_in_empty_backgrounds_is_small(inverted):
+    """Where nothing varies, SSIM is a quotient of small differences: a digit on black, and on white."""
+    truth, prediction = np.random.default_rng(0).integers(0, 4, (2, 3, 64, 64, 1), dtype=np.uint8)
+    truth[:, 20:40, 20:40] = prediction[:, 21:41, 20:40] = 250
+    if inverted:
+        truth, prediction = 255 - truth, 255 - prediction
+    got = np.asarray(tools.frame_metrics(truth, prediction, "standard")["ssim"])
+    want = [structural_similarity(a, b, channel_axis=-1) for a, b in zip(truth, prediction, strict=True)]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_metrics_of_equal_frames_are_finite():
     truth, _ = frames("random", 1)
     for protocol in tools.PROTOCOLS:

@@ -253,15 +253,14 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
     model = make_model(c)
     test = data.windows(c, "test")
     params = runs.load_params(model, checkpoint)
-    if (frames := len(test[0]) - c.open_loop_ctx) < 1:
-        raise ConfigError(
-            f"open_loop_ctx: must be less than the {len(test[0])} frames of a test video, got {c.open_loop_ctx}; lower it"
-        )
+    length = len(test[0])
+    if c.open_loop_ctx >= length:
+        raise ConfigError(f"open_loop_ctx: must be less than {length}, a test video's frames, got {c.open_loop_ctx}")
     count = min(c.num_examples, len(test))
     if count < c.num_examples:
         devices.say(f"num_examples: the test set has {count} sequences; evaluating these")
     results: dict[str, Any] = {}
-    networks = perceptual.load(output.lpips, output.fvd, frames, count)
+    networks = perceptual.load(output.lpips, output.fvd, length - c.open_loop_ctx, count)
     network = networks.lpips.sha256 if networks.lpips else ""
     with contextlib.ExitStack() as held:
         opened = devices.first_decides(lambda: str(open_directory(held, c, checkpoint, output.directory, network)))

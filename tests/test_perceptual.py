@@ -187,7 +187,7 @@ def test_too_short_or_too_few(run, networks):
     assert not list(run.glob("eval_*"))
 
 
-@pytest.mark.parametrize("length, message", [(19, "got 15 of 3"), (4, "open_loop_ctx: must be less than the 4 frames")])
+@pytest.mark.parametrize("length, message", [(19, "got 15 of 3"), (4, "open_loop_ctx: must be less than 4, a test")])
 def test_frames_are_counted_where_whole_videos_are_taken(run, networks, monkeypatch, length, message):
     monkeypatch.setattr(evaluation.data, "windows", lambda config, split: np.zeros((3, length, 64, 64, 1), np.uint8))
     with pytest.raises(ConfigError, match=message):

@@ -275,18 +275,21 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, output: Array) -> Array:
         """[B, T, S + D] -> [B, T, H, W, C]; not clipped: tanh, hence within [-1, 1]."""
+        c = self.config
         B, T, F = output.shape
-        x = output.astype(multiply_in(self.config) or output.dtype).reshape(B * T, F)
-        x = frame_by_frame(Decoder._frames, self, x, self.config.filters * self.config.channels_mult)
+        base, channels = c.filters * c.channels_mult, 1024 * c.channels_mult
+        x = output.astype(multiply_in(c) or output.dtype).reshape(B * T, F)
+        # The first two layers have most of the weights: all frames go through them at once.
+        x = Dense(F, channels, name="dense")(x).reshape(-1, 1, 1, channels)
+        x = nn.leaky_relu(Convolution(channels, 4 * base, 5, transposed=True, name="conv_0")(x), 0.2)
+        x = frame_by_frame(Decoder._frames, self, x, base)
         return x.reshape(B, T, *x.shape[1:]).astype(output.dtype)
 
     def _frames(self, x: Array) -> Array:
-        """[N, S + D] -> [N, H, W, C]"""
+        """[N, 5, 5, 4 filters] -> [N, H, W, C]"""
         c = self.config
-        base, channels = c.filters * c.channels_mult, 1024 * c.channels_mult
-        x = Dense(x.shape[-1], channels, name="dense")(x).reshape(-1, 1, 1, channels)
-        layers = (5, 4 * base), (5, 2 * base), (6, base), (6, c.channels)  # 1 -> 5 -> 13 -> 30 -> 64
-        for i, (size, outputs) in enumerate(layers):
+        base, channels = c.filters * c.channels_mult, x.shape[-1]
+        for i, (size, outputs) in enumerate(((5, 2 * base), (6, base), (6, c.channels)), 1):  # 5 -> 13 -> 30 -> 64
             x = Convolution(channels, outputs, size, transposed=True, name=f"conv_{i}")(x)
             x = nn.leaky_relu(x, 0.2) if i < 3 else jnp.tanh(x)
             channels = outputs

@@ -24,7 +24,7 @@ import train  # noqa: E402
 import train_step  # noqa: E402
 from config import Config  # noqa: E402
 
-# Compiling takes most of the time of tiny models. Programs that tests start have all optimizations, but for the sweeps'.
+# Compiling takes most of the time of tiny models. Interrupted programs have all optimizations.
 jax.config.update("jax_disable_most_optimizations", True)
 
 TINY = dict(

@@ -21,6 +21,7 @@ from system.checkpoints import Checkpoints
 
 def start(program, logdir, devices, *arguments, **environment):
     variables = os.environ | COMPILED | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    variables["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     return subprocess.Popen(
         [sys.executable, ROOT / program, f"--logdir={logdir}", *arguments],
         stdout=subprocess.PIPE,

@@ -237,7 +237,7 @@ class Config:
         choose("model", self.model, ["cwvae", "svg", "vta"])
         for field in dataclasses.fields(self):
             models, value = field.metadata["models"], getattr(self, field.name)
-            if models and self.model not in models and value != field.default:
+            if field.name not in read_by(self.model) and value != field.default:
                 raise ConfigError(
                     f"{field.name}: {self.model} doesn't read it (it is for {' and '.join(models)}), got {value!r}; "
                     "leave it out"
@@ -332,6 +332,12 @@ class Config:
 def marked(mark: str) -> set[str]:
     """Return the keys that are declared as "free", "named" or "later"."""
     return {field.name for field in dataclasses.fields(Config) if field.metadata[mark]}
+
+
+def read_by(model: str) -> set[str]:
+    """Return the keys that a model reads."""
+    fields = dataclasses.fields(Config)
+    return {field.name for field in fields if not field.metadata["models"] or model in field.metadata["models"]}
 
 
 CHANNELS = {"minerl": (3,), "mazes": (3,), "mmnist": (1,), "kth": (1,), "digits": (1,), "mnist": (1,), "videos": (1, 3)}

@@ -191,10 +191,11 @@ def load_config(run: Path, flags: Mapping[str, str]) -> Config:
         raise ConfigError(
             f"{path}: lacks {len(lost)} of the keys that were saved, {lost[0]} first; restore the file, or add them"
         )
+    c = configuration.merged(path, flags)
     for key in missing:
-        if key not in flags:
-            print(f"{path} is older than the key {key}; using its default, {getattr(Config(), key)}")
-    return configuration.merged(path, flags)
+        if key not in flags and key in configuration.read_by(c.model):
+            print(f"{path} is older than the key {key}; using its default, {getattr(c, key)}")
+    return c
 
 
 def find_checkpoint(logdir: Path) -> Checkpoint:

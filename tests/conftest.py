@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import analyses.export  # noqa: E402
 import analyses.worker  # noqa: E402
+import config as configuration  # noqa: E402
 import eval  # noqa: E402
 import models  # noqa: E402
 import runs  # noqa: E402
@@ -24,7 +25,7 @@ import train  # noqa: E402
 import train_step  # noqa: E402
 from config import Config  # noqa: E402
 
-# Compiling takes most of the time of tiny models. Interrupted programs have all optimizations.
+# Compiling takes most of the time of tiny models.
 jax.config.update("jax_disable_most_optimizations", True)
 
 TINY = dict(
@@ -52,12 +53,14 @@ TINY = dict(
 
 def tiny_keys(model: str) -> dict:
     """Those keys of TINY that a model reads."""
-    read_by = {field.name: field.metadata["models"] or [model] for field in dataclasses.fields(Config)}
-    return {key: value for key, value in TINY.items() if model in read_by[key]}
+    return {key: value for key, value in TINY.items() if key in configuration.read_by(model)}
 
 
-COMPILED = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax")}
-"""Part of the environment of programs: they share what they compile."""
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+"""Part of the environment of programs: they share what they compile, and compile soon."""
 
 
 def flags(**keys) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,30 +11,35 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import COMPILED, ROOT, flags
+from conftest import COMPILED, ROOT, TINY, flags
 
 import config as configuration
+import eval as evaluation
 import train
 import train_step
+from config import Config
 from models import make_model
 from system.checkpoints import Checkpoints
 
 
-def start(program, logdir, devices, *arguments, **environment):
-    variables = os.environ | COMPILED | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    variables["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+def start(devices, *arguments):
+    environment = os.environ | COMPILED | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen(
-        [sys.executable, ROOT / program, f"--logdir={logdir}", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=variables | environment,
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
 
 
-def training(**keys):
-    # Batches of 5: no number of devices here divides them.
-    return flags(**dict(batch_size=5, max_steps=5, save_scalars_every=1, kl_grad_post_perc=0.8, free_nats=0.5) | keys)
+# Batches of 5: no number of devices here divides them.
+TRAINING = TINY | dict(batch_size=5, save_scalars_every=1, kl_grad_post_perc=0.8, free_nats=0.5)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The log directory of a training and an evaluation on one device."""
+    logdir = tmp_path_factory.mktemp("one")
+    train.train(Config(**TRAINING | dict(logdir=str(logdir), max_steps=7)))
+    evaluation.evaluate(*evaluation.parse(["--logdir", str(logdir)]))
+    return logdir
 
 
 def finished(*processes):
@@ -88,51 +94,39 @@ def assert_same_evaluations(logdir):
 
 
 @pytest.mark.slow
-def test_the_same_on_one_and_eight_devices(tmp_path):
-    """Eight devices, then going on with one; and evaluation."""
-    finished(start("train.py", tmp_path / "one", 1, *training(max_steps=7)))
-    finished(start("train.py", tmp_path / "eight", 8, *training()))
-    finished(start("train.py", tmp_path / "eight", 1, *training(max_steps=7)))
-    assert_close(results(tmp_path / "one"), results(tmp_path / "eight"))
-    finished(start("eval.py", tmp_path / "one", 1))
-    finished(start("eval.py", tmp_path / "one", 8))
-    assert_same_evaluations(tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_the_same_in_two_processes(tmp_path):
-    """Two processes; one device, then going on with two processes; and evaluation."""
-    finished(*(start("train.py", tmp_path / "two", 2, *training(max_steps=7), *keys) for keys in cluster(2)))
-    finished(start("train.py", tmp_path / "one", 1, *training()))
-    finished(*(start("train.py", tmp_path / "one", 2, *training(max_steps=7), *keys) for keys in cluster(2)))
-    assert_close(results(tmp_path / "one"), results(tmp_path / "two"))
-    finished(start("eval.py", tmp_path / "one", 1))
-    finished(*(start("eval.py", tmp_path / "one", 2, *keys) for keys in cluster(2)))
-    assert_same_evaluations(tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_replicas_are_equal(tmp_path):
-    """After some steps on eight devices, each holds the same parameters, to the bit."""
-    program = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import jax, numpy as np, dataclasses
-from conftest import TINY
+def test_the_same_on_one_and_eight_devices(one, tmp_path):
+    """Eight devices, each of which then holds the same parameters, to the bit; going on with one; and evaluation."""
+    program = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}]
+import jax, numpy as np
 import train
 from config import Config
-state = train.train(Config(**TINY | dict(logdir={logdir!r}, batch_size=5)))
+state = train.train(Config(**{TRAINING | dict(logdir=str(tmp_path / "eight"), max_steps=5)!r}))
 assert jax.device_count() == 8
 for leaf in jax.tree.leaves(state):
     copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
     assert len(copies) == 8
     for copy in copies[1:]:
         np.testing.assert_array_equal(copies[0], copy)
-print("equal")
 """
-    program = program.format(root=str(ROOT), tests=str(ROOT / "tests"), logdir=str(tmp_path))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+    finished(start(8, "-c", program))
+    train.train(Config(**TRAINING | dict(logdir=str(tmp_path / "eight"), max_steps=7)))
+    assert_close(results(one), results(tmp_path / "eight"))
+    copy = shutil.copytree(one, tmp_path / "one")
+    finished(start(8, ROOT / "eval.py", f"--logdir={copy}"))
+    assert_same_evaluations(copy)
+
+
+@pytest.mark.slow
+def test_the_same_in_two_processes(one, tmp_path):
+    """Two processes, which go on where they have ended; and evaluation."""
+    for steps in 5, 7:
+        keys = flags(**TRAINING | dict(logdir=tmp_path / "two", max_steps=steps))
+        finished(*(start(2, ROOT / "train.py", *keys, *which) for which in cluster(2)))
+    assert_close(results(one), results(tmp_path / "two"))
+    copy = shutil.copytree(one, tmp_path / "one")
+    finished(*(start(2, ROOT / "eval.py", f"--logdir={copy}", *which) for which in cluster(2)))
+    assert_same_evaluations(copy)
 
 
 def test_some_of_the_cluster_keys_are_refused(tiny):

@@ -33,7 +33,7 @@ def start(logdir, **keys):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | COMPILED,
+        env=os.environ | COMPILED | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
     )
 
 
@@ -69,7 +69,7 @@ def newest(run):
     return max((int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()), default=0)
 
 
-FAULTS = int(os.environ.get("FAULTS", "5"))
+FAULTS = int(os.environ.get("FAULTS", "3"))
 """How many to try; the short form is for every day."""
 
 

@@ -195,7 +195,7 @@ def test_learns(tmp_path):
     """A model of a few thousand parameters soon explains frames far better than the mean frame does."""
     c = configuration.load(ROOT / "configs" / "debug.yml")
     c = dataclasses.replace(
-        c, max_steps=120, seed=0, wandb="disabled", logdir=str(tmp_path), save_gifs=False, save_scalars_every=120
+        c, max_steps=60, seed=0, wandb="disabled", logdir=str(tmp_path), save_gifs=False, save_scalars_every=60
     )
     train.train(c)
     (line,) = lines(runs.directory(c))

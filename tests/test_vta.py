@@ -527,3 +527,21 @@ def test_the_same_on_one_device_and_on_two_with_padding():
     assert_equal(first, want)
     for device in range(2):
         assert_equal(jax.tree.map(lambda x, device=device: x[device], found[1]), averages)
+
+
+@pytest.mark.slow
+def test_a_short_training_shows_digits(tmp_path):
+    """The loss falls, and what is decoded is bright where the digit is, if blurred yet."""
+    keys = dict(cell_deter_size=32, cell_stoch_size=8, filters=16, batch_size=4, lr=3e-3, dec_stddev=0.3)
+    c = Config(**TINY | keys | dict(max_steps=120, save_scalars_every=30, logdir=str(tmp_path)))
+    state = train.train(c)
+    lines = [json.loads(line) for line in (runs.directory(c) / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation/loss"] for line in lines]
+    assert losses[-1] < losses[0] - 100, losses
+    model, video = make_model(c), np.stack([data.windows(c, "test")[i] for i in range(4)])[:, :8]
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = jax.device_get(state.params)
+    (states,) = rollout.observe(model, params, video, keys)
+    frames = rollout.apply(model, "decode", params, states)
+    correlation = np.corrcoef(np.asarray(frames)[:, 2:6].ravel(), video[:, 2:6].ravel())[0, 1]
+    assert correlation > 0.3, correlation

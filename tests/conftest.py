@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import resource
 import shutil
 import signal
@@ -66,6 +67,11 @@ COMPILED = {
 def flags(**keys) -> list[str]:
     """A tiny configuration as a program's flags."""
     return [f"--{key}={'null' if value is None else value}" for key, value in (TINY | keys).items()]
+
+
+def log_of(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import COMPILED, ROOT, TINY, flags
+from conftest import COMPILED, ROOT, TINY, flags, log_of
 
 import config as configuration
 import eval as evaluation
@@ -66,7 +66,7 @@ def results(logdir):
     c = configuration.load(run / "config.yml")
     with Checkpoints(run / "checkpoints") as checkpoints:
         step, state, _ = checkpoints.load_newest(jax.eval_shape(lambda: train_step.make_state(make_model(c))))
-    return [json.loads(line) for line in path.read_text().splitlines()], step, state
+    return log_of(run), step, state
 
 
 def assert_close(a, b):

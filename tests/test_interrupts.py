@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import COMPILED, ROOT, flags
+from conftest import COMPILED, ROOT, flags, log_of
 
 import config as configuration
 import cwvae
@@ -84,6 +84,10 @@ def damage(file, chance):
     file.write_bytes(content)
 
 
+def lines_logged(logdir):
+    return sum(log.read_text().count("\n") for log in logdir.glob("digits/*/metrics.jsonl"))
+
+
 @pytest.mark.slow
 def test_random_faults_change_nothing(tmp_path, capsys):
     """Signals at random moments, while starting, training, validating, saving; and damaged checkpoints in between."""
@@ -97,8 +101,11 @@ def test_random_faults_change_nothing(tmp_path, capsys):
     survived = dict.fromkeys([*codes, "damaged checkpoint"], 0)
     logdir = tmp_path / "faults"
     for _ in range(FAULTS):
+        before, further = lines_logged(logdir), chance.choice([0, 1, 4])
         process = start(logdir, **keys)
-        time.sleep(chance.uniform(2, 10))
+        while further and lines_logged(logdir) < before + further and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2 if further else 4))  # without further lines: most likely while it starts
         name = chance.choice(list(codes))
         process.send_signal(getattr(signal, name))
         output, _ = process.communicate(timeout=60)
@@ -235,7 +242,7 @@ def test_non_finite_steps_stop_the_training(tiny, monkeypatch, capsys):
     assert found["detected_at_step"] == 6 and "--max_steps 5 --save_scalars_every 1" in found["replay"]
     assert found["metrics_at_detection"]["loss"] == "nan"
     assert newest(run) == 4
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [3, 4]
+    assert [line["step"] for line in log_of(run)] == [3, 4]
     # The replay goes from the last good checkpoint to the bad step and stops there.
     with pytest.raises(train.NonFinite, match="since step 5"):
         train.train(dataclasses.replace(c, max_steps=5, save_scalars_every=1))

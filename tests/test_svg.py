@@ -1,13 +1,12 @@
 """SVG-LP against a plain form: one frame at a time, as in the paper's equations, with frames in PyTorch's order of steps."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny_keys
+from conftest import log_of, tiny_keys
 
 import data
 import eval
@@ -318,8 +317,7 @@ def test_resumed_training_is_the_same_and_can_be_evaluated(tmp_path):
     assert whole.step == 4 and whole.params.keys() == {"params", "batch_stats"}
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(a, b)
-    lines = [json.loads(x) for x in (runs.directory(c) / "metrics.jsonl").read_text().splitlines()]
-    assert {"train/loss", "validation/avg_kl_prior_posterior__level_0"} <= lines[-1].keys()
+    assert {"train/loss", "validation/avg_kl_prior_posterior__level_0"} <= log_of(runs.directory(c))[-1].keys()
 
     eval.evaluate(*eval.parse(["--logdir", str(tmp_path / "parts"), "--no_save_grid"]))
     model, params = make_model(c), Devices().replicate(parts.params)

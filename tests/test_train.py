@@ -1,7 +1,6 @@
 """Training as a user runs it, on a tiny model: repeatable to the bit, resumable, logged, and learning."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import COMPILED, ROOT, TINY, flags
+from conftest import COMPILED, ROOT, TINY, flags, log_of
 
 import config as configuration
 import data
@@ -34,10 +33,6 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def lines(run: Path):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_and_its_files(tiny, capsys):
     c = dataclasses.replace(
         tiny,
@@ -56,7 +51,7 @@ def test_a_run_and_its_files(tiny, capsys):
     assert {p.name for p in (run / "videos").iterdir()} == {
         f"{name}_000000{i}.gif" for name in ("train", "validation") for i in (2, 4, 5)
     }
-    logged = lines(run)
+    logged = log_of(run)
     assert [line["step"] for line in logged] == [2, 4, 5]
     names = ["loss", "nll_term", "kl_term"] + [
         f"avg_{kind}__level_{i}"
@@ -85,12 +80,12 @@ def test_same_seed_same_parameters_and_resumed_equals_uninterrupted(tiny, tmp_pa
     assert_same(whole, parameters(train.train(elsewhere)))
     interrupted = dataclasses.replace(often, logdir=str(tmp_path / "interrupted"))
     train.train(dataclasses.replace(interrupted, max_steps=2))
-    assert len(lines(runs.directory(interrupted))) == 2
+    assert len(log_of(runs.directory(interrupted))) == 2
     assert_same(whole, parameters(train.train(interrupted)))
-    assert lines(runs.directory(interrupted)) == lines(runs.directory(often))
+    assert log_of(runs.directory(interrupted)) == log_of(runs.directory(often))
     # A run that is complete goes nowhere.
     assert_same(whole, parameters(train.train(interrupted)))
-    assert lines(runs.directory(interrupted)) == lines(runs.directory(often))
+    assert log_of(runs.directory(interrupted)) == log_of(runs.directory(often))
     other = parameters(train.train(dataclasses.replace(often, seed=1)))
     assert not np.array_equal(jax.tree.leaves(other.params)[0], jax.tree.leaves(whole.params)[0])
 
@@ -198,7 +193,7 @@ def test_learns(tmp_path):
         c, max_steps=60, seed=0, wandb="disabled", logdir=str(tmp_path), save_gifs=False, save_scalars_every=60
     )
     train.train(c)
-    (line,) = lines(runs.directory(c))
+    (line,) = log_of(runs.directory(c))
     windows = data.windows(c, "test")
     frames = np.concatenate([windows[i] for i in range(50)]) / 255
     of_mean_frame = 0.5 * ((frames - frames.mean(0)) ** 2).sum((1, 2, 3)).mean() / c.dec_stddev**2
@@ -222,7 +217,7 @@ def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wandb: offline, since no API key is configured") == 1
     (run,) = tmp_path.glob("logs/digits/*")
-    assert len(lines(run)) == 1
+    assert len(log_of(run)) == 1
     assert list(tmp_path.glob("logs/wandb/offline-run-*/*.wandb"))
     saved = (run / "wandb_id").read_text()
     done = run_program("train.py", flags(wandb="auto", max_steps=3, save_gifs=True), tmp_path)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import ROOT, tiny_keys
+from conftest import ROOT, log_of, tiny_keys
 from PIL import Image
 
 import analysis
@@ -473,7 +473,7 @@ def test_resumed_is_uninterrupted_to_the_bit(trained, tmp_path):
 def test_programs(trained):
     """Validation, evaluation, information per level, and the picture of the boundaries."""
     run = runs.directory(trained)
-    *_, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    last = log_of(run)[-1]
     for split in "train", "validation":
         kl = [last[f"{split}/avg_kl_{name}"] for name in (*(f"prior_posterior__level_{i}" for i in (0, 1)), "boundary")]
         assert last[f"{split}/kl_term"] == pytest.approx(sum(kl), rel=1e-5)
@@ -535,8 +535,7 @@ def test_a_short_training_shows_digits(tmp_path):
     keys = dict(cell_deter_size=32, cell_stoch_size=8, filters=16, batch_size=4, lr=3e-3, dec_stddev=0.3)
     c = Config(**TINY | keys | dict(max_steps=120, save_scalars_every=30, logdir=str(tmp_path)))
     state = train.train(c)
-    lines = [json.loads(line) for line in (runs.directory(c) / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["validation/loss"] for line in lines]
+    losses = [line["validation/loss"] for line in log_of(runs.directory(c))]
     assert losses[-1] < losses[0] - 100, losses
     model, video = make_model(c), np.stack([data.windows(c, "test")[i] for i in range(4)])[:, :8]
     keys = jax.random.split(jax.random.key(0), 4)

@@ -25,7 +25,7 @@ import jax
 
 import config as configuration
 from config import Config, ConfigError
-from models import Model
+from models import Model, make_model
 from system import logs
 from system.checkpoints import Checkpoints
 from system.devices import Devices
@@ -62,10 +62,14 @@ class Run:
 
         Returns:
             The step, the state on the devices, and the step's metrics.
+
+        Raises:
+            ConfigError: a new training can't start from what `init_from` names.
         """
         newest = self.checkpoints.load_newest(jax.eval_shape(partial(make_state, model)))
-        step, state, notes = newest or (0, make_state(model), {})
+        step, state, notes = newest or (0, initial_state(model), {})
         if self.devices.process == 0:
+            self.config.save(self.path / "config.yml")
             self.log = logs.Log(self.path, step, logs.start_wandb(self.config, self.path))
         self.logged = int(self.devices.first_decides(lambda: str(self.log.last if self.log else 0)))
         return step, self.devices.replicate(state), notes.get("metrics", {})
@@ -101,9 +105,7 @@ def opened(config: Config, devices: Devices) -> Iterator[Run]:
 
         def settle() -> str:
             resources.enter_context(locked(path))
-            settled = resumable(config, path / "config.yml")
-            settled.save(path / "config.yml")
-            return settled.to_json()
+            return resumable(config, path / "config.yml").to_json()
 
         settled = Config(**json.loads(devices.first_decides(settle)))
         checkpoints = resources.enter_context(Checkpoints(path / "checkpoints", settled.save_named_model_every))
@@ -222,6 +224,36 @@ def load_state(model: Model, checkpoint: Checkpoint) -> TrainState:
     with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
         state, _ = checkpoints.load(checkpoint.step, jax.eval_shape(partial(make_state, model)))
     return state
+
+
+def initial_state(model: Model) -> TrainState:
+    """Return the state before the first step, with the parameters of the checkpoint that `init_from` names, if any.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or its parameters have other shapes.
+    """
+    source = model.config.init_from
+    if source is None:
+        return make_state(model)
+    try:
+        checkpoint = find_checkpoint(Path(source))
+        params = load_state(make_model(load_config(checkpoint.run, {})), checkpoint).params
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {error}") from error
+    there, here = shapes(params), shapes(jax.eval_shape(partial(make_state, model)).params)
+    for name in {**here, **there}:
+        if there.get(name) != here.get(name):
+            raise ConfigError(
+                f"init_from: {source} has parameters of other shapes, {name} first ({there.get(name)} there, "
+                f"{here.get(name)} here); set the model's keys as in {checkpoint.run / 'config.yml'}"
+            )
+    return make_state(model).replace(params=params)
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a pytree's leaves by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
 def load_params(model: Model, checkpoint: Checkpoint) -> Any:

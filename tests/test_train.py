@@ -107,12 +107,51 @@ def test_a_runs_own_config_file_is_that_run(tiny):
     for seed in None, 7:
         c = dataclasses.replace(tiny, seed=seed)
         with runs.opened(c, Devices()) as run:
-            pass
+            run.restore(CWVAE(run.config))
         saved = configuration.load(run.path / "config.yml")
         assert saved.seed is not None and runs.directory(saved) == run.path
         assert runs.directory(dataclasses.replace(saved, seed=saved.seed + 1)) != run.path
         with runs.opened(saved, Devices()) as again:
             assert (again.path, again.config) == (run.path, run.config)
+
+
+def test_training_in_stages(tiny, tmp_path):
+    """A second stage has the first one's parameters, and nothing else of it; later it stands on its own."""
+    first = train.train(dataclasses.replace(tiny, max_steps=2))
+    source = runs.directory(tiny)
+    c = dataclasses.replace(tiny, dec_stddev=0.5, seq_len=12, init_from=str(source), save_model_every=1)
+    state = runs.initial_state(CWVAE(c))
+    assert_same(parameters(state).params, parameters(first).params)
+    assert state.step == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
+
+    whole = parameters(train.train(c))
+    assert configuration.load(runs.directory(c) / "config.yml").init_from == str(source)
+    parts = dataclasses.replace(c, logdir=str(tmp_path / "parts"))
+    train.train(dataclasses.replace(parts, max_steps=2))
+    source.rename(tmp_path / "gone")
+    assert_same(whole, parameters(train.train(parts)))
+
+
+def test_a_start_that_cant_work_is_refused(tiny, tmp_path):
+    """In one line, and without a trace that would refuse the right start later."""
+    with runs.opened(tiny, Devices()) as run:
+        _, state, _ = run.restore(CWVAE(tiny))
+        run.save(1, state, {})
+    source = runs.directory(tiny)
+    other = dataclasses.replace(tiny, logdir=str(tmp_path / "other"))
+    for keys, message in (
+        (dict(init_from=str(tmp_path / "nowhere")), "init_from: logdir: .*nowhere is not a directory"),
+        (dict(init_from=str(source / "checkpoints" / "7")), "init_from: logdir: .*7 is not a directory"),
+        (dict(init_from=str(source), cell_deter_size=6), r"init_from: .* params/cell_0/\S+ first \(.*config.yml"),
+        (dict(init_from=str(source), levels=2), r"init_from: .* params/cell_2/\S+ first \(\(.*\) there, None here\)"),
+    ):
+        c = dataclasses.replace(other, **keys)
+        with pytest.raises(ConfigError, match=message):
+            train.train(c)
+        assert not (runs.directory(c) / "config.yml").exists()
+    right = dataclasses.replace(other, init_from=str(source))
+    with runs.opened(right, Devices()) as run:
+        assert run.restore(CWVAE(right))[0] == 0
 
 
 def test_resuming_as_another_model_is_refused(tiny):

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import secrets
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +65,7 @@ class Run:
         Raises:
             ConfigError: a new training can't start from what `init_from` names.
         """
-        newest = self.checkpoints.load_newest(jax.eval_shape(partial(make_state, model)))
+        newest = self.checkpoints.load_newest(jax.eval_shape(make_state, model))
         step, state, notes = newest or (0, initial_state(model), {})
         if self.devices.process == 0:
             self.config.save(self.path / "config.yml")
@@ -222,8 +221,13 @@ def load_state(model: Model, checkpoint: Checkpoint) -> TrainState:
         DamagedCheckpoint: the checkpoint isn't intact, or is another model's.
     """
     with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
-        state, _ = checkpoints.load(checkpoint.step, jax.eval_shape(partial(make_state, model)))
+        state, _ = checkpoints.load(checkpoint.step, jax.eval_shape(make_state, model))
     return state
+
+
+def load_params(model: Model, checkpoint: Checkpoint) -> Any:
+    """Return the parameters in a checkpoint, on all devices of this process. Raises as `load_state`."""
+    return Devices().replicate(load_state(model, checkpoint).params)
 
 
 def initial_state(model: Model) -> TrainState:
@@ -240,7 +244,7 @@ def initial_state(model: Model) -> TrainState:
         params = load_state(make_model(load_config(checkpoint.run, {})), checkpoint).params
     except ConfigError as error:
         raise ConfigError(f"init_from: {error}") from error
-    there, here = shapes(params), shapes(jax.eval_shape(partial(make_state, model)).params)
+    there, here = shapes(params), shapes(jax.eval_shape(make_state, model).params)
     for name in {**here, **there}:
         if there.get(name) != here.get(name):
             raise ConfigError(
@@ -254,8 +258,3 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a pytree's leaves by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-
-
-def load_params(model: Model, checkpoint: Checkpoint) -> Any:
-    """Return the parameters in a checkpoint, on all devices of this process. Raises as `load_state`."""
-    return Devices().replicate(load_state(model, checkpoint).params)

@@ -15,6 +15,7 @@ from conftest import ROOT, TINY
 import config as configuration
 import cwvae
 import rollout
+import runs
 from benchmarks import textbook
 from config import Config
 from cwvae import CWVAE, Gaussian, Terms
@@ -212,7 +213,7 @@ def test_parameter_counts_of_the_published_configurations(name, channels, sizes,
     got = {module: sum(x.size for x in jax.tree.leaves(tree)) for module, tree in params.items()}
     assert got == want
     assert total in (None, sum(got.values()))
-    shapes = {f"{'/'.join(k.key for k in path)}": x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = runs.shapes(params)
     assert shapes["encoder/conv_0/kernel"] == (4, 4, channels, 32)
     assert shapes["encoder/level_2_dense_2/kernel"] == (1000, 1024)
     assert shapes["decoder/conv_3/kernel"] == (6, 6, 32, channels)

@@ -1,6 +1,6 @@
 """Logs by reading back what was written."""
 
-import json
+from conftest import log_of
 
 from system import logs
 
@@ -12,8 +12,7 @@ def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')  # interrupted while writing
     logs.Log(tmp_path, 2, None).metrics(3, {"loss": 7.0})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 7.0}]
+    assert log_of(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 7.0}]
 
 
 def test_a_log_that_cannot_be_written_comes_later(tmp_path, monkeypatch, capsys):
@@ -45,7 +44,7 @@ def test_a_log_that_cannot_be_written_comes_later(tmp_path, monkeypatch, capsys)
         log.metrics(2, {"loss": 2.0})
     assert "No space left on device" in capsys.readouterr().out
     log.metrics(3, {"loss": 3.0})
-    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2, 3]
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
 
 
 def test_wandb_that_fails_is_left_alone(tmp_path, capsys):
@@ -75,4 +74,4 @@ def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, monkeypatch, capsys
         log.metrics(1, {"loss": 1.0})
     assert "can't be written (Permission denied); training continues" in capsys.readouterr().out
     log.metrics(2, {"loss": 2.0})
-    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [1, 2]
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2]

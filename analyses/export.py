@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import runs
@@ -16,18 +17,16 @@ from system.checkpoints import Checkpoints
 def export(arguments: Sequence[str]) -> None:
     """Write a run of the configuration and one checkpoint, for evaluation: a fifth of the size.
 
-    Parameters are rounded to half precision's digits and Adam's state is zero, which Orbax's compression makes use of.
+    Parameters are rounded to bfloat16's digits and Adam's state is zero, which Orbax's compression makes use of.
     """
     models, given = parse_models("export", __doc__, arguments)
     run = single("export", models)
     state = runs.load_state(make_model(run.config), run.checkpoint)
-    with np.errstate(over="ignore"):  # refused below
-        params = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(x.dtype), state.params)
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):
-        raise ConfigError(f"{run.checkpoint.run} has parameters beyond half precision's range; share the run itself")
+    params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16).astype(x.dtype), state.params)
     directory = directory_for("export", models, given)
     default = Config()
-    dataclasses.replace(run.config, datadir=default.datadir, logdir=default.logdir).save(directory / "config.yml")
+    paths = {key: getattr(default, key) for key in ("datadir", "logdir", "init_from")}
+    dataclasses.replace(run.config, **paths).save(directory / "config.yml")
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(
             run.checkpoint.step,

@@ -476,7 +476,7 @@ def test_export(run, tmp_path):
     assert exported.step == original.step
     a, b = runs.load_params(model, original), runs.load_params(model, exported)
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-11, atol=2**-25), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), a, b)
     size = [sum(p.stat().st_size for p in (r / "checkpoints").rglob("*") if p.is_file()) for r in (run, out)]
     assert size[1] < 0.4 * size[0]
     evaluation.evaluate(*evaluation.parse(["--logdir", str(out), "--no_save_grid", "--num_examples=1"]))
@@ -488,19 +488,6 @@ def test_export(run, tmp_path):
 def test_export_to_a_full_disk_fails(run, tmp_path):
     with full_disk(), pytest.raises(ConfigError, match="couldn't be written; make room, or choose another --out"):
         call("export", run, f"--out={tmp_path / 'out'}")
-
-
-def test_parameters_that_half_precision_cannot_hold_are_not_exported(run, monkeypatch):
-    load_state = runs.load_state
-
-    def large(*arguments):
-        state = load_state(*arguments)
-        return state.replace(params=jax.tree.map(lambda x: x + np.float32(1e5), state.params))
-
-    monkeypatch.setattr(runs, "load_state", large)
-    with pytest.raises(ConfigError, match="beyond half precision's range"):
-        call("export", run)
-    assert not list(run.glob("export_*"))
 
 
 # ---------------------------------------------------------------------------------------------- command line

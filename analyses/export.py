@@ -15,7 +15,7 @@ from system.checkpoints import Checkpoints
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Write a run of the configuration and one checkpoint, for evaluation: a fifth of the size.
+    """Write a run of the configuration and one checkpoint, for evaluation: a sixth of the size.
 
     Parameters are rounded to bfloat16's digits and Adam's state is zero, which Orbax's compression makes use of.
     """
@@ -25,8 +25,8 @@ def export(arguments: Sequence[str]) -> None:
     params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16).astype(x.dtype), state.params)
     directory = directory_for("export", models, given)
     default = Config()
-    paths = {key: getattr(default, key) for key in ("datadir", "logdir", "init_from")}
-    dataclasses.replace(run.config, **paths).save(directory / "config.yml")
+    config = dataclasses.replace(run.config, datadir=default.datadir, logdir=default.logdir, init_from=None)
+    config.save(directory / "config.yml")
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(
             run.checkpoint.step,

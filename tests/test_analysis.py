@@ -469,9 +469,9 @@ def test_curves(run, tmp_path):
 
 def test_export(run, tmp_path):
     """A small run by itself, without this machine's paths, whose parameters are the run's but for their last digits."""
-    out = call("export", run, "--seed=7", f"--out={tmp_path / 'out'}")
+    out = call("export", run, "--seed=7", f"--init_from={run}", f"--out={tmp_path / 'out'}")
     c = configuration.load(out / "config.yml")
-    assert (c.logdir, c.datadir, c.seed) == ("logs", "datasets", 7)
+    assert (c.logdir, c.datadir, c.init_from, c.seed) == ("logs", "datasets", None, 7)
     model, (original, exported) = CWVAE(c), map(runs.find_checkpoint, (run, out))
     assert exported.step == original.step
     a, b = runs.load_params(model, original), runs.load_params(model, exported)

@@ -6,6 +6,7 @@
 # Keys apply to every training. The models: cwvae (three levels, k = 6), k2, k4, k8, notmpabs (k = 1), rssm (one level), and
 # if the dataset is generated, slow and fast digits; and svg and vta, for a CONFIG of configs/ that has a counterpart in configs/<model>/.
 # Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
+# With TRAIN=stages.py, each is trained in stages: TRAIN=stages.py bash results.sh configs/long.yml results
 # Paths are those from here. With another Python than the active one: PYTHON=.venv/bin/python bash results.sh ...
 set -eo pipefail
 if [ $# -lt 2 ]; then
@@ -26,7 +27,7 @@ timed() { # NAME COMMAND ...
 training() { # NAME CONFIG [--key value ...]
     [ -e "$directory/$1/trained" ] && return
     mkdir -p "$directory/$1"
-    timed "$1, training" "$python" train.py --config "$2" --logdir "$directory/$1" "${keys[@]}" "${@:3}"
+    timed "$1, training" "$python" "${TRAIN:-train.py}" --config "$2" --logdir "$directory/$1" "${keys[@]}" "${@:3}"
     touch "$directory/$1/trained"
 }
 

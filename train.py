@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -171,13 +172,19 @@ def check_finite(run: Run, state: TrainState, metrics: dict[str, Any], train_set
     )
 
 
-def main() -> None:
+def train_all(configs: Iterable[Config]) -> None:
+    """Train one after the other, as a program: what goes wrong is one line and an exit code."""
     with exit_codes():
         use_compilation_cache()
         try:
-            train(configuration.parse(sys.argv[1:]))
+            for config in configs:
+                train(config)
         except NonFinite as error:
             sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    train_all(map(configuration.parse, [sys.argv[1:]]))
 
 
 if __name__ == "__main__":

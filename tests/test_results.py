@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import analysis
 import config as configuration
+import stages
 from analyses.arguments import parse_named
 from analyses.compare import SAME
 
@@ -29,7 +30,7 @@ if "--out" in sys.argv:
 """
 
 
-def results(tmp_path, config, *keys, failing=None):
+def results(tmp_path, config, *keys, failing=None, **environment):
     """Exit code of results.sh, and what it called."""
     tmp_path.mkdir(exist_ok=True)
     python, notes = tmp_path / "python", tmp_path / "notes"
@@ -37,7 +38,9 @@ def results(tmp_path, config, *keys, failing=None):
     python.chmod(0o755)
     notes.write_text("")
     script = ["bash", ROOT / "results.sh", config, tmp_path / "results", *keys]
-    done = subprocess.run(script, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    done = subprocess.run(
+        script, env=os.environ | environment | {"PYTHON": str(python)}, capture_output=True, text=True
+    )
     return done.returncode, [json.loads(line) for line in notes.read_text().splitlines()]
 
 
@@ -88,6 +91,17 @@ def test_the_same_call_goes_on(tmp_path):
     code, second = results(tmp_path, "configs/small.yml")
     assert code == 0 and second[0] == failing and len(second) == len(calls) - 8
     assert results(tmp_path, "configs/small.yml") == (0, [])
+
+
+def test_training_in_stages(tmp_path):
+    """Takes the place of training, and of nothing else."""
+    _, calls = results(tmp_path, "configs/long.yml")
+    _, staged = results(tmp_path / "staged", "configs/long.yml", TRAIN="stages.py")
+    text = json.dumps(staged).replace(str(tmp_path / "staged"), str(tmp_path))
+    assert text == json.dumps(calls).replace("train.py", "stages.py") != json.dumps(calls)
+    for program, *arguments in staged:
+        if program == "stages.py":
+            assert len(list(stages.configurations(arguments))) == 4
 
 
 def test_usage():

@@ -1,0 +1,73 @@
+"""Train in stages, each from the parameters of the one before: python stages.py --config configs/long.yml
+
+It takes what train.py takes, resumes as it does, and leaves the last stage's run where train.py would; those before are
+in `<logdir>/stages/<number>`. docs/results.md says what the stages are for.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import config as configuration
+import runs
+import train
+from config import Config, ConfigError
+
+
+class Stage(NamedTuple):
+    """What a stage trains on. 432 frames per step in each."""
+
+    seq_len: int
+    batch_size: int
+    max_steps: int
+    lr: float
+    """As a multiple of the configuration's."""
+    top_beta: float = 1.0
+    """The weight of the top level's KL, where there are levels below it."""
+
+
+STAGES = (
+    Stage(seq_len=36, batch_size=12, max_steps=4000, lr=1.0, top_beta=0.03),
+    Stage(seq_len=108, batch_size=4, max_steps=4000, lr=1.0),
+    Stage(seq_len=216, batch_size=2, max_steps=2400, lr=0.5),
+    Stage(seq_len=216, batch_size=2, max_steps=1200, lr=0.1),
+)
+
+
+def configurations(argv: Sequence[str]) -> Iterator[Config]:
+    """Yield the configuration of each stage, which needs the run of the one before.
+
+    Raises:
+        ConfigError: a key is given that stages set; or as `config.parse` does.
+    """
+    special, flags = configuration.parse_flags(
+        argv, "stages.py", "Train in stages.", config="YAML file, e.g. configs/long.yml"
+    )
+    for key in "seq_len", "batch_size", "num_epochs", "max_steps", "beta", "init_from":
+        if key in flags:
+            raise ConfigError(f"{key}: each stage has its own, got {flags[key]}; leave it out, or call train.py")
+    whole = configuration.merged(special.get("config"), flags)
+    source = None
+    for number, stage in enumerate(STAGES, 1):
+        beta = (1.0,) * (whole.levels - 1) + (stage.top_beta,)
+        c = dataclasses.replace(
+            whole,
+            logdir=whole.logdir if number == len(STAGES) else f"{whole.logdir}/stages/{number}",
+            seq_len=stage.seq_len,
+            batch_size=stage.batch_size,
+            max_steps=stage.max_steps,
+            lr=whole.lr * stage.lr,
+            beta=beta if whole.model == "cwvae" and whole.levels > 1 and stage.top_beta != 1 else None,
+            init_from=source,
+        )
+        yield c
+        source = str(runs.directory(c))
+
+
+def main() -> None:
+    train.train_all(configurations(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Training in stages: each starts from the run of the one before."""
+
+import pytest
+from conftest import flags
+from test_train import assert_same, parameters
+
+import runs
+import stages
+import train
+from config import ConfigError
+
+
+def arguments(tmp_path, **keys):
+    """A tiny configuration's flags without what stages set."""
+    given = flags(**{"logdir": tmp_path / "logs", "datadir": tmp_path / "datasets"} | keys)
+    return [flag for flag in given if not flag.startswith(("--seq_len", "--batch_size", "--max_steps"))]
+
+
+def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
+    first = stages.Stage(seq_len=4, batch_size=4, max_steps=2, lr=1.0, top_beta=0.03)
+    monkeypatch.setattr(stages, "STAGES", (first, stages.Stage(seq_len=8, batch_size=2, max_steps=3, lr=0.5)))
+    configs, states = [], []
+    for c in stages.configurations(arguments(tmp_path)):
+        configs.append(c)
+        states.append(parameters(train.train(c)))
+    a, b = configs
+    assert [(c.seq_len, c.batch_size, c.max_steps, c.lr) for c in configs] == [(4, 4, 2, 1e-3), (8, 2, 3, 5e-4)]
+    assert a.init_from is None and b.init_from == str(runs.directory(a))
+    assert runs.find(tmp_path / "logs") == runs.directory(b)  # what eval.py --logdir logs takes
+    again = [parameters(train.train(c)) for c in stages.configurations(arguments(tmp_path))]
+    assert_same(again, states)
+
+
+def test_weight_of_the_top_level(tmp_path):
+    for levels, first in (1, None), (2, (1, 0.03)), (3, (1, 1, 0.03)):
+        betas = [c.beta for c in stages.configurations(arguments(tmp_path, levels=levels))]
+        assert betas == [first, None, None, None]
+    c, *_ = stages.configurations(["--model=svg", "--dataset=digits"])
+    assert (c.beta, c.seq_len * c.batch_size) == (None, 432)
+
+
+@pytest.mark.parametrize("flag", ["--seq_len=8", "--beta=2", "--max_steps=7", "--init_from=here"])
+def test_what_stages_set_is_refused(tmp_path, flag):
+    with pytest.raises(ConfigError, match=f"{flag[2:].split('=')[0]}: each stage has its own, got"):
+        next(stages.configurations([*arguments(tmp_path), flag]))

@@ -156,13 +156,14 @@ def check_finite(run: Run, state: TrainState, metrics: dict[str, Any], train_set
     bad = int(state.first_bad)
     if bad == NEVER:
         return
+    resume = ["python", "train.py", "--config", str(run.path / "config.yml")]
     found = {
         "first_bad_step": bad,
         "seed": run.config.seed,
         "windows_of_its_batch": data.training_indices(run.config, train_set, bad - 1),
         "detected_at_step": int(state.step),
         "metrics_at_detection": {name: str(float(value)) for name, value in metrics.items()},
-        "replay": f"{shlex.join(['python', *sys.argv])} --max_steps {bad} --save_scalars_every 1",
+        "replay": f"{shlex.join(resume)} --max_steps {bad} --save_scalars_every 1",
     }
     path = run.path / "nonfinite" / f"step_{bad}.json"
     path.parent.mkdir(exist_ok=True)

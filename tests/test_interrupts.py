@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -240,6 +241,7 @@ def test_non_finite_steps_stop_the_training(tiny, monkeypatch, capsys):
     found = json.loads((run / "nonfinite" / "step_5.json").read_text())
     assert found["first_bad_step"] == 5 and found["seed"] == 0 and len(found["windows_of_its_batch"]) == 2
     assert found["detected_at_step"] == 6 and "--max_steps 5 --save_scalars_every 1" in found["replay"]
+    assert shlex.split(found["replay"])[:4] == ["python", "train.py", "--config", str(run / "config.yml")]
     assert found["metrics_at_detection"]["loss"] == "nan"
     assert newest(run) == 4
     assert [line["step"] for line in log_of(run)] == [3, 4]

@@ -50,7 +50,9 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
     whole = configuration.merged(special.get("config"), flags)
     source = None
     for number, stage in enumerate(STAGES, 1):
-        beta = (1.0,) * (whole.levels - 1) + (stage.top_beta,)
+        beta = None
+        if stage.top_beta != 1 and whole.model == "cwvae" and whole.levels > 1:
+            beta = (1.0,) * (whole.levels - 1) + (stage.top_beta,)
         c = dataclasses.replace(
             whole,
             logdir=whole.logdir if number == len(STAGES) else f"{whole.logdir}/stages/{number}",
@@ -58,7 +60,7 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
             batch_size=stage.batch_size,
             max_steps=stage.max_steps,
             lr=whole.lr * stage.lr,
-            beta=beta if whole.model == "cwvae" and whole.levels > 1 and stage.top_beta != 1 else None,
+            beta=beta,
             init_from=source,
         )
         yield c

@@ -94,12 +94,16 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[str, str, float]]) -> None:
-    """Write names (name, colour, height) to the right of the axes at their heights, moved apart where they overlap."""
+    """Write names (name, colour, height) to the right of the axes at their heights, moved apart where they overlap.
+
+    They stay beside the axes, as far as so many find place there.
+    """
     low, high = axes.get_ylim()
     gap = 0.075 * (high - low)
     ends = sorted(ends, key=lambda end: end[2])
-    heights = [min(max(end[2], low), high) for end in ends]
+    heights = [end[2] for end in ends]
     for _ in range(100):
+        heights = [min(max(height, low), high) for height in heights]
         for i in range(len(heights) - 1):
             if (overlap := gap - (heights[i + 1] - heights[i])) > 0:
                 heights[i] -= overlap / 2

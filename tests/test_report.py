@@ -150,6 +150,18 @@ def test_plots_of_long_curves(tmp_path, monkeypatch):
     plots.pyplot().close("all")
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_labels_stay_beside_the_axes(tmp_path, monkeypatch, value):
+    """Of seven lines that end at the bottom or at the top."""
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path, formats: figures.append(figure))
+    lines = {f"{i}": plots.Line(np.linspace(0.5 + i / 100, value, 50)) for i in range(7)}
+    plots.plot_lines(lines, tmp_path / "a.png", "y")
+    heights = [text.xy[1] for text in figures[0].axes[0].texts]
+    assert min(heights) > -0.01 and max(heights) < 1.01 and min(np.diff(heights)) > 0.07
+    plots.pyplot().close("all")
+
+
 def test_figures_in_each_format(tmp_path):
     plots.plot_lines({"a": plots.Line(np.arange(5.0))}, tmp_path / "a.png", "y", formats=("png", "pdf"))
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF") and (tmp_path / "a.png").exists()

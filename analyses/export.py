@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import runs
@@ -17,12 +16,12 @@ from system.checkpoints import Checkpoints
 def export(arguments: Sequence[str]) -> None:
     """Write a run of the configuration and one checkpoint, for evaluation: a sixth of the size.
 
-    Parameters are rounded to bfloat16's digits and Adam's state is zero, which Orbax's compression makes use of.
+    Parameters are rounded to seven binary digits and Adam's state is zero, which Orbax's compression makes use of.
     """
     models, given = parse_models("export", __doc__, arguments)
     run = single("export", models)
     state = runs.load_state(make_model(run.config), run.checkpoint)
-    params = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16).astype(x.dtype), state.params)
+    params = jax.tree.map(rounded, state.params)
     directory = directory_for("export", models, given)
     default = Config()
     config = dataclasses.replace(run.config, datadir=default.datadir, logdir=default.logdir, init_from=None)
@@ -36,3 +35,8 @@ def export(arguments: Sequence[str]) -> None:
         if not checkpoints.steps:
             raise ConfigError(f"{directory} couldn't be written; make room, or choose another --out")
     print(f"Evaluate it with: python eval.py --logdir {directory}")
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.round(mantissa * 2**7), exponent - 7)

@@ -476,7 +476,7 @@ def test_export(run, tmp_path):
     assert exported.step == original.step
     a, b = runs.load_params(model, original), runs.load_params(model, exported)
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-7), a, b)
     size = [sum(p.stat().st_size for p in (r / "checkpoints").rglob("*") if p.is_file()) for r in (run, out)]
     assert size[1] < 0.4 * size[0]
     evaluation.evaluate(*evaluation.parse(["--logdir", str(out), "--no_save_grid", "--num_examples=1"]))

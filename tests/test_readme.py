@@ -119,7 +119,7 @@ def test_pretrained_model_predicts(tmp_path):
 
 
 def test_pretrained_model_is_small_and_names_no_machine():
-    assert sum(path.stat().st_size for path in (PRETRAINED / "checkpoints").rglob("*") if path.is_file()) < 5 * 2**20
+    assert sum(path.stat().st_size for path in (PRETRAINED / "checkpoints").rglob("*") if path.is_file()) < 5e6
     c, default = configuration.load(PRETRAINED / "config.yml"), configuration.Config()
     assert (c.logdir, c.datadir, c.init_from) == (default.logdir, default.datadir, None)
 

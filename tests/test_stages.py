@@ -2,9 +2,11 @@
 
 import pytest
 from conftest import flags
+from test_train import assert_same, parameters
 
 import runs
 import stages
+import train
 from config import ConfigError
 
 
@@ -14,7 +16,22 @@ def arguments(tmp_path, **keys):
     return [flag for flag in given if not flag.startswith(("--seq_len", "--batch_size", "--max_steps"))]
 
 
-def test_stages_follow_each_other(tmp_path):
+def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
+    first = stages.Stage(seq_len=4, batch_size=4, max_steps=2, lr=1.0, top_beta=0.03)
+    monkeypatch.setattr(stages, "STAGES", (first, stages.Stage(seq_len=8, batch_size=2, max_steps=3, lr=0.5)))
+    configs, states = [], []
+    for c in stages.configurations(arguments(tmp_path)):
+        configs.append(c)
+        states.append(parameters(train.train(c)))
+    a, b = configs
+    assert [(c.seq_len, c.batch_size, c.max_steps, c.lr) for c in configs] == [(4, 4, 2, 1e-3), (8, 2, 3, 5e-4)]
+    assert a.init_from is None and b.init_from == str(runs.directory(a))
+    assert runs.find(tmp_path / "logs") == runs.directory(b)  # what eval.py --logdir logs takes
+    again = [parameters(train.train(c)) for c in stages.configurations(arguments(tmp_path))]
+    assert_same(again, states)
+
+
+def test_configurations_of_the_stages(tmp_path):
     configs = []
     for c in stages.configurations(arguments(tmp_path)):
         run = runs.directory(c)

@@ -1,6 +1,7 @@
 """Losses over the steps of several trainings, from their logs."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,15 +58,33 @@ def curves(arguments: Sequence[str]) -> None:
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's `metrics.jsonl`.
+    """Return the lines of a run's `metrics.jsonl`, behind those of the runs that it goes on from (`init_from`).
+
+    Steps count on from the checkpoint that a run started from: what `stages.py` trains is one curve.
 
     Raises:
-        ConfigError: it holds none yet.
+        ConfigError: one of them holds no line yet.
     """
-    log = [json.loads(line) for line in logs.read_lines(run / "metrics.jsonl") if logs.step_of(line) >= 0]
-    if not log:
-        raise ConfigError(f"{run} has logged nothing yet; train longer, or lower --save_scalars_every")
+    log, start = [], 0
+    for path, steps in lineage(run):
+        lines = [json.loads(line) for line in logs.read_lines(path / "metrics.jsonl") if logs.step_of(line) >= 0]
+        if not lines:
+            raise ConfigError(f"{path} has logged nothing yet; train longer, or lower --save_scalars_every")
+        log += [{**line, "step": start + line["step"]} for line in lines if line["step"] <= steps]
+        start += steps
     return log
+
+
+def lineage(run: Path) -> list[runs.Checkpoint]:
+    """Return the checkpoints that a run goes on from, the oldest first; then the run itself, without an end."""
+    found = [runs.Checkpoint(run, sys.maxsize)]
+    while (source := configuration.load(found[0].run / "config.yml").init_from) is not None:
+        try:
+            found.insert(0, runs.find_checkpoint(Path(source)))
+        except ConfigError as error:
+            print(f"{found[0].run} starts from {source}, whose steps are left out ({error})")
+            break
+    return found
 
 
 def over_steps(log: Sequence[Mapping[str, float]], key: str) -> np.ndarray:

@@ -103,3 +103,18 @@ def test_losses_over_steps(tmp_path, monkeypatch):
     (tmp_path / "a" / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="has logged nothing yet"):
         curves.curves([str(tmp_path / "a"), f"--out={tmp_path / 'again'}"])
+
+
+def test_losses_of_stages_are_one_curve(tmp_path, capsys):
+    """Steps count on from the checkpoint that a run started from; what was logged after it is another training."""
+    for name, source, steps in ("a", None, (2, 4, 6)), ("b", "a/checkpoints/4", (1, 3)), ("c", "b", (2,)):
+        run = tmp_path / name
+        (run / "checkpoints" / "3").mkdir(parents=True)
+        configuration.Config(seed=0, init_from=source and str(tmp_path / source)).save(run / "config.yml")
+        (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "name": name}) + "\n" for step in steps))
+    (tmp_path / "a" / "checkpoints" / "4").mkdir()
+    expected = [(2, "a"), (4, "a"), (5, "b"), (7, "b"), (9, "c")]
+    assert [(line["step"], line["name"]) for line in curves.read_log(tmp_path / "c")] == expected
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    assert [line["step"] for line in curves.read_log(tmp_path / "c")] == [1, 3, 5]
+    assert "whose steps are left out" in capsys.readouterr().out

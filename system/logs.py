@@ -20,7 +20,7 @@ from system.files import replace_file
 class Log:
     """The metrics of a run: one line of `metrics.jsonl` per log, and wandb.
 
-    `last` is the last step that is logged, 0 if none is.
+    `last` is the last step that had been logged when it was opened, 0 if none had.
     """
 
     def __init__(self, directory: Path, step: int, wandb_run: Any | None = None):
@@ -35,7 +35,6 @@ class Log:
         self.last = step_of(kept[-1]) if kept else 0
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.last = step
         self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
         size = None
         try:

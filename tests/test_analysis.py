@@ -440,25 +440,29 @@ def test_ranks_over_datasets(tmp_path):
 
 
 def test_curves(run, tmp_path):
-    """A run's log with a planted line, and the same with that line cut; the table has the steps that both have."""
+    """A run's log with two planted lines, and the same without one and the other cut: the table has the common steps."""
     (line,) = (run / "metrics.jsonl").read_text().splitlines()
-    logged = [json.loads(line), {**json.loads(line), "step": 8, "validation/loss": 2.5}]
-    lines = [json.dumps(line) + "\n" for line in logged]
+    logged = [
+        {**json.loads(line), "step": step, "validation/loss": loss} for step, loss in ((4, 4.4), (8, 3.5), (12, 2.6))
+    ]
+    lines = [json.dumps(line) + "\n" for line in (*logged, logged[-1] | {"step": 16})]
     short = Path(shutil.copytree(run, tmp_path / "short"))
     (run / "metrics.jsonl").write_text("".join(lines))
-    (short / "metrics.jsonl").write_text(lines[0] + lines[1][:40])
-    out = call("curves", f"whole={run}", f"short={short}", f"--out={tmp_path / 'out'}")
-    assert {path.name for path in out.iterdir()} == {"loss.png", "curves.md", "curves.csv"}
-    logged = [json.loads(line) for line in lines]
+    (short / "metrics.jsonl").write_text(lines[0] + lines[2] + lines[3][:40])
+    out = call("curves", f"whole={run}", f"short={short}", f"--out={tmp_path / 'out'}", "--format=png,pdf")
+    assert {path.name for path in out.iterdir()} == {"loss.png", "loss.pdf", "curves.md", "curves.csv"}
     with (out / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == (len(logged) + 1) * (len(logged[0]) - 1)
+    assert len(rows) == 6 * (len(logged[0]) - 1)
     found = {(row["model"], int(row["step"]), row["metric"]): float(row["value"]) for row in rows}
-    for line in logged:
-        assert all(found["whole", line["step"], key] == value for key, value in line.items() if key != "step")
+    expected = {"whole": (4, 8, 12, 16), "short": (4, 12)}
+    assert {key[:2] for key in found} == {(name, step) for name, steps in expected.items() for step in steps}
+    for name, line in ((name, json.loads(line)) for name in expected for line in lines):
+        if line["step"] in expected[name]:
+            assert all(found[name, line["step"], key] == value for key, value in line.items() if key != "step")
     table = [line.strip("| ").split(" | ") for line in (out / "curves.md").read_text().splitlines()]
-    assert table[0] == ["validation loss, nats per frame", "step 4", "last step", "nll", "kl"]
-    assert [row[2] for row in table[2:]] == ["8", "4"]
+    assert table[0] == ["validation loss, nats per frame", "step 4", "step 12", "last step", "nll", "kl"]
+    assert [row[:4] for row in table[2:]] == [["whole", "4", "3", "16"], ["short", "4", "3", "12"]]
     (short / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="has logged nothing yet; train longer"):
         call("curves", short, f"--out={tmp_path / 'again'}")

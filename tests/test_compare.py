@@ -1,6 +1,5 @@
 """Several evaluations side by side, ranks, and losses over steps: from planted files."""
 
-import csv
 import dataclasses
 import json
 
@@ -76,33 +75,6 @@ def test_ranks_without_intervals_have_no_error_bars(tmp_path, monkeypatch):
     without, with_errors = figures[0].axes
     assert len(without.containers) == 1 and len(with_errors.containers) == 2
     plots.pyplot().close("all")
-
-
-def test_losses_over_steps(tmp_path, monkeypatch):
-    """A log that ends in half a line, and a shorter one: the table has the steps of both."""
-    for name, steps in ("a", (1, 2, 3)), ("b", (1, 3)):
-        run = tmp_path / name
-        run.mkdir()
-        configuration.Config(seed=0).save(run / "config.yml")
-        terms = dict.fromkeys(["train/loss", "validation/loss", "validation/nll_term", "validation/kl_term"], 2.5)
-        lines = [json.dumps({"step": step, **terms}) + "\n" for step in steps]
-        (run / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "train')
-    out = tmp_path / "out"
-    curves.curves([f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", f"--out={out}", "--format=png,pdf"])
-    assert {path.name for path in out.iterdir()} == {"loss.png", "loss.pdf", "curves.md", "curves.csv"}
-    header = (out / "curves.md").read_text().splitlines()[0]
-    assert header == "| validation loss, nats per frame | step 1 | step 3 | last step | nll | kl |"
-    with (out / "curves.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file) if row["metric"] == "train/loss"] == [
-            "1",
-            "2",
-            "3",
-            "1",
-            "3",
-        ]
-    (tmp_path / "a" / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match="has logged nothing yet"):
-        curves.curves([str(tmp_path / "a"), f"--out={tmp_path / 'again'}"])
 
 
 def test_losses_of_stages_are_one_curve(tmp_path, capsys):

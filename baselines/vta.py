@@ -445,8 +445,12 @@ class VTA(nn.Module):
         nll = negative_log_likelihood(2 * floats(video)[:, start:stop] - 1, mean, c.dec_stddev)
 
         def per_level(observation: Array, abstract: Array) -> Array:
-            """Return the sums over time, [2, B]; of the abstract level in frames that begin a segment."""
-            return jnp.stack([observation.sum(1), (read[..., 0] * abstract).sum(1)])
+            """Return the sums over time, [2, B]; of the abstract level in frames that begin a segment.
+
+            Where segments begin gets no gradient from this: fewer of them would be an easy way to a smaller KL.
+            """
+            begins = jax.lax.stop_gradient(read[..., 0])
+            return jnp.stack([observation.sum(1), (begins * abstract).sum(1)])
 
         kl = per_level(
             kl_divergence(modelled.observation_posterior, modelled.observation_prior),

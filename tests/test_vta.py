@@ -221,12 +221,23 @@ def plain(c, variables, video, inputs, step=None):
 
     return {
         "nll": error.sum((1, 2, 3, 4)),
-        "kl": jnp.stack([sum(kl(o[1], o[0]) for _, _, o, *_ in rows), sum(r * kl(a[1], a[0]) for r, a, *_ in rows)]),
+        "kl": jnp.stack(
+            [
+                sum(kl(o[1], o[0]) for _, _, o, *_ in rows),
+                sum(jax.lax.stop_gradient(r) * kl(a[1], a[0]) for r, a, *_ in rows),
+            ]
+        ),
         "entropy_prior": jnp.stack(
-            [sum(entropy(o[0]) for _, _, o, *_ in rows), sum(r * entropy(a[0]) for r, a, *_ in rows)]
+            [
+                sum(entropy(o[0]) for _, _, o, *_ in rows),
+                sum(jax.lax.stop_gradient(r) * entropy(a[0]) for r, a, *_ in rows),
+            ]
         ),
         "entropy_posterior": jnp.stack(
-            [sum(entropy(o[1]) for _, _, o, *_ in rows), sum(r * entropy(a[1]) for r, a, *_ in rows)]
+            [
+                sum(entropy(o[1]) for _, _, o, *_ in rows),
+                sum(jax.lax.stop_gradient(r) * entropy(a[1]) for r, a, *_ in rows),
+            ]
         ),
         "boundary": sum(boundary for *_, boundary in rows),
         "levels": levels,
@@ -332,6 +343,27 @@ def assert_equal(got, want):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         difference = float(np.abs(a - b).max() / (1 + np.abs(b).max()))
         assert difference < 1e-9, (jax.tree_util.keystr(path), difference)
+
+
+def test_boundaries_learn_from_their_own_kl_and_not_from_the_number_of_segments(monkeypatch):
+    """With a KL of one nat per segment, level 1's is their number, of which the detector's gradient is zero."""
+    model, variables, video, inputs = made(dtype=np.float32)
+    rest = {name: x for name, x in variables.items() if name != "params"}
+    monkeypatch.setattr(vta, "kl_divergence", lambda posterior, prior: jnp.ones_like(posterior.mean[..., 0]))
+
+    def terms(params):
+        training = Training(jnp.int32(0), jnp.ones(len(video)), None)
+        (terms, _), _ = model.apply({"params": params, **rest}, video, inputs, training=training, mutable=list(rest))
+        return terms.kl[1].sum(), terms.other["boundary"].sum()
+
+    (segments, _), pullback = jax.vjp(jax.jit(terms), variables["params"])
+    assert segments == round(float(segments)) > 0
+    of_segments, of_boundaries = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(pullback(gradient)[0]["detector"]["logits"])])
+        for gradient in ((jnp.float32(1), jnp.float32(0)), (jnp.float32(0), jnp.float32(1)))
+    )
+    assert not of_segments.any()
+    assert np.abs(of_boundaries).max() > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------- sizes, layers

@@ -1,11 +1,11 @@
 """Windows of uint8 frames -> batches, in an order that the step number alone determines.
 
-A dataset split is a random-access sequence of windows, each uint8 [T, 64, 64, C]. Nothing here touches an accelerator.
+A dataset split is a random-access sequence of windows, each uint8 [T, 64, 64, C].
 """
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 import config as configuration
 import tools
 from config import FRAME_SIZE, Config, ConfigError
+from fast.backend import on_cpu
 from system.interrupts import Interrupts, exit_codes
 from videos import decoded, digits
 
@@ -54,6 +55,17 @@ def windows(config: Config, split: str) -> Windows:
         )
         return digits.MovingDigits(idx_images, idx_labels, split, length or 1000, c.num_digits, c.digit_speed)
     return VideoWindows(frame_file(c, split), length, split)
+
+
+def for_devices(train: Windows) -> tuple[Windows, Callable[[Batch], Batch]]:
+    """Return windows in the form in which they travel to the devices, and what makes frames of their batches there.
+
+    Accelerators draw the generated digits themselves: a host draws some 50 batches a second with any number of cores,
+    since much of it is Python, and an accelerator may train on more.
+    """
+    if isinstance(train, digits.MovingDigits) and not on_cpu():
+        return train.sprites(), lambda batch: batch._replace(video=digits.draw(batch.video))
+    return train, lambda batch: batch
 
 
 def frame_file(config: Config, split: str) -> decoded.FrameFile:

@@ -50,8 +50,9 @@ def train(config: Config) -> TrainState:
             step, state, metrics = run.restore(model)
             devices.say(f"Run directory: {run.path}" + (f", resumed at step {step}" if step else ""))
             train_step = make_train_step(model)
+            source, frames = data.for_devices(train_set)
             batches = devices.spread(
-                data.training_batches(c, train_set, step, devices.rows(c.batch_size), devices.own(c.batch_size))
+                data.training_batches(c, source, step, devices.rows(c.batch_size), devices.own(c.batch_size))
             )
             due = partial(is_due, steps=steps)
             with Progress(step, steps, c.batch_size * c.seq_len, devices.process == 0) as progress:
@@ -67,7 +68,7 @@ def train(config: Config) -> TrainState:
                         if step >= steps:
                             break
                         with interrupts.deferred():
-                            state, metrics = train_step(state, next(batches))
+                            state, metrics = train_step(state, frames(next(batches)))
                             step += 1
                         progress.update(metrics["loss"])
                         if due(step, c.save_scalars_every, c.save_model_every, c.save_named_model_every):

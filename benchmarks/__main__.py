@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -576,6 +575,8 @@ def bench_data(config: Config) -> list[Row]:
 
 def encode(noise: np.ndarray, frames: int) -> bytes:
     """Return an mp4 of slowly changing noise."""
+    import av
+
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=20)

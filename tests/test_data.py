@@ -4,9 +4,10 @@ import dataclasses
 from collections import Counter
 
 import numpy as np
+import pytest
 
 import data
-from videos.digits import MovingDigits, labels_of_scikit_learn, of_scikit_learn
+from videos.digits import MovingDigits, draw, labels_of_scikit_learn, of_scikit_learn
 
 
 class Numbers:
@@ -91,6 +92,16 @@ def test_digits_repeat_and_differ():
     assert not np.array_equal(videos[3], videos[4])
     assert not np.array_equal(videos[3], digits("test", 8)[3])
     np.testing.assert_array_equal(videos[3], digits("train", 20)[3][:8])
+
+
+@pytest.mark.parametrize("count, frames", [(1, 5), (3, 9)])
+def test_digits_drawn_on_the_devices_are_the_same(count, frames):
+    videos = digits("test", frames, count)
+    sprites = videos.sprites()
+    assert len(sprites) == len(videos) and sprites[0].nbytes < videos[0].nbytes / 5 * count
+    drawn = draw(sprites[None, 10:14])
+    assert drawn.dtype == np.uint8
+    np.testing.assert_array_equal(drawn[0], [videos[i] for i in range(10, 14)])
 
 
 def test_train_and_test_share_no_digit():

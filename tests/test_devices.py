@@ -95,11 +95,13 @@ def assert_same_evaluations(logdir):
 
 @pytest.mark.slow
 def test_the_same_on_one_and_eight_devices(one, tmp_path):
-    """Eight devices, each of which then holds the same parameters, to the bit; going on with one; and evaluation."""
+    """Eight devices, which draw the digits, and of which each then holds the same parameters, to the bit; going on with
+    one; and evaluation."""
     program = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}]
 import jax, numpy as np
-import train
+import data, train
+data.on_cpu = lambda: False
 from config import Config
 state = train.train(Config(**{TRAINING | dict(logdir=str(tmp_path / "eight"), max_steps=5)!r}))
 assert jax.device_count() == 8

@@ -22,6 +22,7 @@ from config import Config, ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
 from system.devices import Devices
+from videos.digits import MovingDigits
 
 
 def parameters(state):
@@ -88,6 +89,26 @@ def test_same_seed_same_parameters_and_resumed_equals_uninterrupted(tiny, tmp_pa
     assert log_of(runs.directory(interrupted)) == log_of(runs.directory(often))
     other = parameters(train.train(dataclasses.replace(often, seed=1)))
     assert not np.array_equal(jax.tree.leaves(other.params)[0], jax.tree.leaves(whole.params)[0])
+
+
+def test_drawn_on_the_devices_is_drawn_on_the_host(tiny, tmp_path, monkeypatch):
+    """To the bit, with a partial last batch."""
+    few = dataclasses.replace(tiny, batch_size=3, num_epochs=1, max_steps=2)
+    monkeypatch.setattr(MovingDigits, "VIDEOS", {"train": 4, "test": 4})
+    host = parameters(train.train(few))
+    monkeypatch.setattr(data, "on_cpu", lambda: False)
+    monkeypatch.setattr(MovingDigits, "__getitem__", without(MovingDigits.__getitem__, "train"))
+    assert_same(host, parameters(train.train(dataclasses.replace(few, logdir=str(tmp_path / "devices")))))
+
+
+def without(getitem, split):
+    """Videos of which those of a split can't be had from the host."""
+
+    def get(videos, index):
+        assert videos.split != split
+        return getitem(videos, index)
+
+    return get
 
 
 def test_random_seed_is_saved_and_used_on_resume(tiny):

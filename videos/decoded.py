@@ -20,15 +20,17 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
-import av
 import filelock
 import numpy as np
 from tqdm import tqdm
 
 from config import FRAME_SIZE, ConfigError
 from system.files import replace_file
+
+if TYPE_CHECKING:
+    import av  # slow to import, and not there where nothing is decoded: each function that needs it imports it
 
 
 class Video(NamedTuple):
@@ -77,6 +79,8 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
     Raises:
         Unreadable: no frame, or not all frames, could be decoded.
     """
+    import av
+
     frames = array_frames(video.content) if is_array(video.content) else file_frames(video.content)
     # They hold the tables of their conversion, so each serves all frames.
     to_rgb, to_size = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
@@ -104,7 +108,7 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
         raise Unreadable(" ".join(str(error).split())) from error
 
 
-def is_grey(frame: av.VideoFrame) -> bool:
+def is_grey(frame: "av.VideoFrame") -> bool:
     """Return whether a frame has no colours: one channel, or 8-bit chroma that is neutral throughout."""
     if frame.format.name.startswith("gray"):
         return True
@@ -115,7 +119,7 @@ def is_grey(frame: av.VideoFrame) -> bool:
     return all((plane == 128).all() for plane in chroma)
 
 
-def display_matrix(frame: av.VideoFrame) -> np.ndarray:
+def display_matrix(frame: "av.VideoFrame") -> np.ndarray:
     """Return how a frame is to be shown, int32 [2, 2]: [x, y] @ matrix are its coordinates on the screen."""
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
@@ -136,10 +140,12 @@ def is_array(content: Path | bytes) -> TypeGuard[Path]:
 
 
 def open_container(content: Path | bytes) -> Any:
+    import av
+
     return av.open(io.BytesIO(content) if isinstance(content, bytes) else str(content), mode="r")
 
 
-def file_frames(content: Path | bytes) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+def file_frames(content: Path | bytes) -> Iterator[tuple["av.VideoFrame", Fraction]]:
     """Decode the frames of a file as they are, each with the aspect ratio (width : height) of its pixels."""
     with open_container(content) as container:
         if not container.streams.video:
@@ -149,8 +155,10 @@ def file_frames(content: Path | bytes) -> Iterator[tuple[av.VideoFrame, Fraction
             yield frame, stream.sample_aspect_ratio or Fraction(1)
 
 
-def array_frames(path: Path) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+def array_frames(path: Path) -> Iterator[tuple["av.VideoFrame", Fraction]]:
     """Read the frames of an array, as `file_frames` does those of a video."""
+    import av
+
     for frame in read_array(path):
         colour = np.repeat(frame, 3, -1) if frame.shape[-1] == 1 else np.ascontiguousarray(frame)
         yield av.VideoFrame.from_ndarray(colour, "rgb24"), Fraction(1)
@@ -178,6 +186,8 @@ def read_array(path: Path) -> np.ndarray:
 
 def count_frames(video: Video) -> int:
     """Return how many frames a video claims to have: an estimate; 0 if it claims nothing."""
+    import av
+
     try:
         if is_array(video.content):
             return len(read_array(video.content))

@@ -7,9 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from config import FRAME_SIZE, ConfigError
+
+SIZE = 28
+"""Height and width of a digit."""
 
 
 class MovingDigits:
@@ -69,6 +75,13 @@ class MovingDigits:
             paths.append(np.rint(path).astype(int))
         return np.array(glyphs), np.array(paths)
 
+    def sprites(self) -> np.ndarray:
+        """Return all videos in a hundredth of their bytes, uint8 [N, digits, 28 * 28 + T * 2], for `draw`: each digit's
+        pixels, then its corners."""
+        moving = [self.motion(index) for index in range(len(self))]
+        images, corners = self.glyphs[[glyphs for glyphs, _ in moving]], np.array([paths for _, paths in moving])
+        return np.concatenate([x.reshape(len(self), self.digits, -1).astype(np.uint8) for x in (images, corners)], -1)
+
     @property
     def labels(self) -> np.ndarray:
         """The digit that each glyph shows, [N] from 0 to 9."""
@@ -88,6 +101,30 @@ class MovingDigits:
             compose((self.glyphs[[glyph]] > 0)[:, None], path[None]) for glyph, path in zip(glyphs, paths, strict=True)
         ]
         return (np.sum(ink, axis=0) > 1).any((1, 2))
+
+
+@functools.partial(jax.pmap, axis_name="data")
+def draw(sprites: Array) -> Array:
+    """Draw what `MovingDigits.sprites` holds on the devices, as `compose` does it on the host, to the bit.
+
+    Args:
+        sprites: uint8 [devices, B, digits, 28 * 28 + T * 2].
+
+    Returns:
+        uint8 [devices, B, T, 64, 64, 1].
+    """
+    B, digits, _ = sprites.shape
+    images = sprites[..., : SIZE**2].reshape(B, digits, SIZE, SIZE)
+    corners = sprites[..., SIZE**2 :].reshape(B, digits, -1, 2).astype(jnp.int32)
+
+    def frame(image: Array, corner: Array) -> Array:
+        """[28, 28], [2] -> [64, 64]"""
+        y, x = jnp.arange(FRAME_SIZE) - corner[:, None]
+        inside = ((y >= 0) & (y < SIZE))[:, None] & ((x >= 0) & (x < SIZE))
+        return jnp.where(inside, image[y.clip(0, SIZE - 1)[:, None], x.clip(0, SIZE - 1)], 0)
+
+    of_digit = jax.vmap(frame, (None, 0))
+    return jax.vmap(jax.vmap(of_digit))(images, corners).max(1)[..., None]
 
 
 def compose(glyphs: np.ndarray, corners: np.ndarray) -> np.ndarray:

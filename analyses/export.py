@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from analyses.arguments import directory_for, parse_models, single
 from config import Config, ConfigError
 from models import make_model
 from system.checkpoints import Checkpoints
+from train_step import TrainState
 
 
 def export(arguments: Sequence[str]) -> None:
@@ -21,20 +23,25 @@ def export(arguments: Sequence[str]) -> None:
     models, given = parse_models("export", __doc__, arguments)
     run = single("export", models)
     state = runs.load_state(make_model(run.config), run.checkpoint)
-    params = jax.tree.map(rounded, state.params)
     directory = directory_for("export", models, given)
+    write(directory, run.config, state.replace(params=jax.tree.map(rounded, state.params)))
+    print(f"Evaluate it with: python eval.py --logdir {directory}")
+
+
+def write(directory: Path, config: Config, state: TrainState) -> None:
+    """Write a run for evaluation, with the configuration but for its paths, and a checkpoint without Adam's state.
+
+    Raises:
+        ConfigError: it can't be written.
+    """
     default = Config()
-    config = dataclasses.replace(run.config, datadir=default.datadir, logdir=default.logdir, init_from=None)
+    config = dataclasses.replace(config, datadir=default.datadir, logdir=default.logdir, init_from=None)
     config.save(directory / "config.yml")
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(
-            run.checkpoint.step,
-            dataclasses.replace(state, params=params, opt_state=jax.tree.map(np.zeros_like, state.opt_state)),
-        )
+        checkpoints.save(int(state.step), state.replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state)))
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if not checkpoints.steps:
             raise ConfigError(f"{directory} couldn't be written; make room, or choose another --out")
-    print(f"Evaluate it with: python eval.py --logdir {directory}")
 
 
 def rounded(x: np.ndarray) -> np.ndarray:

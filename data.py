@@ -30,6 +30,9 @@ class Windows(Protocol):
 
 ALL = slice(None)
 
+THREADS = 2
+"""How many read batches ahead."""
+
 
 class Batch(NamedTuple):
     """Windows and what each counts: rows of weight 0 are padding."""
@@ -207,7 +210,7 @@ def batches(order: grain.MapDataset, batch_size: int, steps: range, rows: int, o
             video[i] = order[step * batch_size + row] if row < count else 0
         return Batch(video, (np.array(mine) < count).astype(np.float32))
 
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)
     return iter(grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options))
 
 

@@ -24,7 +24,7 @@ def export(arguments: Sequence[str]) -> None:
     run = single("export", models)
     state = runs.load_state(make_model(run.config), run.checkpoint)
     directory = directory_for("export", models, given)
-    write(directory, run.config, state.replace(params=jax.tree.map(rounded, state.params)))
+    write(directory, run.config, dataclasses.replace(state, params=jax.tree.map(rounded, state.params)))
     print(f"Evaluate it with: python eval.py --logdir {directory}")
 
 
@@ -38,7 +38,9 @@ def write(directory: Path, config: Config, state: TrainState) -> None:
     config = dataclasses.replace(config, datadir=default.datadir, logdir=default.logdir, init_from=None)
     config.save(directory / "config.yml")
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(int(state.step), state.replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state)))
+        checkpoints.save(
+            int(state.step), dataclasses.replace(state, opt_state=jax.tree.map(np.zeros_like, state.opt_state))
+        )
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if not checkpoints.steps:
             raise ConfigError(f"{directory} couldn't be written; make room, or choose another --out")

@@ -33,7 +33,7 @@ import data
 import eval as evaluation
 import rollout
 import train
-from benchmarks import textbook
+from benchmarks import accelerator, textbook
 from benchmarks.measuring import (
     Bench,
     Row,
@@ -463,7 +463,10 @@ BENCHMARKS = {
 def main() -> None:
     with exit_codes():
         name, *argv = sys.argv[1:] or ["nothing"]
-        configuration.choose("command line", name, list(BENCHMARKS))
+        configuration.choose("command line", name, [*BENCHMARKS, *accelerator.COMMANDS])
+        if name in accelerator.COMMANDS:
+            accelerator.COMMANDS[name](argv)
+            return
         special, flags = configuration.parse_flags(
             argv,
             f"python -m benchmarks {name}",

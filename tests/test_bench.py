@@ -1,17 +1,19 @@
 """What the benchmarks say about sizes; not what they say about time."""
 
 import json
+import os
 import subprocess
 import sys
 
 import jax
 import pytest
-from conftest import ROOT, TINY
+from conftest import COMPILED, ROOT, TINY, log_of
 
 import config as configuration
+import eval as evaluation
 from benchmarks import __main__ as bench
-from benchmarks import measuring
-from config import Config
+from benchmarks import accelerator, measuring
+from config import Config, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -78,3 +80,115 @@ def test_the_command(tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 3
     done = subprocess.run([sys.executable, "-m", "benchmarks", "stp"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean 'step'?" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- an accelerator's minutes
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path):
+    """All items measure something on a CPU, and the trained run can be put together and evaluated elsewhere."""
+    command = [sys.executable, "-m", "benchmarks", "accelerator", f"--out={tmp_path / 'out'}", "--rehearse"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": COMPILED["JAX_COMPILATION_CACHE_DIR"]}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    for name in accelerator.ITEMS:
+        rows = [x for x in accelerator.read(tmp_path / "out") if x["item"] == name]
+        ended = rows[-1]
+        assert ended["what"] == "ended" and ended["how"] == "whole", (name, ended, log)
+        assert len(rows) > 2 and f"## {name}\n\nwhole" in done.stdout
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+    join = ["join", str(tmp_path / "out"), "--out", str(tmp_path / "run")]
+    subprocess.run([sys.executable, "-m", "benchmarks", *join], check=True, cwd=ROOT)
+    config, checkpoint, output = evaluation.parse(["--logdir", str(tmp_path / "run"), "--num_examples=2"])
+    assert checkpoint.step == 3 and evaluation.evaluate(config, checkpoint, output)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [3]
+    assert list((tmp_path / "run" / "videos").glob("*.gif"))
+
+
+def test_items_that_fail_or_are_cut_off_cost_nothing_but_themselves(tmp_path, monkeypatch, capsys):
+    programs = {
+        "fails": "raise SystemExit(3)",
+        "hangs": "import subprocess; subprocess.run(['sleep', '600'])",
+        "works": "print('here')",
+    }
+    items = {name: accelerator.Item(None, 5 if name == "hangs" else 60) for name in programs}
+    monkeypatch.setattr(accelerator, "ITEMS", items)
+    monkeypatch.setattr(accelerator, "command", lambda name, _: [sys.executable, "-c", programs[name]])
+
+    def ends(out, limit):
+        out.mkdir()
+        accelerator.bench_accelerator(out, limit, rehearse=False)
+        return {x["item"]: x["how"] for x in accelerator.read(out)}
+
+    out = tmp_path / "enough"
+    assert ends(out, 300) == {"fails": "failed with exit code 3", "hangs": "cut off", "works": "whole"}
+    assert "## hangs\n\ncut off" in capsys.readouterr().out and "here" in (out / "log.txt").read_text()
+    assert ends(tmp_path / "little", 1) == dict.fromkeys(programs, "not begun, since no time was left")
+
+
+def test_a_program_that_cant_be_compiled_is_left_out(capsys, tiny):
+    def broken():
+        stepper = measuring.Bench(tiny).textbook_stepper()
+        return measuring.Stepper(
+            jax.jit(lambda state, batch: jax.ffi.ffi_call("nothing", state[0])()), stepper.state, 0
+        )
+
+    programs = {"broken": accelerator.Program(broken), "whole": accelerator.Program(measuring.Bench(tiny).stepper)}
+    rows = list(accelerator.measured(accelerator.Setting(None, 1, True, False), tiny, programs))
+    assert [(x["what"], "preliminary" in x) for x in rows] == [("whole", True), ("whole", False)]
+    assert "broken: " in capsys.readouterr().out
+
+
+def test_a_run_in_pieces_is_whole_or_refused(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    for folder in run, out:
+        folder.mkdir()
+    content = bytes(range(256)) * 100
+    (run / "config.yml").write_bytes(content)
+    row = accelerator.split(run, out, size=10_000)
+    pieces = sorted(out.glob("run.tar.*"))
+    assert row["value"] == len(pieces) > 2 and all(piece.stat().st_size <= 10_000 for piece in pieces)
+    with pytest.raises(ConfigError, match=r"results\.jsonl can't be read"):
+        accelerator.join(out, tmp_path / "nowhere")
+    (out / "results.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="tells of no trained run"):
+        accelerator.join(out, tmp_path / "nowhere")
+    accelerator.tell(out, "training", row)
+    accelerator.join(out, tmp_path / "joined")
+    assert (tmp_path / "joined" / "config.yml").read_bytes() == content
+    damaged = pieces[1].read_bytes()
+    pieces[1].write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
+    with pytest.raises(ConfigError, match="are not what was written"):
+        accelerator.join(out, tmp_path / "damaged")
+    pieces[1].unlink()
+    with pytest.raises(ConfigError, match=r"run\.tar\.1 is missing"):
+        accelerator.join(out, tmp_path / "missing")
+    assert not (tmp_path / "damaged").exists() and not (tmp_path / "missing").exists()
+
+
+def test_a_profiles_time_is_divided_among_parts_and_kernels():
+    """Two streams, which overlap by 5 of 40 ns; from 30 to 35 none has a kernel."""
+    program = """
+  %fusion.1 = f32[4]{0} fusion(%x), kind=kLoop, metadata={op_name="jit(step)/cell_0/while/body/add" source_line=1}
+  ROOT %dot.2 = f32[4]{0} dot(%x, %y), metadata={op_name="jit(step)/jvp(CWVAE.elbo)/encoder/level_1_dense_0/dot"}
+"""
+    names = accelerator.traced_names(program)
+    assert names["fusion.1"].endswith("add") and names["dot.2"].endswith("dot")
+    events = [("a", 0, 20, "fusion.1"), ("b", 15, 15, "dot.2"), ("a", 35, 5, "fusion.1"), ("c", 36, 1, "")]
+    rows = list(accelerator.profile_rows([accelerator.Event(*event) for event in events], names))
+    found = {x["what"]: x["value"] * 1e6 for x in rows}
+    assert found == pytest.approx(
+        {
+            "from the first kernel to the end of the last": 40,
+            "of it without any kernel": 5,
+            "part: ticks, one after the other": 25,
+            "part: Dense layers between levels": 15,
+            "part: unknown": 1,
+            "kernel: a": 25,
+            "kernel: b": 15,
+            "kernel: c": 1,
+        }
+    )
+    with pytest.raises(ConfigError, match="no kernels"):
+        list(accelerator.profile_rows([], names))

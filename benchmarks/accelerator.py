@@ -1,0 +1,631 @@
+"""What is to be known of an accelerator, for one that is at hand for minutes.
+
+    python -m benchmarks accelerator --out DIR --seconds 540    measures the items below, and trains in between
+    python -m benchmarks join DIR --out RUN                     puts the trained run together again, wherever DIR went
+
+Items come in order of worth. Each is a process of its own with its own time limit: one that fails or is cut off costs
+nothing but itself. While the second one trains, other processes compile what the later ones need.
+
+    DIR/results.jsonl           a measurement a line, as they come
+    DIR/results.md              the same as tables
+    DIR/log.txt                 what the processes print
+    DIR/profile.xplane.pb.gz    a training step's profile, for XProf or TensorBoard
+    DIR/run.tar.<n>             the trained run in pieces
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import config as configuration
+import data
+import eval as evaluation
+import rollout
+import runs
+import tools
+import train
+from analyses import export
+from analyses.arguments import new_directory
+from benchmarks.measuring import (
+    Bench,
+    Row,
+    Stepper,
+    any_state,
+    in_turn,
+    machine,
+    memory_row,
+    plain_scan,
+    row,
+    seconds,
+    timed,
+    training_flop,
+)
+from config import FRAME_SIZE, Config, ConfigError
+from cwvae import CWVAE
+from fast import convolutions, layers, scan
+from noise import sequence_keys
+from system.devices import Devices
+from system.interrupts import Interrupted
+
+ROOT = Path(__file__).parent.parent
+PIECE = 15 * 2**20
+"""Bytes of a piece of the trained run, at most."""
+LARGEST_PROFILE = PIECE
+TO_SAVE = 30.0
+"""Seconds that the training leaves of its own for its checkpoint and the pieces."""
+TINY: dict[str, Any] = dict(
+    levels=1,
+    tmp_abs_factor=2,
+    enc_dense_layers=2,
+    enc_dense_embed_size=6,
+    cell_stoch_size=3,
+    cell_deter_size=5,
+    cell_embed_size=4,
+    filters=1,
+    seq_len=8,
+    eval_seq_len=12,
+    open_loop_ctx=4,
+    batch_size=2,
+)
+
+
+class Setting(NamedTuple):
+    """How an item is measured."""
+
+    out: Path
+    limit: float  # seconds
+    rehearse: bool  # tiny sizes
+    ahead: bool  # compile what the item needs, for another process that measures it
+
+    def config(self, name: str, **keys: Any) -> Config:
+        """Return a configuration by its name, with keys in place of its own; tiny in a rehearsal."""
+        c = configuration.load(ROOT / "configs" / f"{name}.yml")
+        return dataclasses.replace(c, seed=0, wandb="disabled", **(keys | (TINY if self.rehearse else {})))
+
+
+# ---------------------------------------------------------------------------------------------- training steps
+
+
+class Program(NamedTuple):
+    """A training step, and what holds while it is traced."""
+
+    stepper: Callable[[], Stepper]
+    contexts: Sequence[contextlib.AbstractContextManager[Any]] = ()
+
+
+def compiled(programs: dict[str, Program]) -> Iterator[tuple[str, Stepper, Row]]:
+    """Compile programs side by side, and yield those that can be, each with its memory and the seconds it took."""
+
+    def compile_one(lowered: Any) -> tuple[Any, float]:
+        begin = time.perf_counter()
+        return lowered.compile(), time.perf_counter() - begin
+
+    with ThreadPoolExecutor(len(programs)) as pool:
+        started = {}
+        for name, program in programs.items():
+            with contextlib.ExitStack() as held:
+                for context in program.contexts:
+                    held.enter_context(context)
+                stepper = program.stepper()
+                lowered = stepper.step.lower(stepper.state, stepper.batch)
+            started[name] = stepper, pool.submit(compile_one, lowered)
+        for name, (stepper, compiling) in started.items():
+            with spared(name):
+                stepper.step, took = compiling.result()
+                memory = memory_row(name, stepper.step)["value"] / 1e3
+                yield name, stepper, {"compiled_in_s": took, "memory_GB": memory}
+
+
+@contextlib.contextmanager
+def spared(name: str) -> Iterator[None]:
+    """Print what fails inside, whatever it is: the others go on."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {error}", flush=True)
+
+
+def measured(setting: Setting, config: Config, programs: dict[str, Program]) -> Iterator[Row]:
+    """Time training steps, many between two waits, as in a training: each while others compile, then in turn."""
+    found: dict[str, tuple[Callable[[], Any], int, Row]] = {}
+    for name, stepper, more in compiled(programs):
+        if setting.ahead:
+            continue
+        with spared(name):
+            seconds(stepper)  # the first call
+            s = seconds(stepper)
+            found[name] = stepper, max(1, round(0.2 / s)), more
+            yield row(name, "ms", s * 1e3, preliminary=True, **more)
+    if not found:
+        return
+
+    def many(name: str) -> Callable[[], Any]:
+        stepper, count, _ = found[name]
+        return lambda: [stepper() for _ in range(count)][-1]
+
+    times = in_turn({name: many(name) for name in found}, 3 if setting.rehearse else 7)
+    first = None
+    for name, (_, count, more) in found.items():
+        each = [s / count for s in times[name]]
+        s = statistics.median(each)
+        first = first or s
+        frames_per_s, TFLOP_per_s = config.batch_size * config.seq_len / s, training_flop(config) / s / 1e12
+        yield timed(name, each, to_first=s / first, frames_per_s=frames_per_s, TFLOP_per_s=TFLOP_per_s, **more)
+
+
+def steps(setting: Setting, name: str) -> Iterator[Row]:
+    """Time the training step in each arithmetic, and the textbook form."""
+    bench = Bench(setting.config(name))
+    half = Bench(dataclasses.replace(bench.config, dtype="bfloat16"))
+    programs = {
+        "float32, default precision": Program(bench.stepper),
+        "float32, highest precision": Program(bench.stepper, [jax.default_matmul_precision("highest")]),
+        "bfloat16": Program(half.stepper),
+        "textbook form, default precision": Program(bench.textbook_stepper),
+    }
+    return measured(setting, bench.config, programs)
+
+
+def alternatives(setting: Setting) -> Iterator[Row]:
+    """Time other forms of the training step."""
+
+    def many_patches(x: Any, kernel: Any) -> Any:
+        one_pixel = x.shape[1] == 1
+        return (convolutions.conv_transpose if one_pixel else convolutions.scatter_with_gradients)(x, kernel)
+
+    bench = Bench(setting.config("mmnist"))
+    forms: dict[str, list[Any]] = {
+        f"{scan.UNROLL} ticks per iteration (now)": [],
+        **{f"{n} ticks per iteration": [mock.patch.object(scan, "UNROLL", n)] for n in (1, 20)},
+        "JAX's scan and its gradient": [mock.patch.object(scan, "scan", plain_scan)],
+        "convolutions in the forms for CPUs": [
+            mock.patch.object(layers, "conv", convolutions.gather_with_gradients),
+            mock.patch.object(layers, "conv_transpose", many_patches),
+        ],
+    }
+    programs = {name: Program(bench.stepper, patches) for name, patches in forms.items()}
+    return measured(setting, bench.config, programs)
+
+
+def with_flags(setting: Setting) -> Iterator[Row]:
+    """Time the training step as XLA_FLAGS have it."""
+    bench = Bench(setting.config("mmnist"))
+    return measured(setting, bench.config, {os.environ["XLA_FLAGS"]: Program(bench.stepper)})
+
+
+# ---------------------------------------------------------------------------------------------- a step's profile
+
+
+class Event(NamedTuple):
+    """A kernel's run, or on a CPU an operation's."""
+
+    name: str
+    start: float  # ns
+    duration: float  # ns
+    operation: str  # of the compiled program; empty if unknown
+
+
+PARTS = {
+    "noise": r"draw|threefry|random|uniform",
+    "ticks, one after the other": r"cell_\d+/.*while/",
+    "cells, all ticks at once": r"cell_\d+",
+    "convolutions": r"conv_\d+|_convolutions|_frames",
+    "Dense layers between levels": r"level_\d+_dense",
+    "encoder and decoder besides": r"CWVAE",
+}
+"""What an operation belongs to: the first whose pattern is in the names that it was traced under."""
+
+
+def profile(setting: Setting) -> Iterator[Row]:
+    """Profile one training step: where its time goes."""
+    bench = Bench(setting.config("mmnist"))
+    for _, stepper, _ in compiled({"training step": Program(bench.stepper)}):
+        if setting.ahead:
+            return
+        for _ in range(3):
+            seconds(stepper)
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                seconds(stepper)
+            (path,) = Path(folder).glob("**/*.xplane.pb")
+            packed = gzip.compress(path.read_bytes())
+            if len(packed) <= LARGEST_PROFILE:
+                (setting.out / "profile.xplane.pb.gz").write_bytes(packed)
+            yield from profile_rows(list(events(path)), traced_names(stepper.step.as_text()))
+
+
+def events(path: Path) -> Iterator[Event]:
+    """Read the kernels of a profile: those of a GPU's streams, a TPU's or a CPU's operations."""
+    with mock.patch("warnings.warn"):  # its bindings are deprecated in themselves
+        planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+        on_devices = [plane for plane in planes if plane.name.startswith("/device:")]
+        for plane in on_devices or planes:
+            for line in plane.lines:
+                if on_devices and not line.name.startswith(("Stream", "XLA Ops")):
+                    continue
+                for event in line.events:
+                    operation = str(dict(event.stats).get("hlo_op", ""))
+                    if on_devices or operation:
+                        yield Event(event.name, event.start_ns, event.duration_ns, operation)
+
+
+def traced_names(program: str) -> dict[str, str]:
+    """Return the names that each operation of a compiled program was traced under."""
+    return dict(re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = .*op_name=\"([^\"]*)\"", program, re.MULTILINE))
+
+
+def profile_rows(found: list[Event], names: dict[str, str]) -> Iterator[Row]:
+    """Return a step's time by parts and by kernels, and what of it no kernel runs."""
+    if not found:
+        raise ConfigError("profile: it has no kernels; look at profile.xplane.pb.gz")
+    end, busy = 0.0, 0.0
+    for event in sorted(found, key=lambda event: event.start):
+        busy += max(0.0, event.start + event.duration - max(end, event.start))
+        end = max(end, event.start + event.duration)
+    span = end - min(event.start for event in found)
+    yield row("from the first kernel to the end of the last", "ms", span / 1e6, kernels=len(found))
+    yield row("of it without any kernel", "ms", (span - busy) / 1e6, share=(span - busy) / span)
+
+    def part(event: Event) -> str:
+        name = names.get(event.operation)
+        if name is None:
+            return "unknown"
+        return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), "optimizer and the rest")
+
+    total = sum(event.duration for event in found)
+    for kind, key in ("part", part), ("kernel", lambda event: event.name):
+        groups = collections.defaultdict(list)
+        for event in found:
+            groups[key(event)].append(event.duration)
+        for name, durations in sorted(groups.items(), key=lambda group: -sum(group[1]))[:15]:
+            ms = sum(durations) / 1e6
+            yield row(f"{kind}: {name[:80]}", "ms", ms, kernels=len(durations), share=sum(durations) / total)
+
+
+# ---------------------------------------------------------------------------------------------- a training
+
+
+def training(setting: Setting) -> Iterator[Row]:
+    """Train the published model on two digits until the time is over; leave the run in pieces."""
+    c = setting.config("digits", eval_seq_len=432, save_scalars_every=2000, save_gifs_every=10_000)
+    c = dataclasses.replace(c, save_model_every=10_000, save_named_model_every=10**9)
+    if setting.rehearse:
+        c = dataclasses.replace(c, max_steps=3)
+    with tempfile.TemporaryDirectory() as logdir:
+        c = dataclasses.replace(c, logdir=logdir)
+        if setting.ahead:
+            model, test = CWVAE(c), data.windows(c, "test")
+            params = Devices().replicate(any_state(model).params)
+            train.validate(model, params, test, Devices())
+            return
+        begin = time.perf_counter()
+        timer = threading.Timer(setting.limit - TO_SAVE, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        with contextlib.suppress(Interrupted):
+            train.train(c)
+        timer.cancel()
+        took = time.perf_counter() - begin
+        checkpoint = runs.find_checkpoint(runs.directory(c))
+        yield row("steps", "", checkpoint.step, seconds=took, ms_per_step=took / checkpoint.step * 1e3)
+        log = (checkpoint.run / "metrics.jsonl").read_text().splitlines()
+        for line in map(json.loads, log):
+            yield row(f"validation loss after {line['step']} steps", "nats per frame", line["validation/loss"])
+        if memory := jax.local_devices()[0].memory_stats():
+            yield row("device memory, at most", "GB", memory["peak_bytes_in_use"] / 1e9)
+        copy = Path(logdir) / "copy"
+        copy.mkdir()
+        export.write(copy, c, runs.load_state(CWVAE(c), checkpoint))
+        shutil.copy(checkpoint.run / "metrics.jsonl", copy)
+        shutil.copytree(checkpoint.run / "videos", copy / "videos", dirs_exist_ok=True)
+        yield split(copy, setting.out)
+
+
+def split(run: Path, out: Path, size: int = PIECE) -> Row:
+    """Write a directory's archive to `<out>/run.tar.<n>`, in pieces of at most so many bytes."""
+    with tempfile.TemporaryFile() as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            archive.add(run, ".")
+        file.seek(0)
+        digest, count = hashlib.sha256(), 0
+        while piece := file.read(size):
+            (out / f"run.tar.{count}").write_bytes(piece)
+            digest.update(piece)
+            count += 1
+    return row("pieces of the trained run", "", count) | {"sha256": digest.hexdigest()}
+
+
+def join(directory: Path, run: Path) -> None:
+    """Put a run together from the pieces that `split` wrote, and that results.jsonl describes.
+
+    Raises:
+        ConfigError: pieces are missing or damaged.
+    """
+    described = [x for x in read(directory) if x.get("what") == "pieces of the trained run"]
+    if not described:
+        raise ConfigError(f"{directory}: results.jsonl tells of no trained run; was the training cut off?")
+    digest = hashlib.sha256()
+    with tempfile.TemporaryFile() as file:
+        for number in range(described[-1]["value"]):
+            piece = directory / f"run.tar.{number}"
+            if not piece.is_file():
+                raise ConfigError(f"{piece} is missing; copy it there")
+            digest.update(piece.read_bytes())
+            file.write(piece.read_bytes())
+        if digest.hexdigest() != described[-1]["sha256"]:
+            raise ConfigError(f"{directory}: run.tar.* are not what was written; copy them again")
+        file.seek(0)
+        with tarfile.open(fileobj=file) as archive:
+            archive.extractall(run, filter="data")
+
+
+# ---------------------------------------------------------------------------------------------- rollout, data
+
+
+def rollouts(setting: Setting) -> Iterator[Row]:
+    """Time open-loop prediction and evaluation; compare metrics with scikit-image's."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    c = setting.config("mmnist")
+    model = CWVAE(c)
+    params = Devices().replicate(any_state(model).params)
+    random = np.random.default_rng(0)
+    context = random.integers(0, 256, (c.batch_size, c.open_loop_ctx, FRAME_SIZE, FRAME_SIZE, c.channels), np.uint8)
+    keys, frames = sequence_keys(jax.random.key(0), 0, c.batch_size), c.eval_seq_len - c.open_loop_ctx
+
+    def predict() -> Any:
+        return list(rollout.open_loop(model, params, context, keys, frames).prediction)
+
+    seconds(predict)
+    truth, prediction = (random.uniform(size=(2, 10, FRAME_SIZE, FRAME_SIZE, 1)).astype(np.float32) for _ in range(2))
+    metrics = jax.device_get(evaluation.frame_metrics(truth, {"it": prediction})["it"])
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["--logdir", str(ROOT / "pretrained"), "--out", f"{folder}/out"]
+        argv += ["--num_examples", "1", "--eval_seq_len", "72"] if setting.rehearse else ["--num_examples", "16"]
+        if setting.ahead:
+            evaluation.evaluate(*evaluation.parse(argv))
+            return
+        times = in_turn({"": predict}, 3)[""]
+        name = f"open loop, {c.batch_size} sequences, {frames} frames"
+        yield timed(name, times, frames_per_s=c.batch_size * frames / statistics.median(times))
+        for protocol, data_range in ("paper", 2), ("standard", 1):
+            # `standard` compares frames as saved.
+            shown = (
+                tools.to_uint8(jnp.asarray(x)) / np.float32(255) if protocol == "standard" else x
+                for x in (truth, prediction)
+            )
+            pairs = list(zip(*(np.reshape(x, (-1, FRAME_SIZE, FRAME_SIZE, 1)) for x in shown), strict=True))
+            for metric, want in (
+                ("ssim", [structural_similarity(*pair, data_range=data_range, channel_axis=-1) for pair in pairs]),
+                ("psnr", [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]),
+            ):
+                difference = float(np.abs(metrics[protocol][metric].ravel() - want).max())
+                yield row(f"{metric}, {protocol}: difference from scikit-image, at most", "", difference)
+        took = seconds(lambda: evaluation.evaluate(*evaluation.parse(argv)) and ())
+        yield row(f"eval.py --logdir pretrained {' '.join(argv[4:])}", "s", took)
+
+
+def loading(setting: Setting) -> Iterator[Row]:
+    """Time batches on their way to the devices: digits, drawn there, and frames in colour."""
+    if setting.ahead:
+        return
+    c = setting.config("digits", num_epochs=1000)
+    T, count, devices = c.seq_len, 4 if setting.rehearse else 400, Devices()
+    colour = np.random.default_rng(0).integers(0, 256, (count, T, FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+    digits = data.windows(c, "train")
+    begin = time.perf_counter()
+    sprites = digits.sprites()  # type: ignore[attr-defined]
+    yield row("sprites of all digit videos", "s", time.perf_counter() - begin)
+    for name, source in ("digits", digits), ("digits, drawn by the devices", sprites), ("frames in colour", colour):
+        for threads in 2, 4, 8:
+            with mock.patch.object(data, "THREADS", threads):
+                batches = devices.spread(data.training_batches(c, source, 0, devices.rows(c.batch_size)))
+                if source is sprites:
+                    batches = (data.digits.draw(batch.video) for batch in batches)
+                jax.block_until_ready(next(batches))
+                begin, taken = time.perf_counter(), 0
+                for batch in itertools.islice(batches, 4 if setting.rehearse else 200):
+                    jax.block_until_ready(batch)
+                    taken += 1
+                    if time.perf_counter() - begin > 2:
+                        break
+                yield row(f"{name}, {threads} threads", "batches/s", taken / (time.perf_counter() - begin))
+
+
+# ---------------------------------------------------------------------------------------------- the items
+
+
+class Item(NamedTuple):
+    """What a process measures."""
+
+    measure: Callable[[Setting], Iterator[Row]]
+    limit: float | None  # seconds; None: what the others leave
+    flags: str = ""  # XLA_FLAGS
+
+
+ITEMS = {
+    "step of mmnist": Item(lambda setting: steps(setting, "mmnist"), 100),
+    "training": Item(training, None),
+    "step of minerl": Item(lambda setting: steps(setting, "minerl"), 40),
+    "profile": Item(profile, 20),
+    "alternatives": Item(alternatives, 45),
+    "split-k": Item(with_flags, 15, "--xla_gpu_experimental_force_split_k=1"),
+    "without command buffers": Item(with_flags, 15, "--xla_gpu_enable_command_buffer="),
+    "rollout and evaluation": Item(rollouts, 30),
+    "loading": Item(loading, 25),
+}
+
+
+def measure(name: str, setting: Setting) -> None:
+    """Measure one item; what `start` starts."""
+    tell(setting.out, name, machine() | {"what": "machine"}) if not setting.ahead else None
+    for entry in ITEMS[name].measure(setting):
+        tell(setting.out, name, entry)
+
+
+def tell(out: Path, item: str, entry: Row) -> None:
+    with (out / "results.jsonl").open("a") as file:
+        file.write(json.dumps({"item": item, **entry}) + "\n")
+
+
+def read(out: Path) -> list[Row]:
+    """Return what was told so far."""
+    path = out / "results.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can't be read ({error}); name the directory that the benchmark wrote") from error
+
+
+def command(name: str, setting: Setting) -> list[str]:
+    """Return the command that measures an item."""
+    return [
+        *(sys.executable, "-m", "benchmarks", "accelerator", "--item", name),
+        *("--out", str(setting.out.absolute()), "--seconds", str(setting.limit)),
+        *["--rehearse"] * setting.rehearse,
+        *["--ahead"] * setting.ahead,
+    ]
+
+
+@contextlib.contextmanager
+def start(name: str, setting: Setting, cache: str, log: Any) -> Iterator[subprocess.Popen]:
+    """Start the process of an item; end it, and what it has started, at the end of the block."""
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
+    if setting.rehearse:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they take most of the time of tiny models
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ITEMS[name].flags}".strip()
+    process = subprocess.Popen(
+        command(name, setting), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True, text=True
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def bench_accelerator(out: Path, limit: float, rehearse: bool) -> None:
+    """Measure all items within so many seconds."""
+    end = time.monotonic() + limit
+    with (out / "log.txt").open("a") as log, tempfile.TemporaryDirectory() as cache:
+        for place, (name, item) in enumerate(ITEMS.items()):
+            later = list(ITEMS)[place + 1 :]
+            left = end - time.monotonic()
+            share = item.limit or max(left - sum(ITEMS[x].limit or 0 for x in later), 3 * TO_SAVE)
+            allowed = left if rehearse else min(left, share)
+            if allowed < 2 * TO_SAVE if item.limit is None else allowed < 5:
+                tell(out, name, {"what": "ended", "how": "not begun, since no time was left"})
+                continue
+            begin, stop = time.monotonic(), threading.Event()
+            setting = Setting(out, allowed, rehearse, ahead=False)
+            with start(name, setting, cache, log) as process:
+                ahead = threading.Thread(target=compile_ahead, args=([name, *later], setting, cache, log, stop))
+                if item.limit is None:
+                    ahead.start()
+                try:
+                    process.wait(allowed)
+                    how = "whole" if process.returncode == 0 else f"failed with exit code {process.returncode}"
+                except subprocess.TimeoutExpired:
+                    how = "cut off"
+                finally:
+                    stop.set()
+                    if ahead.ident:
+                        ahead.join()
+            took = time.monotonic() - begin
+            tell(out, name, {"what": "ended", "how": how, "seconds": took})
+            print(f"{name}: {how} after {took:.0f} s", flush=True)
+    table = markdown(read(out))
+    (out / "results.md").write_text(table)
+    print(f"\n{table}")
+
+
+def compile_ahead(names: Sequence[str], setting: Setting, cache: str, log: Any, stop: threading.Event) -> None:
+    """Compile what items need, one after the other, until `stop` is set."""
+    for name in names:
+        if stop.is_set():
+            return
+        with start(name, setting._replace(ahead=True), cache, log) as process:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, process.pid, 10)
+            while process.poll() is None and not stop.wait(0.2):
+                pass
+
+
+def markdown(entries: list[Row]) -> str:
+    """Return a table per item."""
+    lines = []
+    for name, group in itertools.groupby(entries, key=lambda entry: entry["item"]):
+        rows = list(group)
+        about = next((x for x in rows if x["what"] == "machine"), {})
+        ended = next((x for x in rows if x["what"] == "ended"), {})
+        device = ", ".join(f"{key} {about[key]}" for key in ("device", "driver", "jax", "commit") if about.get(key))
+        lines += [f"## {name}", "", f"{ended.get('how', 'not ended')}, {ended.get('seconds', 0):.0f} s. {device}", ""]
+        final = {x["what"] for x in rows if "value" in x and "preliminary" not in x}
+        found = [x for x in rows if "value" in x and not ("preliminary" in x and x["what"] in final)]
+        if found:
+            lines += ["| what | value | unit | |", "|---|---|---|---|"]
+        for x in found:
+            more = [f"{key} {shown(value)}" for key, value in x.items() if key not in ("item", "what", "value", "unit")]
+            lines.append(f"| {x['what']} | {shown(x['value'])} | {x['unit']} | {', '.join(more)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Read the command line of `accelerator`."""
+    parser = configuration.ArgumentParser(
+        prog="python -m benchmarks accelerator", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="new directory for the results")
+    parser.add_argument("--seconds", type=float, default=540.0, help="for everything (default: 540)")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any machine")
+    parser.add_argument("--item", choices=ITEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--ahead", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.item:
+        measure(given.item, Setting(Path(given.out), given.seconds, given.rehearse, given.ahead))
+    else:
+        bench_accelerator(new_directory("accelerator", given.out), given.seconds, given.rehearse)
+
+
+def main_join(argv: Sequence[str]) -> None:
+    """Read the command line of `join`."""
+    parser = configuration.ArgumentParser(prog="python -m benchmarks join", description=join.__doc__)
+    parser.add_argument("directory", help="what the benchmark wrote")
+    parser.add_argument("--out", required=True, help="new directory for the run")
+    given = parser.parse_args(argv)
+    run = new_directory("join", given.out)
+    join(Path(given.directory), run)
+    print(f"Evaluate it with: python eval.py --logdir {run}")
+
+
+COMMANDS = {"accelerator": main, "join": main_join}

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -395,25 +395,30 @@ def bench_data(config: Config) -> list[Row]:
         rows.append(row("prepared dataset to first batch, from step 1,000,000", "s", time.perf_counter() - begin))
 
         size = first.video.nbytes
-        rates, cores = [], []
-        for _ in range(5):
-            begin, cpu = time.perf_counter(), time.process_time()
-            for _ in range(60):
-                next(batches)
-            wall = time.perf_counter() - begin
-            rates.append(60 / wall)
-            cores.append((time.process_time() - cpu) / wall)
-        rate, used = statistics.median(rates), statistics.median(cores)
-        rows.append(row("batches, warm", "batches/s", rate, cores=used, spread=max(rates) - min(rates)))
-        rows.append(row("batches, warm, per core", "MB per core-second", rate * size / 1e6 / used))
+        warm = batches_per_second("frames in colour", batches)
+        rows += [warm, row("the same, per core", "MB per core-second", warm["value"] * size / 1e6 / warm["cores"])]
         own = memory_besides_page_cache()
         rows.append(row("host memory besides the page cache", "MB", own))
-    digits = data.windows(dataclasses.replace(c, dataset="digits", channels=1, datadir=""), "train")
-    begin, cpu = time.perf_counter(), time.process_time()
-    for i in range(200):
-        digits[i]
-    rows.append(row("generate digits", "frames per core-second", 200 * 100 / (time.process_time() - cpu)))
+    c = dataclasses.replace(c, dataset="digits", channels=1, datadir="")
+    digits: Any = data.windows(c, "train")
+    for name, source in ("digits, drawn", digits), ("digits, to be drawn by accelerators", digits.sprites()):
+        rows.append(batches_per_second(name, data.training_batches(c, source, 0, 50)))
     return rows
+
+
+def batches_per_second(name: str, batches: Iterator[data.Batch]) -> Row:
+    """Time batches that were begun before."""
+    next(batches)
+    rates, cores = [], []
+    for _ in range(5):
+        begin, cpu = time.perf_counter(), time.process_time()
+        for _ in range(60):
+            next(batches)
+        wall = time.perf_counter() - begin
+        rates.append(60 / wall)
+        cores.append((time.process_time() - cpu) / wall)
+    rate, used = statistics.median(rates), statistics.median(cores)
+    return row(f"batches of {name}", "batches/s", rate, cores=used, spread=max(rates) - min(rates))
 
 
 def encode(noise: np.ndarray, frames: int) -> bytes:

@@ -11,6 +11,7 @@ Of what train.py and eval.py wrote:
     perceptual  adds LPIPS and FVD to finished evaluations, with the networks' files
     compare     quality over distance of several models on one dataset (Figure 1)
     ranks       average ranks over several comparisons (Figure 5c)
+    seeds       averages what digits wrote of several seeds
     curves      losses over the steps of several trainings
 """
 
@@ -27,13 +28,14 @@ from analyses.export import export
 from analyses.levels import levels
 from analyses.perceptual import perceptual
 from analyses.rooms import rooms
+from analyses.seeds import seeds
 from report.output import writing
 from system.devices import use_compilation_cache
 from system.interrupts import Interrupts, exit_codes
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     command.__name__: command
-    for command in (levels, blind, boundaries, digits, rooms, export, perceptual, compare, ranks, curves)
+    for command in (levels, blind, boundaries, digits, rooms, export, perceptual, compare, ranks, seeds, curves)
 }
 
 

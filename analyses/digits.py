@@ -1,8 +1,10 @@
 """Which digits predicted frames show, read by a classifier trained on the spot (Figure 5b)."""
 
 import functools
+import io
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,11 +23,13 @@ from analyses.worker import Worker
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import floats
 from report import plots, statistics
+from system.files import replace_file
 from videos.digits import MovingDigits, compose
 
 
 def digits(arguments: Sequence[str]) -> None:
-    """Write how often digits' identities are right in predicted frames over time (Figure 5b): digits.png, .json, .csv.
+    """Write how often digits' identities are right in predicted frames over time (Figure 5b): digits.png, .json, .csv,
+    and of each frame of each video digits.npz, which `seeds` reads.
 
     Each frame counts by itself: right if the classifier finds the truth's digits in it, in any order. Frames where
     digits hide each other can't all be read: the same figure for the true frames is the ceiling. Of videos of a single
@@ -67,6 +71,7 @@ def digits(arguments: Sequence[str]) -> None:
                 found.setdefault(name, []).append(mean)
     joined = {name: jax.tree.map(lambda *values: np.concatenate(values), *parts) for name, parts in found.items()}
     results = {name: statistics.summary(values["right"]) for name, values in joined.items() if name != COPY}
+    write_curves({run.name: joined[run.name]["right"] for run in models}, directory / "digits.npz")
     lines = accuracy_lines(models, results)
     by_chance = chance(train_set)
     lines[TRUTH] = plots.Line(np.array(results[TRUTH]["curve"]["value"]), reference=True)
@@ -79,6 +84,13 @@ def digits(arguments: Sequence[str]) -> None:
         print("\nPlaces are left out: of several digits, a frame doesn't say which is where")
     more = {"classifier_accuracy_on_clean_frames": clean, "clean_frames": total, "chance": by_chance}
     write_readout("digits", results, directory, more)
+
+
+def write_curves(curves: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write how often the predicted frames of each model are right, over its samples: [N, T] by its name."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{name: values.astype(np.float32) for name, values in curves.items()})  # type: ignore[arg-type]
+    replace_file(path, buffer.getvalue())
 
 
 TRUTH, COPY = "true frames", statistics.REFERENCES["copy"]

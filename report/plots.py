@@ -21,7 +21,7 @@ COLORS = ("#1f5fbf", "#d1352b", "#e88a00", "#0fa3b1", "#c2419a", "#6b6b6b", "#4c
 class Line(NamedTuple):
     """A curve, [T] each, with a band around it: over predicted frames from 1 on, or over `x`.
 
-    A reference has a style of its own; a line `beside` another one is dotted, in that one's colour.
+    A reference has a style of its own; a line `beside` another one is dotted, or thin, in that one's colour.
     """
 
     values: np.ndarray
@@ -29,6 +29,7 @@ class Line(NamedTuple):
     high: np.ndarray | None = None
     reference: bool = False
     beside: str = ""
+    thin: bool = False
     x: np.ndarray | None = None
 
 
@@ -57,7 +58,8 @@ def plot_lines(
         if line.reference:
             style = {"linewidth": 1.1} | (REFERENCE_STYLES.get(name) or next(other_styles))
         elif line.beside:
-            style = {"linewidth": 1.1, "color": color_of[line.beside], "linestyle": ":"}
+            style = {"color": color_of[line.beside]}
+            style |= {"linewidth": 0.6, "alpha": 0.7} if line.thin else {"linewidth": 1.1, "linestyle": ":"}
         else:
             style = {"linewidth": 1.5, "color": next(colors)}
         color = color_of[name] = style["color"]
@@ -75,7 +77,8 @@ def plot_lines(
     if len(shown) and np.ptp(shown):
         margin = 0.06 * np.ptp(shown)
         axes.set_ylim(shown.min() - margin, shown.max() + margin)
-    notes = list(dict.fromkeys(name.removeprefix(f"{line.beside}, ") for name, line in lines.items() if line.beside))
+    dotted = {name: line.beside for name, line in lines.items() if line.beside and not line.thin}
+    notes = dict.fromkeys(name.removeprefix(f"{beside}, ") for name, beside in dotted.items())
     below = [f"bold: mean of {window}"] * (window > 1) + [f"dotted: {note}" for note in notes]
     axes.set_xlabel(xlabel + (f"  ({'; '.join(below)})" if below else ""), fontsize=7)
     axes.set_ylabel(ylabel, fontsize=7)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import config as configuration
 import tools
-from analyses import compare, curves
+from analyses import compare, curves, digits, seeds
 from config import ConfigError
 from report import plots, statistics, tables
 
@@ -90,3 +90,68 @@ def test_losses_of_stages_are_one_curve(tmp_path, capsys):
     (tmp_path / "a").rename(tmp_path / "elsewhere")
     assert [line["step"] for line in curves.read_log(tmp_path / "c")] == [1, 3, 5]
     assert "whose steps are left out" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- several seeds
+
+
+def write_digits(directory, **curves):
+    """Write what `digits` leaves for `seeds`: shares of right frames."""
+    directory.mkdir()
+    digits.write_curves({name: np.array(values) for name, values in curves.items()}, directory / "digits.npz")
+    return str(directory)
+
+
+def test_models_over_seeds(tmp_path, capsys):
+    """Of a model that is in one directory only there is no mean."""
+    random = np.random.default_rng(0)
+    values = random.uniform(size=(5, 4, 12))
+    found = [
+        write_digits(tmp_path / "0", a=values[0], b=values[1], c=values[0]),
+        write_digits(tmp_path / "1", a=values[2], b=values[3]),
+        write_digits(tmp_path / "2", a=values[4]),
+    ]
+    seeds.seeds([*found, f"--out={tmp_path / 'out'}"])
+    results = json.loads((tmp_path / "out" / "identities.json").read_text())
+    assert list(results["lines"]) == ["a", "b"]
+    assert results["seeds"]["a"] == pytest.approx(values[[0, 2, 4]].mean((1, 2)), abs=1e-5)
+    average = results["lines"]["a"]["average"]
+    assert average["value"] == pytest.approx(values[[0, 2, 4]].mean(), abs=1e-5)
+    assert average["low"] < average["value"] < average["high"]
+    difference = results["differences"]["a - b"]
+    assert difference["value"] == pytest.approx(values[[0, 2, 4]].mean() - values[[1, 3]].mean(), abs=1e-5)
+    assert difference["low"] < difference["value"] < difference["high"]
+    printed = capsys.readouterr().out
+    assert f"\na: {', '.join(f'{value:.3f}' for value in results['seeds']['a'])}\n" in printed
+    assert f"\na - b: {difference['value']:.3f} (" in printed
+    assert (tmp_path / "out" / "identities.png").exists() and (tmp_path / "out" / "identities.csv").exists()
+
+
+def test_seeds_that_cant_be_compared_are_refused(tmp_path):
+    short = write_digits(tmp_path / "short", a=np.ones((4, 11)))
+    long = write_digits(tmp_path / "long", a=np.ones((4, 12)))
+    other = write_digits(tmp_path / "other", b=np.ones((4, 12)))
+    for directories, message in (
+        ([short, long], r"differ in videos and frames, \[\(4, 11\), \(4, 12\)\]"),
+        ([long, other], "no model is in two of the directories"),
+        ([long, str(tmp_path)], r"digits\.npz can't be read; name a directory that analysis.py digits wrote"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            seeds.seeds([*directories, f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_of_a_seed_is_thin(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *_: drawn.append(figure))
+    ones = np.ones(4)
+    lines = {
+        "a": plots.Line(ones),
+        "a, 0": plots.Line(ones, beside="a", thin=True),
+        "a, p": plots.Line(ones, beside="a"),
+    }
+    plots.plot_lines(lines, tmp_path / "x.png", "y")
+    bold, thin, dotted = drawn[0].axes[0].get_lines()
+    assert thin.get_linewidth() < bold.get_linewidth() and thin.get_color() == dotted.get_color() == bold.get_color()
+    assert thin.get_linestyle() == "-" and dotted.get_linestyle() == ":"
+    assert "dotted: p" in drawn[0].axes[0].get_xlabel() and "0" not in drawn[0].axes[0].get_xlabel()

@@ -33,6 +33,34 @@ def test_one_example_has_no_spread():
     assert all(got[key].tolist() == [1.5, 2.5] for key in ("value", "low", "high"))
 
 
+def test_intervals_over_seeds_and_examples():
+    """Where all seeds are alike, those over the examples; where all examples are, those over the seeds. Where seeds and
+    examples add up, so do the variances; of the difference from a model that errs on the same examples, the seeds'."""
+    random = np.random.default_rng(2)
+    seeds, examples = random.normal(size=(9, 1, 1)), random.normal(size=(1, 40, 1))
+    ones = np.ones((9, 40, 1))
+
+    def width(found):
+        assert found["low"] < found["value"] < found["high"]
+        return float((found["high"] - found["low"])[0])
+
+    alone = [width(statistics.estimate(x, resamples=20_000)) for x in (seeds[:, 0], examples[0])]
+    of_seeds, of_examples, of_both, of_difference = (
+        width(statistics.estimate_over_seeds(values, minus, resamples=20_000))
+        for values, minus in (
+            *((seeds * ones, None), (examples * ones, None), (seeds + examples, None)),
+            (seeds + examples, examples[:, :] * ones[:2] + 1),
+        )
+    )
+    assert of_seeds == pytest.approx(alone[0], rel=0.03) and of_examples == pytest.approx(alone[1], rel=0.03)
+    assert of_both == pytest.approx(np.hypot(*alone), rel=0.04)
+    assert of_difference == pytest.approx(alone[0], rel=0.03)
+    difference = statistics.estimate_over_seeds(seeds + examples, examples * ones[:2] + 1)["value"]
+    np.testing.assert_allclose(difference, seeds.mean() - 1)
+    whole = statistics.summary((seeds + examples) * np.ones(12), statistics.estimate_over_seeds)
+    assert whole["average"]["value"] == pytest.approx(float((seeds + examples).mean()), rel=1e-4)
+
+
 def test_summary_by_hand():
     curves = np.random.default_rng(0).uniform(size=(5, 120))
     got = statistics.summary(curves)

@@ -1,0 +1,66 @@
+"""What trainings with several seeds have in common: identities, averaged over seeds and videos."""
+
+import itertools
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from analyses.accuracy import accuracy_line, write_readout
+from analyses.arguments import new_directory, parse_directories
+from config import ConfigError
+from report import plots, statistics, tables
+
+
+def seeds(arguments: Sequence[str]) -> None:
+    """Average the identities of models over seeds: identities.png, .json, .csv.
+
+    Each directory is what `digits` wrote of the models of one seed, under the same names and on the same videos.
+    Intervals are over seeds and videos; differences between models are of the same videos. A thin line is one seed.
+    """
+    program = "analysis.py seeds DIGITS DIGITS ... --out DIR"
+    paths, given, _ = parse_directories(arguments, program, str(seeds.__doc__), False, out="new directory")
+    read = [read_curves(Path(path)) for path in paths]
+    shapes = {curve.shape for curves in read for curve in curves.values()}
+    if len(shapes) > 1:
+        raise ConfigError(f"command line: the directories differ in videos and frames, {sorted(shapes)}; read the same")
+    found = {
+        name: np.stack(curves)  # [seeds, N, T]
+        for name in dict.fromkeys(itertools.chain(*read))
+        if len(curves := [each[name] for each in read if name in each]) > 1
+    }
+    if not found:
+        raise ConfigError("command line: no model is in two of the directories; give it the same name in each")
+    results = {name: statistics.summary(curves, statistics.estimate_over_seeds) for name, curves in found.items()}
+    lines = {name: accuracy_line(results[name]) for name in found}
+    for name, of_seeds in found.items():
+        lines |= {f"{name}, {i}": plots.Line(curve.mean(0), beside=name, thin=True) for i, curve in enumerate(of_seeds)}
+    averages = {name: of_seeds.mean(-1) for name, of_seeds in found.items()}
+    differences = {
+        f"{a} - {b}": statistics.plain(statistics.estimate_over_seeds(averages[a], averages[b]))
+        for a, b in itertools.combinations(found, 2)
+    }
+    each = {name: statistics.plain(values.mean(-1)) for name, values in averages.items()}
+    directory = new_directory("seeds", given.get("out"))
+    plots.plot_lines(lines, directory / "identities.png", "accuracy of the digits' identities")
+    write_readout("identities", results, directory, {"seeds": each, "differences": differences})
+    print("\nSingle seeds, and differences with their intervals:")
+    for name, values in each.items():
+        print(f"{name}: {', '.join(f'{value:.3f}' for value in values)}")
+    for name, difference in differences.items():
+        print(f"{name}: {tables.with_interval(difference, 3)}")
+
+
+def read_curves(directory: Path) -> dict[str, np.ndarray]:
+    """Return whether the predicted frames of each model are right, [N, T] by its name.
+
+    Raises:
+        ConfigError: `digits` hasn't written them there.
+    """
+    path = directory / "digits.npz"
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} can't be read; name a directory that analysis.py digits wrote") from error

@@ -35,7 +35,7 @@ def train(config: Config) -> TrainState:
     Raises:
         ConfigError: what is asked for can't work; nothing was overwritten.
         NonFinite: the loss isn't finite any more; see `<run>/nonfinite`.
-        Interrupted: by SIGTERM or Ctrl-C, after saving the last finished step.
+        Interrupted: by Ctrl-C or a scheduler's warning, after saving the last finished step.
     """
     with Interrupts() as interrupts, wandb_session():
         config = connect(config)
@@ -55,6 +55,7 @@ def train(config: Config) -> TrainState:
                 data.training_batches(c, source, step, devices.rows(c.batch_size), devices.own(c.batch_size))
             )
             due = partial(is_due, steps=steps)
+            interrupts.waiting_for = "what is in progress, at most two steps, and a checkpoint"
             with Progress(step, steps, c.batch_size * c.seq_len, devices.process == 0) as progress:
                 try:
                     while True:

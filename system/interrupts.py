@@ -1,4 +1,4 @@
-"""How programs end: SIGINT and SIGTERM as an exception that comes at a safe moment, and exit codes."""
+"""How programs end: signals as an exception that comes at a safe moment, and exit codes."""
 
 import contextlib
 import os
@@ -12,9 +12,13 @@ import jax
 
 from config import ConfigError
 
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+"""What schedulers send before they kill. SIGHUP also comes when a terminal closes; `nohup` has it ignored."""
+
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. `exit_code` is the shell's convention: 130 or 143 (128 + the signal's number)."""
+    """Ctrl-C or a scheduler's warning. `exit_code` is the shell's convention, 128 + the signal's number: 130 for
+    Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -24,17 +28,23 @@ class Interrupted(BaseException):
 class Interrupts:
     """While entered, the first signal raises `Interrupted`, at once or at the end of a `deferred` block.
 
-    A second Ctrl-C ends the process at once.
+    A second Ctrl-C ends the process at once. Of several processes, all are stopped by JAX after the same step, by
+    SIGTERM, which other warnings are turned into there.
     """
 
     def __init__(self) -> None:
+        self.waiting_for = ""
+        """What happens between a signal and the program's end, if that takes a while."""
         self.received: int | None = None
         self.depth = 0
         self.earlier: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python doesn't allow handlers
-            self.earlier = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+            handled = [signal.SIGINT, *WARNINGS]
+            if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+                handled.remove(signal.SIGHUP)
+            self.earlier = {signum: signal.signal(signum, self._handle) for signum in handled}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -42,11 +52,16 @@ class Interrupts:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _: Any) -> None:
+        if signum in WARNINGS and signum != signal.SIGTERM and jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         if self.received is not None:
             if signum == signal.SIGINT:
                 os._exit(130)
             return
         self.received = signum
+        if self.waiting_for:  # print() could be interrupted by this very call of it
+            os.write(2, f"\n{signal.Signals(signum).name}: waiting for {self.waiting_for}\n".encode())
         if not self.depth:
             raise Interrupted(signum)
 

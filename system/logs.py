@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -161,12 +162,21 @@ def finish_wandb(exit_code: int) -> None:
 # ---------------------------------------------------------------------------------------------- progress
 
 
+SLOW = 30.0
+"""Seconds of a step from which on it is said how long all of them take."""
+
+
 class Progress:
-    """A progress bar that counts the steps that the devices have finished, and never waits for one."""
+    """A progress bar that counts finished steps, and keeps the loop from running ahead of the devices.
+
+    At most two steps are in flight: so the bar shows where the training stands, a signal is followed by a checkpoint
+    soon, and no more batches are held than these need.
+    """
 
     def __init__(self, step: int, steps: int, frames_per_step: int, shown: bool = True):
-        self.frames_per_step = frames_per_step
+        self.steps, self.frames_per_step = steps, frames_per_step
         self.bar = tqdm(
+            desc="compiling",
             total=steps,
             initial=step,
             disable=not shown,
@@ -176,17 +186,44 @@ class Progress:
             dynamic_ncols=True,
         )
         self.losses: deque[Any] = deque()
+        self.begun: float | None = None
+        """When the first step was compiled."""
+        self.first = True
 
     def update(self, loss: Array) -> None:
+        """Count a step that was begun, by the loss that it will have; wait until the one before is finished."""
+        if self.begun is None:
+            self.begun = time.monotonic()
+            self.bar.set_description("first step")
         self.losses.append(loss)
-        while self.losses and self.losses[0].is_ready():
-            self._show(self.losses.popleft())
+        while len(self.losses) > 1 or (self.losses and self.losses[0].is_ready()):
+            self._finish(self.losses.popleft())
 
-    def _show(self, loss: Array) -> None:
-        if self.bar.update():
+    def _finish(self, loss: Array) -> None:
+        loss.block_until_ready()
+        if self.first and self.begun is not None:
+            self._finish_first(time.monotonic() - self.begun)
+        elif self.bar.update():
             rate = self.bar.format_dict["rate"] or 0
             self.bar.set_postfix_str(
                 f"loss {float(loss):.4g}, {rate * self.frames_per_step:.0f} frames/s", refresh=False
+            )
+
+    def _finish_first(self, seconds: float) -> None:
+        """Count the first step without its time, in which things were compiled."""
+        self.first = False
+        if self.bar.disable:
+            return
+        self.bar.n += 1
+        self.bar.initial = self.bar.last_print_n = self.bar.n
+        self.bar.set_description("", refresh=False)
+        self.bar.unpause()
+        self.bar.refresh()
+        left = self.steps - self.bar.n
+        if seconds > SLOW and left:
+            self.bar.write(
+                f"A step takes {seconds:.0f} s, so the {left:,} steps left take {left * seconds / 86400:.1f} days; "
+                "lower --batch_size, --seq_len or --max_steps, or use an accelerator"
             )
 
     def __enter__(self) -> "Progress":
@@ -195,5 +232,5 @@ class Progress:
     def __exit__(self, error: Any, *_: Any) -> None:
         if error is None:
             for loss in self.losses:
-                self._show(loss)
+                self._finish(loss)
         self.bar.close()

@@ -25,6 +25,7 @@ from config import ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
 from system.interrupts import Interrupted, Interrupts
+from system.logs import Progress
 
 
 def start(logdir, **keys):
@@ -129,7 +130,7 @@ def test_random_faults_change_nothing(tmp_path, capsys):
         print(f"\nfaults survived: {survived}")
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
 def test_a_signal_saves_the_last_finished_step(tmp_path, uninterrupted, name, code):
     process = start(tmp_path, save_model_every=1000)
     while not list(tmp_path.glob("digits/*/metrics.jsonl")):
@@ -140,11 +141,74 @@ def test_a_signal_saves_the_last_finished_step(tmp_path, uninterrupted, name, co
     output, _ = process.communicate(timeout=60)
     assert time.monotonic() - begin < 30
     assert process.returncode == code, output
-    assert f"Interrupted by {name}; call the same command again to resume" in output
+    waiting = output.index(f"{name}: waiting for what is in progress, at most two steps, and a checkpoint")
+    assert waiting < output.index(f"Interrupted by {name}; call the same command again to resume")
     assert newest(run_of(tmp_path)) >= 3  # no interval asked for it
     process = start(tmp_path)
     process.communicate()
     assert_same(outcome(tmp_path), uninterrupted)
+
+
+def test_a_signal_is_followed_by_at_most_two_steps(tiny, monkeypatch):
+    """Steps take a quarter of a second, and are dispatched in no time."""
+    finished, signalled = [], []
+    make_train_step = train.make_train_step
+
+    def slow(step):
+        time.sleep(0.25)
+        finished.append(int(step))
+        return step
+
+    def make_slow(model):
+        take_step = make_train_step(model)
+        delay = jax.jit(lambda step: jax.pure_callback(slow, jax.ShapeDtypeStruct((), jnp.int32), step))
+
+        def take_slow_step(state, batch):
+            state, metrics = take_step(state, batch)
+            step = delay(state.step)
+            if len(finished) >= 5 and not signalled:
+                signalled.append(len(finished))
+                os.kill(os.getpid(), signal.SIGUSR2)
+            return state.replace(step=step), metrics | {"loss": metrics["loss"] + 0 * step}
+
+        return take_slow_step
+
+    monkeypatch.setattr(train, "make_train_step", make_slow)
+    with pytest.raises(Interrupted) as caught:
+        train.train(dataclasses.replace(tiny, max_steps=100, save_model_every=1000))
+    assert caught.value.exit_code == 140
+    assert len(finished) == newest(runs.directory(tiny)) <= signalled[0] + 2
+
+
+def test_the_loop_is_at_most_two_steps_ahead():
+    """The loss of a step is there once somebody waits for it."""
+    begun, finished = [], []
+
+    class Loss(float):
+        def is_ready(self):
+            return False
+
+        def block_until_ready(self):
+            finished.append(self)
+
+    with Progress(0, 9, 1) as progress:
+        for i in range(9):
+            begun.append(Loss(i))
+            assert len(begun) - len(finished) <= 2
+            progress.update(begun[-1])
+        assert progress.bar.n == 8
+    assert finished == begun and progress.bar.n == 9
+
+
+def test_nohup_is_respected():
+    with Interrupts():
+        assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_IGN, signal.SIG_DFL)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_signals_wait_for_what_is_deferred():

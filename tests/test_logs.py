@@ -1,5 +1,9 @@
 """Logs by reading back what was written."""
 
+from types import SimpleNamespace
+
+import pytest
+import tqdm.std
 from conftest import log_of
 
 from system import logs
@@ -75,3 +79,35 @@ def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, monkeypatch, capsys
     assert "can't be written (Permission denied); training continues" in capsys.readouterr().out
     log.metrics(2, {"loss": 2.0})
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2]
+
+
+def test_the_bar_leaves_out_compilation_and_tells_of_slow_steps(capsys, monkeypatch):
+    """Compiling takes 1,000 s, each step 100 s."""
+    clock = [0.0]
+    monkeypatch.setattr(tqdm.std, "time", lambda: clock[0])
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Loss(float):
+        def is_ready(self):
+            return False
+
+        def block_until_ready(self):
+            clock[0] += 100
+
+    with logs.Progress(0, 865, 50) as progress:
+        assert progress.bar.desc.startswith("compiling")
+        clock[0] += 1000
+        progress.update(Loss(1))
+        assert progress.bar.desc.startswith("first step")
+        for i in range(3):
+            progress.update(Loss(i))
+        assert progress.bar.n == 3 and progress.bar.format_dict["rate"] == pytest.approx(1 / 100)
+        assert "0 frames/s" in str(progress.bar) and "compiling" not in str(progress.bar)
+    out = capsys.readouterr().out
+    assert (
+        "A step takes 100 s, so the 864 steps left take 1.0 days; lower --batch_size, --seq_len or --max_steps" in out
+    )
+    with logs.Progress(0, 3, 50, shown=False) as progress:
+        for i in range(3):
+            progress.update(Loss(i))
+    assert not capsys.readouterr().out

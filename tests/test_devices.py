@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -129,6 +131,25 @@ def test_the_same_in_two_processes(one, tmp_path):
     copy = shutil.copytree(one, tmp_path / "one")
     finished(*(start(2, ROOT / "eval.py", f"--logdir={copy}", *which) for which in cluster(2)))
     assert_same_evaluations(copy)
+
+
+@pytest.mark.slow
+def test_a_warning_to_one_process_stops_all_after_the_same_step(tmp_path):
+    keys = flags(**TRAINING | dict(logdir=tmp_path, max_steps=100_000, num_epochs=1000))
+    processes = [start(1, ROOT / "train.py", *keys, *which) for which in cluster(2)]
+    try:
+        while not list(tmp_path.glob("digits/*/metrics.jsonl")):
+            time.sleep(0.05)
+            assert all(process.poll() is None for process in processes)
+        processes[1].send_signal(signal.SIGUSR1)
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    lines, step, _ = results(tmp_path)
+    assert step > 0 and lines[-1]["step"] in (step - 1, step)
 
 
 def test_some_of_the_cluster_keys_are_refused(tiny):

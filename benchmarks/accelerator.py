@@ -32,6 +32,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,7 +76,6 @@ from system.interrupts import Interrupted
 ROOT = Path(__file__).parent.parent
 PIECE = 15 * 2**20
 """Bytes of a piece of the trained run, at most."""
-LARGEST_PROFILE = PIECE
 TO_SAVE = 30.0
 """Seconds that the training leaves of its own for its checkpoint and the pieces."""
 TINY: dict[str, Any] = dict(
@@ -112,8 +112,9 @@ class Setting(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A training step, and what holds while it is traced."""
+    """A training step of a configuration, and what holds while it is traced."""
 
+    config: Config
     stepper: Callable[[], Stepper]
     contexts: Sequence[contextlib.AbstractContextManager[Any]] = ()
 
@@ -129,11 +130,12 @@ def compiled(programs: dict[str, Program]) -> Iterator[tuple[str, Stepper, Row]]
         started = {}
         for name, program in programs.items():
             with contextlib.ExitStack() as held:
+                held.enter_context(spared(name))
                 for context in program.contexts:
                     held.enter_context(context)
                 stepper = program.stepper()
                 lowered = stepper.step.lower(stepper.state, stepper.batch)
-            started[name] = stepper, pool.submit(compile_one, lowered)
+                started[name] = stepper, pool.submit(compile_one, lowered)
         for name, (stepper, compiling) in started.items():
             with spared(name):
                 stepper.step, took = compiling.result()
@@ -150,7 +152,7 @@ def spared(name: str) -> Iterator[None]:
         print(f"{name}: {type(error).__name__}: {error}", flush=True)
 
 
-def measured(setting: Setting, config: Config, programs: dict[str, Program]) -> Iterator[Row]:
+def measured(setting: Setting, programs: dict[str, Program]) -> Iterator[Row]:
     """Time training steps, many between two waits, as in a training: each while others compile, then in turn."""
     found: dict[str, tuple[Callable[[], Any], int, Row]] = {}
     for name, stepper, more in compiled(programs):
@@ -161,34 +163,35 @@ def measured(setting: Setting, config: Config, programs: dict[str, Program]) -> 
             s = seconds(stepper)
             found[name] = stepper, max(1, round(0.2 / s)), more
             yield row(name, "ms", s * 1e3, preliminary=True, **more)
-    if not found:
-        return
 
     def many(name: str) -> Callable[[], Any]:
         stepper, count, _ = found[name]
         return lambda: [stepper() for _ in range(count)][-1]
 
     times = in_turn({name: many(name) for name in found}, 3 if setting.rehearse else 7)
-    first = None
+    first: dict[Config, float] = {}
     for name, (_, count, more) in found.items():
-        each = [s / count for s in times[name]]
+        c, each = programs[name].config, [s / count for s in times[name]]
         s = statistics.median(each)
-        first = first or s
-        frames_per_s, TFLOP_per_s = config.batch_size * config.seq_len / s, training_flop(config) / s / 1e12
-        yield timed(name, each, to_first=s / first, frames_per_s=frames_per_s, TFLOP_per_s=TFLOP_per_s, **more)
+        to_first = s / first.setdefault(dataclasses.replace(c, dtype="float32"), s)
+        frames_per_s, TFLOP_per_s = c.batch_size * c.seq_len / s, training_flop(c) / s / 1e12
+        yield timed(name, each, to_first=to_first, frames_per_s=frames_per_s, TFLOP_per_s=TFLOP_per_s, **more)
 
 
-def steps(setting: Setting, name: str) -> Iterator[Row]:
+def steps(setting: Setting) -> Iterator[Row]:
     """Time the training step in each arithmetic, and the textbook form."""
-    bench = Bench(setting.config(name))
-    half = Bench(dataclasses.replace(bench.config, dtype="bfloat16"))
-    programs = {
-        "float32, default precision": Program(bench.stepper),
-        "float32, highest precision": Program(bench.stepper, [jax.default_matmul_precision("highest")]),
-        "bfloat16": Program(half.stepper),
-        "textbook form, default precision": Program(bench.textbook_stepper),
-    }
-    return measured(setting, bench.config, programs)
+    programs: dict[str, Program] = {}
+    for name in "mmnist", "minerl":
+        c = setting.config(name)
+        half = dataclasses.replace(c, dtype="bfloat16")
+        bench, of_half = Bench(c), Bench(half)
+        programs |= {
+            f"{name}, float32, default precision": Program(c, bench.stepper),
+            f"{name}, float32, highest precision": Program(c, bench.stepper, [jax.default_matmul_precision("highest")]),
+            f"{name}, bfloat16": Program(half, of_half.stepper),
+            f"{name}, textbook form, default precision": Program(c, bench.textbook_stepper),
+        }
+    return measured(setting, programs)
 
 
 def alternatives(setting: Setting) -> Iterator[Row]:
@@ -208,14 +211,19 @@ def alternatives(setting: Setting) -> Iterator[Row]:
             mock.patch.object(layers, "conv_transpose", many_patches),
         ],
     }
-    programs = {name: Program(bench.stepper, patches) for name, patches in forms.items()}
-    return measured(setting, bench.config, programs)
+    return measured(setting, {name: Program(bench.config, bench.stepper, held) for name, held in forms.items()})
 
 
 def with_flags(setting: Setting) -> Iterator[Row]:
     """Time the training step as XLA_FLAGS have it."""
     bench = Bench(setting.config("mmnist"))
-    return measured(setting, bench.config, {os.environ["XLA_FLAGS"]: Program(bench.stepper)})
+    return measured(setting, {os.environ["XLA_FLAGS"]: Program(bench.config, bench.stepper)})
+
+
+def without_command_buffers(setting: Setting) -> Iterator[Row]:
+    """Time the training step by parts, too, which command buffers hide."""
+    yield from with_flags(setting)
+    yield from profile(setting, keep=True)
 
 
 # ---------------------------------------------------------------------------------------------- a step's profile
@@ -241,10 +249,10 @@ PARTS = {
 """What an operation belongs to: the first whose pattern is in the names that it was traced under."""
 
 
-def profile(setting: Setting) -> Iterator[Row]:
+def profile(setting: Setting, keep: bool = False) -> Iterator[Row]:
     """Profile one training step: where its time goes."""
     bench = Bench(setting.config("mmnist"))
-    for _, stepper, _ in compiled({"training step": Program(bench.stepper)}):
+    for _, stepper, _ in compiled({"training step": Program(bench.config, bench.stepper)}):
         if setting.ahead:
             return
         for _ in range(3):
@@ -253,15 +261,14 @@ def profile(setting: Setting) -> Iterator[Row]:
             with jax.profiler.trace(folder):
                 seconds(stepper)
             (path,) = Path(folder).glob("**/*.xplane.pb")
-            packed = gzip.compress(path.read_bytes())
-            if len(packed) <= LARGEST_PROFILE:
-                (setting.out / "profile.xplane.pb.gz").write_bytes(packed)
+            if keep:
+                (setting.out / "profile.xplane.pb.gz").write_bytes(gzip.compress(path.read_bytes()))
             yield from profile_rows(list(events(path)), traced_names(stepper.step.as_text()))
 
 
 def events(path: Path) -> Iterator[Event]:
     """Read the kernels of a profile: those of a GPU's streams, a TPU's or a CPU's operations."""
-    with mock.patch("warnings.warn"):  # its bindings are deprecated in themselves
+    with warnings.catch_warnings(action="ignore"):  # ProfileData's bindings are deprecated in themselves
         planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
         on_devices = [plane for plane in planes if plane.name.startswith("/device:")]
         for plane in on_devices or planes:
@@ -282,7 +289,7 @@ def traced_names(program: str) -> dict[str, str]:
 def profile_rows(found: list[Event], names: dict[str, str]) -> Iterator[Row]:
     """Return a step's time by parts and by kernels, and what of it no kernel runs."""
     if not found:
-        raise ConfigError("profile: it has no kernels; look at profile.xplane.pb.gz")
+        raise ConfigError("profile: it has no kernels; it may not be the device's")
     end, busy = 0.0, 0.0
     for event in sorted(found, key=lambda event: event.start):
         busy += max(0.0, event.start + event.duration - max(end, event.start))
@@ -468,21 +475,21 @@ class Item(NamedTuple):
 
 
 ITEMS = {
-    "step of mmnist": Item(lambda setting: steps(setting, "mmnist"), 100),
+    "steps": Item(steps, 140),
     "training": Item(training, None),
-    "step of minerl": Item(lambda setting: steps(setting, "minerl"), 40),
     "profile": Item(profile, 20),
     "alternatives": Item(alternatives, 45),
     "split-k": Item(with_flags, 15, "--xla_gpu_experimental_force_split_k=1"),
-    "without command buffers": Item(with_flags, 15, "--xla_gpu_enable_command_buffer="),
-    "rollout and evaluation": Item(rollouts, 30),
-    "loading": Item(loading, 25),
+    "without command buffers": Item(without_command_buffers, 25, "--xla_gpu_enable_command_buffer="),
+    "rollout and evaluation": Item(rollouts, 45),
+    "loading": Item(loading, 20),
 }
 
 
 def measure(name: str, setting: Setting) -> None:
     """Measure one item; what `start` starts."""
-    tell(setting.out, name, machine() | {"what": "machine"}) if not setting.ahead else None
+    if not setting.ahead:
+        tell(setting.out, name, machine() | {"what": "machine"})
     for entry in ITEMS[name].measure(setting):
         tell(setting.out, name, entry)
 

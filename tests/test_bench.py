@@ -134,10 +134,17 @@ def test_a_program_that_cant_be_compiled_is_left_out(capsys, tiny):
             jax.jit(lambda state, batch: jax.ffi.ffi_call("nothing", state[0])()), stepper.state, 0
         )
 
-    programs = {"broken": accelerator.Program(broken), "whole": accelerator.Program(measuring.Bench(tiny).stepper)}
-    rows = list(accelerator.measured(accelerator.Setting(None, 1, True, False), tiny, programs))
+    def untraced():
+        raise ValueError("not here")
+
+    programs = {
+        name: accelerator.Program(tiny, stepper)
+        for name, stepper in dict(broken=broken, untraced=untraced, whole=measuring.Bench(tiny).stepper).items()
+    }
+    rows = list(accelerator.measured(accelerator.Setting(None, 1, True, False), programs))
     assert [(x["what"], "preliminary" in x) for x in rows] == [("whole", True), ("whole", False)]
-    assert "broken: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "broken: " in printed and "untraced: ValueError: not here" in printed
 
 
 def test_a_run_in_pieces_is_whole_or_refused(tmp_path):

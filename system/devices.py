@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,9 +87,24 @@ def announced() -> str:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs for the next start, unless JAX is told otherwise (JAX_COMPILATION_CACHE_DIR)."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "cwvae" / "jax"))
+    """Keep compiled programs for the next start, unless JAX is told otherwise (JAX_COMPILATION_CACHE_DIR).
+
+    Without a home directory that can be written, say so and keep none.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        directory = Path.home() / ".cache" / "cwvae" / "jax"
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: no HOME, and a user without a name
+        print(
+            f"Compiled programs aren't kept ({getattr(error, 'strerror', None) or error}); "
+            "JAX_COMPILATION_CACHE_DIR names a place for them"
+        )
+    else:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 class Devices:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -218,3 +219,22 @@ connect(Config(coordinator_address={cluster(1)[0][0].split("=")[1]!r}, num_proce
 assert jax.distributed.is_initialized()
 """
     finished(start(1, "-c", program))
+
+
+def test_without_a_home_compiled_programs_are_not_kept(tmp_path, monkeypatch, capsys):
+    """No HOME and a user without a name, as in containers; or one that can't be written."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    kept = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: kept.append((name, value)))
+    monkeypatch.delenv("HOME")
+    with monkeypatch.context() as patch:
+        patch.setattr(pwd, "getpwuid", {}.__getitem__)
+        devices.use_compilation_cache()
+    assert "Compiled programs aren't kept (Could not determine home directory.)" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    devices.use_compilation_cache()
+    assert "Compiled programs aren't kept (Not a directory)" in capsys.readouterr().out and not kept
+    monkeypatch.setenv("HOME", str(tmp_path))
+    devices.use_compilation_cache()
+    assert kept == [("jax_compilation_cache_dir", str(tmp_path / ".cache" / "cwvae" / "jax"))]

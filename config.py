@@ -245,6 +245,8 @@ class Config:
                     f"{field.name}: {self.model} doesn't read it (it is for {' and '.join(models)}), got {value!r}; "
                     "leave it out"
                 )
+        if self.seed is not None and self.seed >= 2**32:  # JAX's keys are the same for seeds 2**32 apart
+            raise ConfigError(f"seed: must be at most {2**32 - 1}, got {self.seed}")
         choose("svg_network", self.svg_network, ["dcgan", "vgg"])
         if self.levels > 30:
             raise ConfigError(f"levels: must be at most 30, got {self.levels}; the paper has 1 to 4")

@@ -4,20 +4,25 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import re
 import subprocess
 import sys
 
 import hypothesis
+import jax
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, tiny_keys
 from hypothesis import strategies as st
 
 import config as configuration
 import data
 import eval
+import runs
 import train
+import train_step
 from config import Config, ConfigError
+from models import make_model
 
 
 def test_precedence(tmp_path):
@@ -342,3 +347,38 @@ def test_any_file_works_or_is_refused_in_one_line(programs, content):
         assert_accepted_or_refused_in_one_line(eval.main, ["--logdir", str(programs / "run")])
     finally:
         Config().save(programs / "run" / "config.yml")
+
+
+def test_a_configuration_of_another_model_is_named():
+    for path, model, remedy in (
+        (ROOT / "configs" / "small.yml", "svg", f"name {ROOT / 'configs' / 'svg' / 'small.yml'}"),
+        (ROOT / "configs" / "svg" / "small.yml", "cwvae", f"name {ROOT / 'configs' / 'small.yml'}"),
+        (ROOT / "configs" / "debug.yml", "vta", "name a configuration of vta"),
+    ):
+        own = configuration.load(path).model
+        with pytest.raises(ConfigError, match=re.escape(f"model: {path} is for {own} (")) as error:
+            configuration.parse([f"--config={path}", f"--model={model}"])
+        assert f"got {model}; {remedy}, or leave it out" in str(error.value)
+        assert configuration.parse([f"--config={path}", f"--model={own}"]).model == own
+
+
+def test_keys_that_change_the_parameters_shapes_are_declared():
+    """Each other value of a key of the models changes their shapes, or isn't declared to."""
+    fields = list(vars(Config()))
+    own = set(fields[: fields.index("dataset")]) - {"model", "cell_type"}
+    for model in configuration.MODELS:
+        keys = {key: value for key, value in tiny_keys(model).items() if key not in ("open_loop_ctx", "eval_seq_len")}
+        c = Config(**keys | dict(model=model, seq_len=40, open_loop_ctx=72))
+        before = shapes_of(c)
+        for key in own & configuration.read_by(model):
+            value = getattr(c, key)
+            if isinstance(value, str):
+                other = {"svg_network": "vgg", "dtype": "bfloat16"}[key]
+            else:
+                other = not value if isinstance(value, bool) else (value or 2) + 1
+            changed = shapes_of(dataclasses.replace(c, **{key: other}))
+            assert (changed != before) == (key in configuration.marked("shapes")), (model, key)
+
+
+def shapes_of(c):
+    return runs.shapes(jax.eval_shape(train_step.make_state, make_model(c)).params)

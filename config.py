@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -527,6 +528,12 @@ def merged(path: str | Path | None, flags: Mapping[str, str]) -> Config:
     Raises:
         ConfigError: the file is another model's than that of the flags; or as `read_yaml`, `typed` and `Config` do.
     """
+    if path is not None and not Path(path).exists():
+        folder = Path(__file__).with_name("configs")
+        names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.glob("**/*.yml"))
+        names = [name for name in names if not name.startswith("sweeps/")]
+        example = os.path.relpath(folder / f"{Path(path).stem if Path(path).stem in names else 'NAME'}.yml")
+        raise ConfigError(f"{path}: no such file; name a YAML file, as {example}; there are {', '.join(names)}")
     values, given = read_yaml(path) if path is not None else {}, typed(flags, "command line")
     model, asked = values.get("model", Config.model), given.get("model")
     foreign = [key for key in values if asked in MODELS and key not in read_by(asked)]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -112,7 +113,13 @@ def test_flags(arguments, key, value):
             ["--eval_seq_len", "36"],
             "open_loop_ctx: must be less than eval_seq_len = 36, so that frames are left to predict, got 36",
         ),
-        (["--config", "nowhere.yml"], "nowhere.yml: can't be read (No such file or directory); name a YAML file"),
+        (
+            ["--config", "debug"],
+            f"debug: no such file; name a YAML file, as {os.path.relpath(ROOT / 'configs' / 'debug.yml')}; "
+            "there are debug, digits, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
+            "svg/mmnist, svg/small, vta/digits, vta/kth, vta/mazes, vta/minerl, vta/mmnist, vta/small",
+        ),
+        (["--config", str(ROOT)], f"{ROOT}: can't be read (Is a directory); name a YAML file"),
     ],
 )
 def test_messages(arguments, message):

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+MODELS = ("cwvae", "svg", "vta")
 
 CWVAE = ("cwvae",)
 
@@ -37,6 +40,7 @@ def option(
     free: bool = False,
     named: bool = False,
     later: bool = False,
+    shapes: bool = False,
     models: tuple[str, ...] = (),
 ) -> Any:
     """Declare a key: all that is to be known of it stands here.
@@ -49,9 +53,12 @@ def option(
         later: was added after the first runs, which don't have it saved. Never the last key, which shows that a saved
             configuration isn't truncated.
         named: sets a training apart, but isn't in the earlier codes' run names: part of ours unless at its default.
+        shapes: the parameters' shapes depend on it.
         models: that read it; for others, it must be left at its default. Empty: all.
     """
-    declared = dict(help=help, at_least=at_least, above=above, free=free, named=named, later=later, models=models)
+    declared = dict(
+        help=help, at_least=at_least, above=above, free=free, named=named, later=later, shapes=shapes, models=models
+    )
     return dataclasses.field(default=default, metadata=declared)
 
 
@@ -64,18 +71,26 @@ class Config:
     """
 
     # MODEL
-    model: str = option("cwvae", "cwvae, or of the models that the paper compares it with: svg, vta", later=True)
-    levels: int = option(3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1, models=CWVAE)
+    model: str = option(
+        "cwvae", "cwvae, or of the models that the paper compares it with: svg, vta", later=True, shapes=True
+    )
+    levels: int = option(
+        3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1, models=CWVAE, shapes=True
+    )
     tmp_abs_factor: int = option(
         6, "temporal abstraction factor k: level l ticks every k^l frames", at_least=1, models=CWVAE
     )
     dec_stddev: float = option(1.0, "standard deviation of the Normal observation model", above=0)
-    enc_dense_layers: int = option(3, "Dense layers of the encoder per level above 0", at_least=0, models=CWVAE)
-    enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1, models=CWVAE)
+    enc_dense_layers: int = option(
+        3, "Dense layers of the encoder per level above 0", at_least=0, models=CWVAE, shapes=True
+    )
+    enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1, models=CWVAE, shapes=True)
     cell_type: str = option("RSSMCell", "recurrent cell (RSSMCell is the only one)", models=CWVAE)
-    cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1)
-    cell_deter_size: int = option(200, "size of a level's deterministic state", at_least=1, models=("cwvae", "vta"))
-    cell_embed_size: int = option(200, "width of the cell's Dense layers", at_least=1, models=CWVAE)
+    cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1, shapes=True)
+    cell_deter_size: int = option(
+        200, "size of a level's deterministic state", at_least=1, models=("cwvae", "vta"), shapes=True
+    )
+    cell_embed_size: int = option(200, "width of the cell's Dense layers", at_least=1, models=CWVAE, shapes=True)
     cell_min_stddev: float = option(
         0.0001, "added to the standard deviation of prior and posterior", at_least=0, named=True, models=CWVAE
     )
@@ -83,12 +98,15 @@ class Config:
     cell_reset_state: bool = option(
         False, "reset the stochastic state below the top level, as VTA does", named=True, models=CWVAE
     )
-    channels_mult: int = option(1, "multiplies the number of convolution channels", at_least=1, models=CWVAE)
+    channels_mult: int = option(
+        1, "multiplies the number of convolution channels", at_least=1, models=CWVAE, shapes=True
+    )
     filters: int = option(
         32,
         "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many (for vta: as many)",
         at_least=1,
         named=True,
+        shapes=True,
     )
 
     dtype: str = option(
@@ -99,9 +117,15 @@ class Config:
     )
 
     # SVG
-    svg_network: str = option("dcgan", "encoder and decoder, dcgan or vgg", named=True, later=True, models=("svg",))
-    svg_features: int = option(128, "size of a frame's features", at_least=1, named=True, later=True, models=("svg",))
-    svg_rnn_size: int = option(256, "size of the LSTMs' states", at_least=1, named=True, later=True, models=("svg",))
+    svg_network: str = option(
+        "dcgan", "encoder and decoder, dcgan or vgg", named=True, later=True, models=("svg",), shapes=True
+    )
+    svg_features: int = option(
+        128, "size of a frame's features", at_least=1, named=True, later=True, models=("svg",), shapes=True
+    )
+    svg_rnn_size: int = option(
+        256, "size of the LSTMs' states", at_least=1, named=True, later=True, models=("svg",), shapes=True
+    )
 
     # VTA
     vta_init_size: int = option(
@@ -130,6 +154,7 @@ class Config:
         named=True,
         later=True,
         models=("vta",),
+        shapes=True,
     )
 
     # DATASET
@@ -146,7 +171,7 @@ class Config:
     eval_seq_len: int = option(
         1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0, free=True
     )
-    channels: int = option(1, "colour channels of a frame", at_least=1)
+    channels: int = option(1, "colour channels of a frame", at_least=1, shapes=True)
     random_start: bool = option(
         False, "start training windows at a random frame of their video (not in the paper)", named=True
     )
@@ -237,7 +262,7 @@ class Config:
                 limit = field.metadata[bound]
                 if limit is not None and not all(n is None or holds(float(n), float(limit)) for n in numbers):
                     raise ConfigError(f"{field.name}: must be {bound.replace('_', ' ')} {limit}, got {value!r}")
-        choose("model", self.model, ["cwvae", "svg", "vta"])
+        choose("model", self.model, MODELS)
         for field in dataclasses.fields(self):
             models, value = field.metadata["models"], getattr(self, field.name)
             if field.name not in read_by(self.model) and value != field.default:
@@ -245,6 +270,8 @@ class Config:
                     f"{field.name}: {self.model} doesn't read it (it is for {' and '.join(models)}), got {value!r}; "
                     "leave it out"
                 )
+        if self.seed is not None and self.seed >= 2**32:  # JAX's keys are the same for seeds 2**32 apart
+            raise ConfigError(f"seed: must be at most {2**32 - 1}, got {self.seed}")
         choose("svg_network", self.svg_network, ["dcgan", "vgg"])
         if self.levels > 30:
             raise ConfigError(f"levels: must be at most 30, got {self.levels}; the paper has 1 to 4")
@@ -333,7 +360,7 @@ class Config:
 
 
 def marked(mark: str) -> set[str]:
-    """Return the keys that are declared as "free", "named" or "later"."""
+    """Return the keys that are declared as "free", "named", "later" or "shapes"."""
     return {field.name for field in dataclasses.fields(Config) if field.metadata[mark]}
 
 
@@ -496,8 +523,28 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def merged(path: str | Path | None, flags: Mapping[str, str]) -> Config:
-    """Merge defaults < the YAML file, if any < flags; raise ConfigError as `read_yaml`, `typed` and `Config` do."""
-    return Config(**(read_yaml(path) if path is not None else {}) | typed(flags, "command line"))
+    """Merge defaults < the YAML file, if any < flags.
+
+    Raises:
+        ConfigError: the file is another model's than that of the flags; or as `read_yaml`, `typed` and `Config` do.
+    """
+    if path is not None and not Path(path).exists():
+        folder = Path(__file__).with_name("configs")
+        names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.glob("**/*.yml"))
+        names = [name for name in names if not name.startswith("sweeps/")]
+        example = os.path.relpath(folder / f"{Path(path).stem if Path(path).stem in names else 'NAME'}.yml")
+        raise ConfigError(f"{path}: no such file; name a YAML file, as {example}; there are {', '.join(names)}")
+    values, given = read_yaml(path) if path is not None else {}, typed(flags, "command line")
+    model, asked = values.get("model", Config.model), given.get("model")
+    foreign = [key for key in values if asked in MODELS and key not in read_by(asked)]
+    if path is not None and asked is not None and asked != model and foreign:
+        own = Path(path).parent if model == Config.model else Path(path).parent.parent
+        other = (own if asked == Config.model else own / asked) / Path(path).name
+        remedy = f"name {other}" if other.exists() else f"name a configuration of {asked}"
+        raise ConfigError(
+            f"model: {path} is for {model} ({foreign[0]} is of it), got {asked}; {remedy}, or leave it out"
+        )
+    return Config(**values | given)
 
 
 def parse(argv: Sequence[str], program: str = "train.py", description: str = "Train a Clockwork VAE.") -> Config:

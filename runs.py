@@ -183,7 +183,8 @@ def load_config(run: Path, flags: Mapping[str, str]) -> Config:
     """Return a run's configuration, with flags in place of its values.
 
     Raises:
-        ConfigError: config.yml lacks keys, as a truncated one does; or as `config.merged`.
+        ConfigError: config.yml lacks keys, as a truncated one does; a flag would change the parameters' shapes; or as
+            `config.merged`.
     """
     path = run / "config.yml"
     saved = configuration.read_yaml(path)
@@ -192,6 +193,10 @@ def load_config(run: Path, flags: Mapping[str, str]) -> Config:
         raise ConfigError(
             f"{path}: lacks {len(lost)} of the keys that were saved, {lost[0]} first; restore the file, or add them"
         )
+    for key, value in configuration.typed(flags, "command line").items():
+        there = saved.get(key, getattr(Config, key))
+        if key in configuration.marked("shapes") and value != there:
+            raise ConfigError(f"{key}: the parameters of {run} were trained with {there}, got {value}; leave it out")
     c = configuration.merged(path, flags)
     for key in missing:
         if key not in flags and key in configuration.read_by(c.model):

@@ -1,6 +1,9 @@
 """Plots: lines over predicted frames or steps, bars, rows of frames. Of the width of a paper's column."""
 
+import contextlib
 import itertools
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,8 +49,8 @@ def plot_lines(
     Names stand at the lines' ends; those of lines beside others in a note. The models' lines decide what part of the
     axis is seen: of references, which may leave it, at least the median.
     """
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(3.3, 2.3))
+    figure = new_figure(figsize=(3.3, 2.3))
+    axes = figure.subplots()
     length = max(len(line.values) for line in lines.values())
     window = max(1, length // 40) // 2 * 2 + 1
     colors, other_styles = itertools.cycle(COLORS), itertools.cycle(REFERENCE_STYLES.values())
@@ -143,8 +146,8 @@ def plot_bars(
 
     Error bars are left out where no interval of a group has any extent.
     """
-    plt = pyplot()
-    figure, panels = plt.subplots(1, len(groups), figsize=(1 + 2.4 * len(groups), 2.8), squeeze=False, layout="tight")
+    figure = new_figure(figsize=(1 + 2.4 * len(groups), 2.8), layout="tight")
+    panels = figure.subplots(1, len(groups), squeeze=False)
     for axes, (title, bars) in zip(panels[0], groups.items(), strict=True):
         values, low, high = np.array(list(bars.values())).T
         errors = np.maximum([values - low, high - values], 0)
@@ -171,10 +174,8 @@ def save_rows(
     `boundaries` are probabilities [T] that a segment begins: they stand below the frames, and where they are at least
     1/2, a bar stands at the left.
     """
-    plt = pyplot()
-    figure, panels = plt.subplots(
-        len(rows), len(times), figsize=(0.8 * len(times) + 1.4, 0.85 * len(rows) + 0.3), squeeze=False
-    )
+    figure = new_figure(figsize=(0.8 * len(times) + 1.4, 0.85 * len(rows) + 0.3))
+    panels = figure.subplots(len(rows), len(times), squeeze=False)
     for y, (name, video) in enumerate(rows.items()):
         for x, time in enumerate(times):
             axes = panels[y, x]
@@ -193,20 +194,25 @@ def save_rows(
 
 
 def save_figure(figure: Any, path: Path, formats: Sequence[str]) -> None:
-    """Write a figure in each of the formats, which take the place of the path's suffix, and close it."""
+    """Write a figure in each of the formats, which take the place of the path's suffix."""
     for suffix in formats:
         figure.savefig(path.with_suffix(f".{suffix}"), dpi=250, bbox_inches="tight")
-    pyplot().close(figure)
 
 
-def pyplot() -> Any:
-    """Return matplotlib's pyplot, without a screen. Slow to import, and only evaluation plots."""
+def new_figure(**how: Any) -> Any:
+    """Return a matplotlib figure that no screen shows. Slow to import, and only evaluation plots.
+
+    MPLBACKEND may name a notebook's backend that isn't installed here, with which matplotlib can't be imported.
+    """
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend  # for others in this process; files need none
+    return Figure(**how)
 
 
 def tidy(axes: Any) -> None:

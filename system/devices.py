@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,19 +27,37 @@ def connect(config: Config) -> Config:
         The configuration without the keys that name them, which are this start's and not the run's.
 
     Raises:
-        ConfigError: only some of the keys are set, or the coordinator can't be reached.
+        ConfigError: the keys can't work, the environment says too little, or the coordinator can't be reached.
     """
     c = config
     keys = c.coordinator_address, c.num_processes, c.process_id
-    if any(key is not None for key in keys):
-        if any(key is None for key in keys):
-            raise ConfigError("coordinator_address, num_processes, process_id: set all three, or none")
+    several = announced()
+    if c.coordinator_address is not None and c.num_processes is not None and c.process_id is not None:
+        if not re.fullmatch(r".+:\d{1,5}", c.coordinator_address):
+            raise ConfigError(f"coordinator_address: must be host:port, got {c.coordinator_address!r}")
+        if c.process_id >= c.num_processes:
+            raise ConfigError(f"process_id: must be less than num_processes = {c.num_processes}, got {c.process_id}")
+        # By itself, JAX would ask mpi4py for the rank on a machine with Open MPI from 5 on, installed or not.
+        rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "")
+        local = [int(rank)] if rank.isdigit() and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
         try:
-            jax.distributed.initialize(*keys)
+            jax.distributed.initialize(*keys, local_device_ids=local)
         except RuntimeError as error:
-            raise ConfigError(f"coordinator_address: can't reach {c.coordinator_address} ({error})") from error
-    elif announced():
-        jax.distributed.initialize()
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"coordinator_address: can't reach {c.coordinator_address} ({reason})") from error
+    elif any(key is not None for key in keys):
+        raise ConfigError("coordinator_address, num_processes, process_id: set all three, or none")
+    elif several:
+        try:
+            jax.distributed.initialize()
+        except Exception as error:  # whatever JAX meets in the environment, or on the way to the coordinator
+            lacking = [name for name in LAUNCHERS[several] if name not in os.environ]
+            found = f"{several}={os.environ[several]}" + (f" without {', '.join(lacking)}" if lacking else "")
+            raise ConfigError(
+                f"the environment announces several processes ({found}), which can't be connected "
+                f"({' '.join(str(error).split())}); set coordinator_address, num_processes and process_id, or unset "
+                f"{several} to train in one process"
+            ) from error
     if jax.process_count() > 1:
         # Links between CPUs are made at the first exchange, which fails where one process comes 30 s after another: now
         # that all are here they are made, for exchanges between processes and for those between all devices.
@@ -46,16 +66,45 @@ def connect(config: Config) -> Config:
     return dataclasses.replace(c, coordinator_address=None, num_processes=None, process_id=None)
 
 
-def announced() -> bool:
-    """Return whether SLURM, Open MPI or a TPU pod started several processes; JAX's detection may ask the network."""
-    count = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
-    return int(count) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"),
+    "SLURM_STEP_NUM_TASKS": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    "TPU_WORKER_HOSTNAMES": ("TPU_WORKER_ID",),
+}
+"""What says how many processes Open MPI, SLURM or a TPU pod started, and what else JAX needs to connect them."""
+
+
+def announced() -> str:
+    """Return which variable of LAUNCHERS says that there are several processes, "" if none does.
+
+    JAX's own detection may ask the network.
+    """
+    for name in LAUNCHERS:
+        value = os.environ.get(name, "")
+        if "," in value if name.startswith("TPU") else value not in ("", "0", "1"):
+            return name
+    return ""
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs for the next start, unless JAX is told otherwise (JAX_COMPILATION_CACHE_DIR)."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "cwvae" / "jax"))
+    """Keep compiled programs for the next start, unless JAX is told otherwise (JAX_COMPILATION_CACHE_DIR).
+
+    Without a home directory that can be written, say so and keep none.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        directory = Path.home() / ".cache" / "cwvae" / "jax"
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: no HOME, and a user without a name
+        print(
+            f"Compiled programs aren't kept ({getattr(error, 'strerror', None) or error}); "
+            "JAX_COMPILATION_CACHE_DIR names a place for them"
+        )
+    else:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 class Devices:

@@ -74,7 +74,6 @@ def test_ranks_without_intervals_have_no_error_bars(tmp_path, monkeypatch):
     plots.plot_bars({"a": {"x": (1.0, 1.0, 1.0)}, "b": {"x": (1.0, 0.5, 1.5)}}, tmp_path / "a.png", "rank")
     without, with_errors = figures[0].axes
     assert len(without.containers) == 1 and len(with_errors.containers) == 2
-    plots.pyplot().close("all")
 
 
 def test_losses_of_stages_are_one_curve(tmp_path, capsys):

@@ -4,20 +4,26 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
+import re
 import subprocess
 import sys
 
 import hypothesis
+import jax
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, tiny_keys
 from hypothesis import strategies as st
 
 import config as configuration
 import data
 import eval
+import runs
 import train
+import train_step
 from config import Config, ConfigError
+from models import make_model
 
 
 def test_precedence(tmp_path):
@@ -53,7 +59,8 @@ def test_flags_mend_what_yaml_alone_could_not(tmp_path):
         (["--beta", "null"], "beta", None),
         (["--max_steps", "1e3"], "max_steps", 1000),
         (["--clip_grad_norm_by", "0"], "clip_grad_norm_by", 0.0),
-        (["--seed", "12345678901234567"], "seed", 12345678901234567),
+        (["--seed", "4294967295"], "seed", 2**32 - 1),
+        (["--max_steps", "12345678901234567"], "max_steps", 12345678901234567),
         (["--logdir", "1e5"], "logdir", "1e5"),
         (["--datadir", "a-b/c_d"], "datadir", "a-b/c_d"),
     ],
@@ -76,6 +83,7 @@ def test_flags(arguments, key, value):
         (["--beta", "[1,x]"], "command line: beta: needs a number or a list of numbers or null, got [1, 'x']"),
         (["--levels", "0"], "levels: must be at least 1, got 0"),
         (["--lr", "0"], "lr: must be above 0, got 0.0"),
+        (["--seed", "4294967296"], "seed: must be at most 4294967295, got 4294967296"),
         (["--batch_size", "-1"], "batch_size: must be at least 1, got -1"),
         (["--seq_len", "0"], "seq_len: must be at least 1, got 0"),
         (["--beta", "[1,-1,1]"], "beta: must be at least 0, got (1.0, -1.0, 1.0)"),
@@ -105,7 +113,13 @@ def test_flags(arguments, key, value):
             ["--eval_seq_len", "36"],
             "open_loop_ctx: must be less than eval_seq_len = 36, so that frames are left to predict, got 36",
         ),
-        (["--config", "nowhere.yml"], "nowhere.yml: can't be read (No such file or directory); name a YAML file"),
+        (
+            ["--config", "debug"],
+            f"debug: no such file; name a YAML file, as {os.path.relpath(ROOT / 'configs' / 'debug.yml')}; "
+            "there are debug, digits, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
+            "svg/mmnist, svg/small, vta/digits, vta/kth, vta/mazes, vta/minerl, vta/mmnist, vta/small",
+        ),
+        (["--config", str(ROOT)], f"{ROOT}: can't be read (Is a directory); name a YAML file"),
     ],
 )
 def test_messages(arguments, message):
@@ -214,6 +228,8 @@ def test_yaml_round_trip(tmp_path_factory, data):
         values["use_obs"] = data.draw(st.none() | st.text("TF", min_size=3, max_size=3))
     if values.get("kl_grad_post_perc"):
         values["kl_grad_post_perc"] = data.draw(st.floats(0, 1))
+    if values.get("seed"):
+        values["seed"] %= 2**32
     if "beta" in values:
         values["beta"] = data.draw(st.none() | st.floats(0, 1e9) | st.tuples(*[st.floats(0, 1e9)] * 3))
     c = Config(**values)
@@ -338,3 +354,38 @@ def test_any_file_works_or_is_refused_in_one_line(programs, content):
         assert_accepted_or_refused_in_one_line(eval.main, ["--logdir", str(programs / "run")])
     finally:
         Config().save(programs / "run" / "config.yml")
+
+
+def test_a_configuration_of_another_model_is_named():
+    for path, model, remedy in (
+        (ROOT / "configs" / "small.yml", "svg", f"name {ROOT / 'configs' / 'svg' / 'small.yml'}"),
+        (ROOT / "configs" / "svg" / "small.yml", "cwvae", f"name {ROOT / 'configs' / 'small.yml'}"),
+        (ROOT / "configs" / "debug.yml", "vta", "name a configuration of vta"),
+    ):
+        own = configuration.load(path).model
+        with pytest.raises(ConfigError, match=re.escape(f"model: {path} is for {own} (")) as error:
+            configuration.parse([f"--config={path}", f"--model={model}"])
+        assert f"got {model}; {remedy}, or leave it out" in str(error.value)
+        assert configuration.parse([f"--config={path}", f"--model={own}"]).model == own
+
+
+def test_keys_that_change_the_parameters_shapes_are_declared():
+    """Each other value of a key of the models changes their shapes, or isn't declared to."""
+    fields = list(vars(Config()))
+    own = set(fields[: fields.index("dataset")]) - {"model", "cell_type"}
+    for model in configuration.MODELS:
+        keys = {key: value for key, value in tiny_keys(model).items() if key not in ("open_loop_ctx", "eval_seq_len")}
+        c = Config(**keys | dict(model=model, seq_len=40, open_loop_ctx=72))
+        before = shapes_of(c)
+        for key in own & configuration.read_by(model):
+            value = getattr(c, key)
+            if isinstance(value, str):
+                other = {"svg_network": "vgg", "dtype": "bfloat16"}[key]
+            else:
+                other = not value if isinstance(value, bool) else (value or 2) + 1
+            changed = shapes_of(dataclasses.replace(c, **{key: other}))
+            assert (changed != before) == (key in configuration.marked("shapes")), (model, key)
+
+
+def shapes_of(c):
+    return runs.shapes(jax.eval_shape(train_step.make_state, make_model(c)).params)

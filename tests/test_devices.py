@@ -1,8 +1,10 @@
 """One device, many devices, many processes: the same numbers, the same files."""
 
 import dataclasses
+import itertools
 import json
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -14,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import COMPILED, ROOT, TINY, flags, log_of
+from jax._src import xla_bridge
 
 import config as configuration
 import eval as evaluation
@@ -21,11 +24,12 @@ import train
 import train_step
 from config import Config
 from models import make_model
+from system import devices
 from system.checkpoints import Checkpoints
 
 
-def start(devices, *arguments):
-    environment = os.environ | COMPILED | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def start(count, *arguments):
+    environment = os.environ | COMPILED | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
     return subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
@@ -155,3 +159,82 @@ def test_a_warning_to_one_process_stops_all_after_the_same_step(tmp_path):
 def test_some_of_the_cluster_keys_are_refused(tiny):
     with pytest.raises(configuration.ConfigError, match="set all three, or none"):
         train.train(dataclasses.replace(tiny, coordinator_address="127.0.0.1:1"))
+
+
+def test_cluster_keys_that_cannot_work_are_refused(tiny):
+    keys = dict(coordinator_address="127.0.0.1:1", num_processes=2, process_id=1)
+    for wrong, message in (
+        (dict(coordinator_address="127.0.0.1"), "coordinator_address: must be host:port, got '127.0.0.1'"),
+        (dict(process_id=2), "process_id: must be less than num_processes = 2, got 2"),
+    ):
+        with pytest.raises(configuration.ConfigError, match=message):
+            devices.connect(dataclasses.replace(tiny, **keys | wrong))
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        (
+            {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+            r"OMPI_COMM_WORLD_SIZE=4 without OMPI_MCA_orte_hnp_uri\)",
+        ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"},
+            r"SLURM_STEP_NUM_TASKS=2 without SLURM_STEP_NODELIST, SLURM_NTASKS, SLURM_LOCALID\)",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "2(x2)"}, r"SLURM_STEP_NUM_TASKS=2\(x2\) without"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, r"TPU_WORKER_HOSTNAMES=a,b\)"),
+    ],
+)
+def test_a_launcher_that_says_too_little_is_named(tiny, monkeypatch, environment, message):
+    """As JAX detects it, but for what it says of a backend that is there already."""
+    monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
+    for name in {*devices.LAUNCHERS, *itertools.chain(*devices.LAUNCHERS.values())}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(configuration.ConfigError, match=message) as error:
+        devices.connect(tiny)
+    assert "set coordinator_address, num_processes and process_id, or unset" in str(error.value)
+    assert "\n" not in str(error.value) and "called before" not in str(error.value)
+
+
+def test_open_mpi_is_seen_below_slurm(monkeypatch):
+    """SLURM counts the daemons that Open MPI starts on each machine."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    assert devices.announced() == "OMPI_COMM_WORLD_SIZE"
+
+
+def test_the_keys_work_where_open_mpi_announces_itself(tmp_path):
+    """From 5 on, JAX alone would ask for mpi4py."""
+    announced = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    program = f"""
+import os, sys; sys.path[:0] = [{str(ROOT)!r}]
+os.environ |= {announced!r}
+import jax
+from config import Config
+from system.devices import connect
+connect(Config(coordinator_address={cluster(1)[0][0].split("=")[1]!r}, num_processes=1, process_id=0))
+assert jax.distributed.is_initialized()
+"""
+    finished(start(1, "-c", program))
+
+
+def test_without_a_home_compiled_programs_are_not_kept(tmp_path, monkeypatch, capsys):
+    """No HOME and a user without a name, as in containers; or one that can't be written."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    kept = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: kept.append((name, value)))
+    monkeypatch.delenv("HOME")
+    with monkeypatch.context() as patch:
+        patch.setattr(pwd, "getpwuid", {}.__getitem__)
+        devices.use_compilation_cache()
+    assert "Compiled programs aren't kept (Could not determine home directory.)" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    devices.use_compilation_cache()
+    assert "Compiled programs aren't kept (Not a directory)" in capsys.readouterr().out and not kept
+    monkeypatch.setenv("HOME", str(tmp_path))
+    devices.use_compilation_cache()
+    assert kept == [("jax_compilation_cache_dir", str(tmp_path / ".cache" / "cwvae" / "jax"))]

@@ -317,8 +317,13 @@ def test_the_named_checkpoint_is_used(run):
 
 
 def test_another_model_or_a_damaged_checkpoint_is_refused(run):
-    with pytest.raises(ConfigError, match="another model"):
-        evaluation.evaluate(*evaluation.parse(["--logdir", str(run), "--cell_deter_size=6"]))
+    for flag, message in (
+        ("--levels=2", "levels: the parameters of .* were trained with 3, got 2; leave it out"),
+        ("--model=svg", "model: the parameters of .* were trained with cwvae, got svg; leave it out"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluation.parse(["--logdir", str(run), flag])
+    assert evaluation.parse(["--logdir", str(run), "--levels=3"])[0].levels == 3
     file = max((run / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4

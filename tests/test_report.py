@@ -3,10 +3,14 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import ROOT
 
 from report import plots, statistics, tables
 from report.page import page
@@ -175,7 +179,6 @@ def test_plots_of_long_curves(tmp_path, monkeypatch):
     heights = [text.xy[1] for text in axes.texts]
     assert min(np.diff(heights)) > 0.07
     assert axes.get_xlabel() == "predicted frame  (bold: mean of 25; dotted: posterior)"
-    plots.pyplot().close("all")
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -187,9 +190,22 @@ def test_labels_stay_beside_the_axes(tmp_path, monkeypatch, value):
     plots.plot_lines(lines, tmp_path / "a.png", "y")
     heights = [text.xy[1] for text in figures[0].axes[0].texts]
     assert min(heights) > -0.01 and max(heights) < 1.01 and min(np.diff(heights)) > 0.07
-    plots.pyplot().close("all")
 
 
 def test_figures_in_each_format(tmp_path):
     plots.plot_lines({"a": plots.Line(np.arange(5.0))}, tmp_path / "a.png", "y", formats=("png", "pdf"))
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF") and (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://gone", "nonsense", "TkAgg"])
+def test_figures_whatever_backend_a_notebook_has_set(tmp_path, backend):
+    program = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}]
+from pathlib import Path
+import numpy as np
+from report import plots
+plots.plot_lines({{"a": plots.Line(np.arange(5.0))}}, Path("lines.png"), "y", formats=("png", "pdf"))
+"""
+    environment = os.environ | {"MPLBACKEND": backend, "DISPLAY": ""}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"lines.png", "lines.pdf"}

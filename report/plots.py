@@ -1,5 +1,6 @@
 """Plots: lines over predicted frames or steps, bars, rows of frames. Of the width of a paper's column."""
 
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from report.statistics import REFERENCES
+from system.files import replace_file
 from tools import GREEN, RED, rgb
 
 REFERENCE_STYLES: dict[str, dict[str, Any]] = {
@@ -195,7 +197,9 @@ def save_rows(
 def save_figure(figure: Any, path: Path, formats: Sequence[str]) -> None:
     """Write a figure in each of the formats, which take the place of the path's suffix, and close it."""
     for suffix in formats:
-        figure.savefig(path.with_suffix(f".{suffix}"), dpi=250, bbox_inches="tight")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, dpi=250, bbox_inches="tight")
+        replace_file(path.with_suffix(f".{suffix}"), buffer.getvalue())
     pyplot().close(figure)
 
 

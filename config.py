@@ -353,10 +353,10 @@ class Config:
         """Return all keys; `Config(**json.loads(text))` is the same Config."""
         return json.dumps(dataclasses.asdict(self))
 
-    def save(self, path: Path) -> None:
-        """Write all keys as YAML; `load` reads the same Config back."""
+    def to_yaml(self) -> str:
+        """Return all keys as YAML; `load` reads the same Config back from a file with it."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return yaml.safe_dump(values, sort_keys=False)
 
 
 def marked(mark: str) -> set[str]:

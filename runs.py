@@ -28,6 +28,7 @@ from models import Model, make_model
 from system import logs
 from system.checkpoints import Checkpoints
 from system.devices import Devices
+from system.files import replace_file
 from train_step import NEVER, TrainState, make_state
 
 # ---------------------------------------------------------------------------------------------- training
@@ -42,7 +43,7 @@ def directory(config: Config) -> Path:
     parent = Path(config.logdir) / config.dataset
     named, unnamed = parent / config.run_name, parent / dataclasses.replace(config, seed=None).run_name
     if not named.exists() and (unnamed / "config.yml").exists():
-        return unnamed if configuration.load(unnamed / "config.yml").seed == config.seed else named
+        return unnamed if saved_keys(unnamed / "config.yml").get("seed") == config.seed else named
     return named
 
 
@@ -63,14 +64,18 @@ class Run:
             The step, the state on the devices, and the step's metrics.
 
         Raises:
-            ConfigError: a new training can't start from what `init_from` names.
+            ConfigError: a new training can't start from what `init_from` names, or the directory can't be written.
         """
         newest = self.checkpoints.load_newest(jax.eval_shape(make_state, model))
         step, state, notes = newest or (0, initial_state(model), {})
-        if self.devices.process == 0:
-            self.config.save(self.path / "config.yml")
-            self.log = logs.Log(self.path, step, logs.start_wandb(self.config, self.path))
-        self.logged = int(self.devices.first_decides(lambda: str(self.log.last if self.log else 0)))
+
+        def open_log() -> str:
+            with writable(self.path):
+                replace_file(self.path / "config.yml", self.config.to_yaml().encode())
+                self.log = logs.Log(self.path, step, logs.start_wandb(self.config, self.path))
+            return str(self.log.last)
+
+        self.logged = int(self.devices.first_decides(open_log))
         return step, self.devices.replicate(state), notes.get("metrics", {})
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, Any]) -> None:
@@ -97,9 +102,11 @@ def opened(config: Config, devices: Devices) -> Iterator[Run]:
     Of several processes, the first makes and locks the directory for all.
 
     Raises:
-        ConfigError: another process trains it, or the run there differs in what can't change.
+        ConfigError: another process trains it, the run there differs in what can't change, or the directory can't be
+            made or written.
     """
-    path = directory(config)  # by the name without a random seed
+    with writable(Path(config.logdir)):
+        path = directory(config)  # by the name without a random seed
     with contextlib.ExitStack() as resources:
 
         def settle() -> str:
@@ -107,20 +114,43 @@ def opened(config: Config, devices: Devices) -> Iterator[Run]:
             return resumable(config, path / "config.yml").to_json()
 
         settled = Config(**json.loads(devices.first_decides(settle)))
-        checkpoints = resources.enter_context(Checkpoints(path / "checkpoints", settled.save_named_model_every))
+        with writable(path):
+            checkpoints = resources.enter_context(Checkpoints(path / "checkpoints", settled.save_named_model_every))
         yield Run(settled, path, checkpoints, devices)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a run's directory, which the system takes back from a process that dies."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Hold the lock of a run's directory, which is made if needed. The system takes it back from a process that dies.
+
+    Raises:
+        ConfigError: another process holds it, or the directory can't be made or written.
+    """
+    lock = filelock.FileLock(path / "lock", timeout=0)
+    with writable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise ConfigError(
+                f"{path} is being trained by another process; wait for it, or choose another --logdir"
+            ) from error
     try:
-        with filelock.FileLock(path / "lock", timeout=0):
-            yield
-    except filelock.Timeout as error:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Raise a ConfigError if a run's directory can't be made or written."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ConfigError(
-            f"{path} is being trained by another process; wait for it, or choose another --logdir"
+            f"logdir: {path} can't be made or written ({reason}); make room or permit it there, or choose another "
+            "--logdir"
         ) from error
 
 
@@ -128,12 +158,12 @@ def resumable(config: Config, saved: Path) -> Config:
     """Return the configuration with a seed: its own, that of the run that it resumes, or a random one.
 
     Raises:
-        ConfigError: the saved run differs in what can't change.
+        ConfigError: the saved run differs in what can't change, or as `saved_keys`.
     """
     config = dataclasses.replace(config, rebuild_frames=False)  # done once, not at each resume or evaluation
     if not saved.exists():
         return config if config.seed is not None else dataclasses.replace(config, seed=secrets.randbelow(2**31))
-    earlier = configuration.load(saved)
+    earlier = Config(**saved_keys(saved))
     if config.seed is None:
         config = dataclasses.replace(config, seed=earlier.seed)
     differing = [
@@ -179,27 +209,42 @@ def find(logdir: Path) -> Path:
     return found[0]
 
 
-def load_config(run: Path, flags: Mapping[str, str]) -> Config:
-    """Return a run's configuration, with flags in place of its values.
+def saved_keys(path: Path) -> dict[str, Any]:
+    """Return the keys in a run's config.yml.
 
     Raises:
-        ConfigError: config.yml lacks keys, as a truncated one does; a flag would change the parameters' shapes; or as
-            `config.merged`.
+        ConfigError: it can't be read, or lacks keys, as an empty or a truncated one does.
     """
-    path = run / "config.yml"
+    remedy = (
+        "restore the file, or write it again with the run's keys and seed (an eval_*/evaluation.yml beside it has "
+        "them; a checkpoint holds parameters and steps, and no keys)"
+    )
+    if path.is_file() and not path.read_bytes().strip(b"\0 \r\n\t"):
+        raise ConfigError(f"{path} is damaged (it is empty); {remedy}")
     saved = configuration.read_yaml(path)
     missing = [key for key in vars(Config()) if key not in saved]
     if lost := [key for key in missing if key not in configuration.marked("later")]:
         raise ConfigError(
-            f"{path}: lacks {len(lost)} of the keys that were saved, {lost[0]} first; restore the file, or add them"
+            f"{path} is damaged (it lacks {len(lost)} of the keys that were saved, {lost[0]} first); {remedy}"
         )
+    return saved
+
+
+def load_config(run: Path, flags: Mapping[str, str]) -> Config:
+    """Return a run's configuration, with flags in place of its values.
+
+    Raises:
+        ConfigError: a flag would change the parameters' shapes; or as `saved_keys` and `config.merged`.
+    """
+    path = run / "config.yml"
+    saved = saved_keys(path)
     for key, value in configuration.typed(flags, "command line").items():
         there = saved.get(key, getattr(Config, key))
         if key in configuration.marked("shapes") and value != there:
             raise ConfigError(f"{key}: the parameters of {run} were trained with {there}, got {value}; leave it out")
     c = configuration.merged(path, flags)
-    for key in missing:
-        if key not in flags and key in configuration.read_by(c.model):
+    for key in vars(c):
+        if key not in saved and key not in flags and key in configuration.read_by(c.model):
             print(f"{path} is older than the key {key}; using its default, {getattr(c, key)}")
     return c
 

@@ -21,6 +21,7 @@ from models import Model, make_model
 from noise import key_for, sequence_keys
 from runs import Run
 from system.devices import Devices, connect, use_compilation_cache
+from system.files import replace_file
 from system.interrupts import Interrupted, Interrupts, exit_codes
 from system.logs import Progress, wandb_session, with_sweep
 from train_step import NEVER, TrainState, make_train_step
@@ -168,11 +169,15 @@ def check_finite(run: Run, state: TrainState, metrics: dict[str, Any], train_set
         "replay": f"{shlex.join(resume)} --max_steps {bad} --save_scalars_every 1",
     }
     path = run.path / "nonfinite" / f"step_{bad}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    raise NonFinite(
-        f"loss or gradient isn't finite since step {bad}; see {path.parent}; the last good checkpoint stays"
-    )
+    try:
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, (json.dumps(found, indent=2) + "\n").encode())
+        see = f"see {path.parent}"
+    except OSError as error:
+        see = f"{path} can't be written ({error.strerror or error})"
+    steps = run.checkpoints.steps
+    kept = f"the last good checkpoint, of step {steps[-1]}, stays" if steps else "there is no checkpoint yet"
+    raise NonFinite(f"loss or gradient isn't finite since step {bad}; {see}; {kept}")
 
 
 def train_all(configs: Iterable[Config]) -> None:

@@ -16,6 +16,7 @@ from config import ConfigError
 from cwvae import CWVAE
 from noise import Inputs, draw
 from report import plots
+from system.files import replace_arrays
 
 
 def blind(arguments: Sequence[str]) -> None:
@@ -46,7 +47,7 @@ def blind(arguments: Sequence[str]) -> None:
     plots.save_rows(rows, directory / "blind.png", times, context)
     tools.save_gif(tools.side_by_side(rows, context), directory / "blind.gif")
     arrays: Any = {name.replace(" ", "_"): frames for name, frames in rows.items()}
-    np.savez(directory / "blind.npz", **arrays)
+    replace_arrays(directory / "blind.npz", **arrays)
     print(f"Results: {directory}")
 
 

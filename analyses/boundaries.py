@@ -11,6 +11,7 @@ from analyses.arguments import directory_for, parse_models, single, whole
 from analyses.worker import Worker
 from config import ConfigError
 from report import plots
+from system.files import replace_arrays
 
 
 def boundaries(arguments: Sequence[str]) -> None:
@@ -30,7 +31,7 @@ def boundaries(arguments: Sequence[str]) -> None:
     seen_frames = {"posterior": len(video), "prediction": context}
     plots.save_rows(rows, directory / "boundaries.png", times, seen_frames, boundaries=probabilities)
     arrays: Any = rows | {f"{name}_boundary": x for name, x in probabilities.items()}
-    np.savez(directory / "boundaries.npz", **arrays)
+    replace_arrays(directory / "boundaries.npz", **arrays)
     print(f"Results: {directory}")
 
 

@@ -12,6 +12,7 @@ from analyses.arguments import directory_for, parse_models, single
 from config import Config, ConfigError
 from models import make_model
 from system.checkpoints import Checkpoints
+from system.files import replace_file
 from train_step import TrainState
 
 
@@ -36,7 +37,7 @@ def write(directory: Path, config: Config, state: TrainState) -> None:
     """
     default = Config()
     config = dataclasses.replace(config, datadir=default.datadir, logdir=default.logdir, init_from=None)
-    config.save(directory / "config.yml")
+    replace_file(directory / "config.yml", config.to_yaml().encode())
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(
             int(state.step), dataclasses.replace(state, opt_state=jax.tree.map(np.zeros_like, state.opt_state))

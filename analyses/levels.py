@@ -16,6 +16,7 @@ from analyses.worker import Worker
 from config import ConfigError
 from cwvae import LevelRollout, entropy, kl_divergence, per_level
 from report import plots, statistics, tables
+from system.files import replace_arrays
 
 
 def levels(arguments: Sequence[str]) -> None:
@@ -79,7 +80,7 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
         ticks = [of_level.stoch.shape[1] for of_level in all_ticks]
         for level, of_level in enumerate(all_ticks):
             of_level = jax.tree.map(operator.itemgetter(slice(valid)), of_level)
-            np.savez(
+            replace_arrays(
                 latents / f"level_{level}_{first:06}.npz",
                 example=np.arange(first, first + valid),
                 stoch=of_level.stoch,

@@ -303,7 +303,7 @@ def bench_compile(config: Config) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for cache in "empty", "warm":
             c = dataclasses.replace(config, seed=0, wandb="disabled", logdir=str(Path(folder) / cache))
-            c.save(Path(folder) / "config.yml")
+            (Path(folder) / "config.yml").write_text(c.to_yaml())
             environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "STARTED": str(time.time())}
             program = [sys.executable, "-m", "benchmarks", "first_step", "--config", f"{folder}/config.yml"]
             output = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout

@@ -90,7 +90,7 @@ def open_directory(
             if any(path.name != "lock" for path in out.iterdir()):
                 raise occupied
         replace_file(directory / "checkpoint", evaluated(checkpoint, network).encode())
-        config.save(directory / "evaluation.yml")
+        replace_file(directory / "evaluation.yml", config.to_yaml().encode())
         return directory
 
 

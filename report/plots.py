@@ -1,6 +1,7 @@
 """Plots: lines over predicted frames or steps, bars, rows of frames. Of the width of a paper's column."""
 
 import contextlib
+import io
 import itertools
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from report.statistics import REFERENCES
+from system.files import replace_file
 from tools import GREEN, RED, rgb
 
 REFERENCE_STYLES: dict[str, dict[str, Any]] = {
@@ -196,7 +198,9 @@ def save_rows(
 def save_figure(figure: Any, path: Path, formats: Sequence[str]) -> None:
     """Write a figure in each of the formats, which take the place of the path's suffix."""
     for suffix in formats:
-        figure.savefig(path.with_suffix(f".{suffix}"), dpi=250, bbox_inches="tight")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, dpi=250, bbox_inches="tight")
+        replace_file(path.with_suffix(f".{suffix}"), buffer.getvalue())
 
 
 def new_figure(**how: Any) -> Any:

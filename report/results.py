@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from report import plots, statistics, tables
 from report.output import Formats
 from report.page import page
 from system import logs
-from system.files import replace_file
+from system.files import replace_arrays
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -93,10 +92,7 @@ def load_metrics(directory: Path, number: int) -> dict[str, np.ndarray]:
 
 
 def save_metrics(directory: Path, number: int, metrics: Mapping[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    arrays: Any = metrics
-    np.savez(buffer, **arrays)
-    replace_file(metrics_file(directory, number), buffer.getvalue())
+    replace_arrays(metrics_file(directory, number), **metrics)
 
 
 def summarise(
@@ -207,8 +203,8 @@ def draw_curves(
     label = f"{label}, {protocol} protocol" if protocol in tools.PROTOCOLS else label
     own, values = next(iter(curves.items()))
     mean, stddev = values.mean(0), values.std(0)
-    np.savez(directory / f"{stem}_mean.npz", mean)
-    np.savez(directory / f"{stem}_stddev.npz", stddev)
+    replace_arrays(directory / f"{stem}_mean.npz", mean)
+    replace_arrays(directory / f"{stem}_stddev.npz", stddev)
     drawn = plots.drawn(lines)
     plots.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label, formats=formats)
     spread = {name: line for name, line in drawn.items() if line.reference}

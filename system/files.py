@@ -2,15 +2,26 @@
 
 import contextlib
 import datetime
+import io
 import os
 import threading
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from config import ConfigError
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file atomically: at any time the old or the new one is there, whole."""
+    """Replace a file atomically: at any time the old or the new one is there, whole. Leave it if it has that content.
+
+    Raises:
+        OSError: the file can't be written; the old one stays.
+    """
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == content:
+            return
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         aside.write_bytes(content)
@@ -19,6 +30,13 @@ def replace_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+
+
+def replace_arrays(path: Path, *arrays: Any, **named: Any) -> None:
+    """Replace an NPZ as `numpy.savez` writes it, atomically; raise OSError as `replace_file`."""
+    buffer = io.BytesIO()
+    np.savez(buffer, *arrays, **named)
+    replace_file(path, buffer.getvalue())
 
 
 def dated_directory(parent: Path, kind: str) -> Path:

@@ -124,7 +124,7 @@ def start_wandb(config: Config, directory: Path | None = None) -> Any | None:
         )
     if directory is not None:
         run.name = config.run_name
-        (directory / "wandb_id").write_text(run.id)
+        replace_file(directory / "wandb_id", run.id.encode())
     return run
 
 

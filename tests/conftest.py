@@ -75,11 +75,11 @@ def log_of(run: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def full_disk():
+def full_disk(size=20_000):
     """Files can't grow beyond 20 kB: writes fail in the system, as they do on a full disk."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:

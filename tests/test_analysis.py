@@ -293,7 +293,7 @@ def test_rooms(run, monkeypatch, tmp_path):
     """A colour model (untrained) on videos of rooms; then, planted, one that predicts the truth and one that stays."""
     config = configuration.load(run / "config.yml")
     config = dataclasses.replace(config, dataset="mazes", channels=3, eval_seq_len=80, open_loop_ctx=20, num_examples=2)
-    config.save(run / "config.yml")
+    (run / "config.yml").write_text(config.to_yaml())
     videos = [walk(["a", "a", "hall", "b"]), walk(["a", "a", "hall", "hall"], seed=1)]
     model = CWVAE(config)
     inputs = draw(config, jax.random.split(jax.random.key(0), 1), 4)

@@ -81,7 +81,9 @@ def test_losses_of_stages_are_one_curve(tmp_path, capsys):
     for name, source, steps in ("a", None, (2, 4, 6)), ("b", "a/checkpoints/4", (1, 3)), ("c", "b", (2,)):
         run = tmp_path / name
         (run / "checkpoints" / "3").mkdir(parents=True)
-        configuration.Config(seed=0, init_from=source and str(tmp_path / source)).save(run / "config.yml")
+        (run / "config.yml").write_text(
+            configuration.Config(seed=0, init_from=source and str(tmp_path / source)).to_yaml()
+        )
         (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "name": name}) + "\n" for step in steps))
     (tmp_path / "a" / "checkpoints" / "4").mkdir()
     expected = [(2, "a"), (4, "a"), (5, "b"), (7, "b"), (9, "c")]

@@ -234,11 +234,11 @@ def test_yaml_round_trip(tmp_path_factory, data):
         values["beta"] = data.draw(st.none() | st.floats(0, 1e9) | st.tuples(*[st.floats(0, 1e9)] * 3))
     c = Config(**values)
     path = tmp_path_factory.mktemp("config") / "config.yml"
-    c.save(path)
+    path.write_text(c.to_yaml())
     again = configuration.load(path)
     assert again == c
     assert yaml.safe_load(path.read_text()).keys() == dataclasses.asdict(c).keys()
-    again.save(path.with_name("again.yml"))
+    path.with_name("again.yml").write_text(again.to_yaml())
     assert path.read_text() == path.with_name("again.yml").read_text()
 
 
@@ -290,7 +290,7 @@ def programs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("fuzz")
     run = directory / "run"
     (run / "checkpoints" / "1").mkdir(parents=True)
-    Config().save(run / "config.yml")
+    (run / "config.yml").write_text(Config().to_yaml())
     with pytest.MonkeyPatch.context() as patch:
         for program, work in (train, "train"), (eval, "evaluate"), (data, "look"):
             patch.setattr(program, work, lambda *_: None)
@@ -353,7 +353,7 @@ def test_any_file_works_or_is_refused_in_one_line(programs, content):
     try:
         assert_accepted_or_refused_in_one_line(eval.main, ["--logdir", str(programs / "run")])
     finally:
-        Config().save(programs / "run" / "config.yml")
+        (programs / "run" / "config.yml").write_text(Config().to_yaml())
 
 
 def test_a_configuration_of_another_model_is_named():

@@ -298,7 +298,7 @@ def test_non_finite_steps_stop_the_training(tiny, monkeypatch, capsys):
     spoiled.counter = 1
     jax.clear_caches()
     with pytest.raises(
-        train.NonFinite, match=r"isn't finite since step 5; see .*nonfinite; the last good checkpoint stays"
+        train.NonFinite, match=r"isn't finite since step 5; see .*nonfinite; the last good checkpoint, of step 4, stays"
     ):
         train.train(c)
     run = runs.directory(c)

@@ -36,7 +36,7 @@ def test_configurations_of_the_stages(tmp_path):
     for c in stages.configurations(arguments(tmp_path)):
         run = runs.directory(c)
         run.mkdir(parents=True)
-        c.save(run / "config.yml")
+        (run / "config.yml").write_text(c.to_yaml())
         configs.append(c)
     assert [c.init_from for c in configs] == [None, *(str(runs.directory(c)) for c in configs[:-1])]
     assert [c.lr for c in configs] == [1e-3, 1e-3, 5e-4, 1e-4]

@@ -333,6 +333,6 @@ def test_another_context_is_another_training(tmp_path):
     """Skips come from the context's last frame in training, too."""
     c = Config(**TINY, logdir=str(tmp_path), save_gifs_every=1)
     runs.directory(c).mkdir(parents=True)
-    c.save(runs.directory(c) / "config.yml")
+    (runs.directory(c) / "config.yml").write_text(c.to_yaml())
     with pytest.raises(ValueError, match=r"another open_loop_ctx \(2 there, 3 now\)"):
         train.train(dataclasses.replace(c, open_loop_ctx=3))

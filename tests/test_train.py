@@ -1,25 +1,31 @@
 """Training as a user runs it, on a tiny model: repeatable to the bit, resumable, logged, and learning."""
 
 import dataclasses
+import errno
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
 import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import COMPILED, ROOT, TINY, flags, log_of
+from conftest import COMPILED, ROOT, TINY, flags, full_disk, log_of
 
 import config as configuration
 import data
+import eval
 import runs
 import train
 import train_step
 from config import Config, ConfigError
 from cwvae import CWVAE
+from system import files
 from system.checkpoints import Checkpoints
 from system.devices import Devices
 from videos.digits import MovingDigits
@@ -356,3 +362,55 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(tiny, capsys):
     assert_same(whole, again)
     with Checkpoints(runs.directory(c) / "checkpoints") as checkpoints:
         assert_same(whole, checkpoints.load(4, whole)[0])
+
+
+def test_a_failed_write_leaves_the_configuration(run, tiny):
+    """A resume writes no configuration that hasn't changed, and a failed write leaves the old one."""
+    saved, log = (run / "config.yml").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    inode = (run / "config.yml").stat().st_ino
+    c = dataclasses.replace(tiny, logdir=str(run.parent.parent), save_model_every=2, save_named_model_every=2)
+    c = dataclasses.replace(c, datadir=configuration.load(run / "config.yml").datadir, num_epochs=100_000)
+    with full_disk(0), pytest.raises(ConfigError, match=r"^logdir: .* can't be made or written \(File too large\)"):
+        train.train(c)
+    assert (run / "config.yml").read_bytes() == saved and (run / "metrics.jsonl").read_bytes() == log
+    assert (run / "config.yml").stat().st_ino == inode
+    files.replace_file(run / "config.yml", saved)
+    assert (run / "config.yml").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("lines", [0, 5])
+def test_a_damaged_configuration_is_named(run, tiny, lines):
+    path = run / "config.yml"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    message = f"{re.escape(str(path))} is damaged"
+    with pytest.raises(ConfigError, match=message):
+        train.train(dataclasses.replace(tiny, logdir=str(run.parent.parent)))
+    with pytest.raises(ConfigError, match=message):
+        eval.parse(["--logdir", str(run)])
+
+
+def test_a_logdir_that_cannot_be_made_or_written(tiny, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for logdir in tmp_path / "file", tmp_path / "file" / "logs", Path("/proc/logs"):
+        with pytest.raises(
+            ConfigError, match=rf"^logdir: {logdir}.* can't be made or written .*choose another --logdir"
+        ):
+            train.train(dataclasses.replace(tiny, logdir=str(logdir)))
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", read_only)
+    with pytest.raises(ConfigError, match=r"can't be made or written \(Read-only file system\)"):
+        train.train(tiny)
+
+
+def test_no_checkpoint_is_spoken_of_before_the_first(tiny):
+    path = runs.directory(tiny)
+    path.mkdir(parents=True)
+    run = SimpleNamespace(path=path, config=tiny, checkpoints=SimpleNamespace(steps=[]))
+    state = SimpleNamespace(first_bad=1, step=2)
+    with pytest.raises(train.NonFinite, match=r"since step 1; see .*nonfinite; there is no checkpoint yet"):
+        train.check_finite(run, state, {}, range(4))
+    with full_disk(0), pytest.raises(train.NonFinite, match=r"json can't be written \(File too large\)"):
+        train.check_finite(run, SimpleNamespace(first_bad=2, step=2), {}, range(4))

@@ -532,7 +532,7 @@ def test_programs(trained):
 def test_boundaries_are_refused_for_other_models(tmp_path):
     c = Config(dataset="digits", logdir=str(tmp_path))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    c.save(tmp_path / "config.yml")
+    (tmp_path / "config.yml").write_text(c.to_yaml())
     with pytest.raises(ConfigError, match="model: boundaries is about those of vta, got a run of cwvae"):
         analysis.COMMANDS["boundaries"]([str(tmp_path)])
 

@@ -200,13 +200,13 @@ def test_the_loop_is_at_most_two_steps_ahead():
     assert finished == begun and progress.bar.n == 9
 
 
-def test_nohup_is_respected():
-    with Interrupts():
-        assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_IGN, signal.SIG_DFL)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("start_with", [signal.SIG_DFL, signal.SIG_IGN])
+def test_nohup_is_respected(start_with):
+    before = signal.signal(signal.SIGHUP, start_with)
     try:
         with Interrupts():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert ignored == (start_with == signal.SIG_IGN) and signal.getsignal(signal.SIGHUP) == start_with
     finally:
         signal.signal(signal.SIGHUP, before)
 

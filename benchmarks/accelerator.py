@@ -72,11 +72,12 @@ from fast import convolutions, layers, scan
 from noise import sequence_keys
 from system.devices import Devices
 from system.interrupts import Interrupted
+from train_step import make_state
 
 ROOT = Path(__file__).parent.parent
 PIECE = 15 * 2**20
 """Bytes of a piece of the trained run, at most."""
-TO_SAVE = 30.0
+TO_SAVE = 45.0
 """Seconds that the training leaves of its own for its checkpoint and the pieces."""
 TINY: dict[str, Any] = dict(
     levels=1,
@@ -119,28 +120,22 @@ class Program(NamedTuple):
     contexts: Sequence[contextlib.AbstractContextManager[Any]] = ()
 
 
-def compiled(programs: dict[str, Program]) -> Iterator[tuple[str, Stepper, Row]]:
-    """Compile programs side by side, and yield those that can be, each with its memory and the seconds it took."""
-
-    def compile_one(lowered: Any) -> tuple[Any, float]:
-        begin = time.perf_counter()
-        return lowered.compile(), time.perf_counter() - begin
-
-    with ThreadPoolExecutor(len(programs)) as pool:
-        started = {}
-        for name, program in programs.items():
-            with contextlib.ExitStack() as held:
-                held.enter_context(spared(name))
-                for context in program.contexts:
-                    held.enter_context(context)
-                stepper = program.stepper()
-                lowered = stepper.step.lower(stepper.state, stepper.batch)
-                started[name] = stepper, pool.submit(compile_one, lowered)
-        for name, (stepper, compiling) in started.items():
-            with spared(name):
-                stepper.step, took = compiling.result()
-                memory = memory_row(name, stepper.step)["value"] / 1e3
-                yield name, stepper, {"compiled_in_s": took, "memory_GB": memory}
+def compiled(programs: dict[str, Program], limit: float) -> Iterator[tuple[str, Stepper, Row]]:
+    """Compile programs side by side, and yield those that are compiled within so many seconds, each with its memory."""
+    end, pool, started = time.monotonic() + limit, ThreadPoolExecutor(len(programs)), {}
+    for name, program in programs.items():
+        with contextlib.ExitStack() as held:
+            held.enter_context(spared(name))
+            for context in program.contexts:
+                held.enter_context(context)
+            stepper = program.stepper()
+            started[name] = stepper, pool.submit(stepper.step.lower(stepper.state, stepper.batch).compile)
+    for name, (stepper, compiling) in started.items():
+        with spared(name):
+            stepper.step = compiling.result(timeout=max(0.0, end - time.monotonic()))
+            memory = stepper.step.memory_analysis() and memory_row(name, stepper.step)["value"] / 1e3
+            yield name, stepper, {"memory_GB": memory} if memory else {}
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -153,29 +148,35 @@ def spared(name: str) -> Iterator[None]:
 
 
 def measured(setting: Setting, programs: dict[str, Program]) -> Iterator[Row]:
-    """Time training steps, many between two waits, as in a training: each while others compile, then in turn."""
-    found: dict[str, tuple[Callable[[], Any], int, Row]] = {}
-    for name, stepper, more in compiled(programs):
+    """Time training steps, many between two waits, as in a training: one while others compile, then in turn."""
+    found: dict[str, tuple[Callable[[], Any], Row]] = {}
+    for name, stepper, more in compiled(programs, setting.limit - 30):
         if setting.ahead:
             continue
         with spared(name):
             seconds(stepper)  # the first call
-            s = seconds(stepper)
-            found[name] = stepper, max(1, round(0.2 / s)), more
-            yield row(name, "ms", s * 1e3, preliminary=True, **more)
+            yield row(name, "ms", seconds(stepper) * 1e3, preliminary=True, **more)
+            found[name] = stepper, more
+    counts: dict[str, int] = {}
+    for name, (take_step, _) in found.items():
+        with spared(name):
+            counts[name] = max(1, round(0.2 / seconds(take_step)))
 
     def many(name: str) -> Callable[[], Any]:
-        stepper, count, _ = found[name]
-        return lambda: [stepper() for _ in range(count)][-1]
+        return lambda: [found[name][0]() for _ in range(counts[name])][-1]
 
-    times = in_turn({name: many(name) for name in found}, 3 if setting.rehearse else 7)
-    first: dict[Config, float] = {}
-    for name, (_, count, more) in found.items():
-        c, each = programs[name].config, [s / count for s in times[name]]
-        s = statistics.median(each)
-        to_first = s / first.setdefault(dataclasses.replace(c, dtype="float32"), s)
-        frames_per_s, TFLOP_per_s = c.batch_size * c.seq_len / s, training_flop(c) / s / 1e12
-        yield timed(name, each, to_first=to_first, frames_per_s=frames_per_s, TFLOP_per_s=TFLOP_per_s, **more)
+    times = in_turn({name: many(name) for name in counts}, 3 if setting.rehearse else 7)
+    each = {name: [s / counts[name] for s in values] for name, values in times.items()}
+    first: dict[Config, str] = {}
+    for name, program in programs.items():
+        reference = first.setdefault(dataclasses.replace(program.config, dtype="float32"), name)
+        if name not in each:
+            continue
+        c, s, more = program.config, statistics.median(each[name]), dict(found[name][1])
+        more |= {"frames_per_s": c.batch_size * c.seq_len / s, "TFLOP_per_s": training_flop(c) / s / 1e12}
+        if reference in each:
+            more["to_first"] = s / statistics.median(each[reference])
+        yield timed(name, each[name], **more)
 
 
 def steps(setting: Setting) -> Iterator[Row]:
@@ -220,12 +221,6 @@ def with_flags(setting: Setting) -> Iterator[Row]:
     return measured(setting, {os.environ["XLA_FLAGS"]: Program(bench.config, bench.stepper)})
 
 
-def without_command_buffers(setting: Setting) -> Iterator[Row]:
-    """Time the training step by parts, too, which command buffers hide."""
-    yield from with_flags(setting)
-    yield from profile(setting, keep=True)
-
-
 # ---------------------------------------------------------------------------------------------- a step's profile
 
 
@@ -249,10 +244,10 @@ PARTS = {
 """What an operation belongs to: the first whose pattern is in the names that it was traced under."""
 
 
-def profile(setting: Setting, keep: bool = False) -> Iterator[Row]:
-    """Profile one training step: where its time goes."""
+def profile(setting: Setting) -> Iterator[Row]:
+    """Profile one training step: where its time goes. While it is profiled, XLA leaves out command buffers."""
     bench = Bench(setting.config("mmnist"))
-    for _, stepper, _ in compiled({"training step": Program(bench.config, bench.stepper)}):
+    for _, stepper, _ in compiled({"training step": Program(bench.config, bench.stepper)}, setting.limit):
         if setting.ahead:
             return
         for _ in range(3):
@@ -261,9 +256,13 @@ def profile(setting: Setting, keep: bool = False) -> Iterator[Row]:
             with jax.profiler.trace(folder):
                 seconds(stepper)
             (path,) = Path(folder).glob("**/*.xplane.pb")
-            if keep:
-                (setting.out / "profile.xplane.pb.gz").write_bytes(gzip.compress(path.read_bytes()))
-            yield from profile_rows(list(events(path)), traced_names(stepper.step.as_text()))
+            with spared("profile"):
+                yield from profile_rows(list(events(path)), traced_names(stepper.step.as_text()))
+            packed = gzip.compress(path.read_bytes(), 1)
+            if len(packed) <= PIECE:
+                (setting.out / "profile.xplane.pb.gz").write_bytes(packed)
+            else:
+                print(f"profile: {len(packed):,} bytes are too many to be kept")
 
 
 def events(path: Path) -> Iterator[Event]:
@@ -289,7 +288,7 @@ def traced_names(program: str) -> dict[str, str]:
 def profile_rows(found: list[Event], names: dict[str, str]) -> Iterator[Row]:
     """Return a step's time by parts and by kernels, and what of it no kernel runs."""
     if not found:
-        raise ConfigError("profile: it has no kernels; it may not be the device's")
+        raise ConfigError("profile: no kernels are in it")
     end, busy = 0.0, 0.0
     for event in sorted(found, key=lambda event: event.start):
         busy += max(0.0, event.start + event.duration - max(end, event.start))
@@ -318,38 +317,38 @@ def profile_rows(found: list[Event], names: dict[str, str]) -> Iterator[Row]:
 
 
 def training(setting: Setting) -> Iterator[Row]:
-    """Train the published model on two digits until the time is over; leave the run in pieces."""
-    c = setting.config("digits", eval_seq_len=432, save_scalars_every=2000, save_gifs_every=10_000)
-    c = dataclasses.replace(c, save_model_every=10_000, save_named_model_every=10**9)
-    if setting.rehearse:
-        c = dataclasses.replace(c, max_steps=3)
+    """Train the published model on two digits until the time is over; leave the run in pieces.
+
+    Videos can be made of its parameters afterwards, wherever they are.
+    """
+    c = setting.config("digits", eval_seq_len=432, save_scalars_every=2000, save_model_every=2000)
+    c = dataclasses.replace(c, save_gifs=False, save_named_model_every=10**9)
     with tempfile.TemporaryDirectory() as logdir:
         c = dataclasses.replace(c, logdir=logdir)
         if setting.ahead:
             model, test = CWVAE(c), data.windows(c, "test")
-            params = Devices().replicate(any_state(model).params)
+            params = Devices().replicate(make_state(model).params)
             train.validate(model, params, test, Devices())
             return
         begin = time.perf_counter()
         timer = threading.Timer(setting.limit - TO_SAVE, os.kill, (os.getpid(), signal.SIGTERM))
         timer.start()
-        with contextlib.suppress(Interrupted):
+        with spared("training"), contextlib.suppress(Interrupted):
             train.train(c)
         timer.cancel()
         took = time.perf_counter() - begin
         checkpoint = runs.find_checkpoint(runs.directory(c))
-        yield row("steps", "", checkpoint.step, seconds=took, ms_per_step=took / checkpoint.step * 1e3)
-        log = (checkpoint.run / "metrics.jsonl").read_text().splitlines()
-        for line in map(json.loads, log):
+        copy, log = Path(logdir) / "copy", checkpoint.run / "metrics.jsonl"
+        copy.mkdir()
+        export.write(copy, c, runs.load_state(CWVAE(c), checkpoint))
+        if log.exists():
+            shutil.copy(log, copy)
+        yield split(copy, setting.out)
+        yield row("steps, with everything that a training does", "", checkpoint.step, seconds=took)
+        for line in map(json.loads, log.read_text().splitlines() if log.exists() else []):
             yield row(f"validation loss after {line['step']} steps", "nats per frame", line["validation/loss"])
         if memory := jax.local_devices()[0].memory_stats():
             yield row("device memory, at most", "GB", memory["peak_bytes_in_use"] / 1e9)
-        copy = Path(logdir) / "copy"
-        copy.mkdir()
-        export.write(copy, c, runs.load_state(CWVAE(c), checkpoint))
-        shutil.copy(checkpoint.run / "metrics.jsonl", copy)
-        shutil.copytree(checkpoint.run / "videos", copy / "videos", dirs_exist_ok=True)
-        yield split(copy, setting.out)
 
 
 def split(run: Path, out: Path, size: int = PIECE) -> Row:
@@ -477,12 +476,12 @@ class Item(NamedTuple):
 ITEMS = {
     "steps": Item(steps, 140),
     "training": Item(training, None),
-    "profile": Item(profile, 20),
+    "profile": Item(profile, 30),
     "alternatives": Item(alternatives, 45),
     "split-k": Item(with_flags, 15, "--xla_gpu_experimental_force_split_k=1"),
-    "without command buffers": Item(without_command_buffers, 25, "--xla_gpu_enable_command_buffer="),
+    "without command buffers": Item(with_flags, 15, "--xla_gpu_enable_command_buffer="),
     "rollout and evaluation": Item(rollouts, 45),
-    "loading": Item(loading, 20),
+    "loading": Item(loading, 25),
 }
 
 
@@ -521,7 +520,8 @@ def command(name: str, setting: Setting) -> list[str]:
 @contextlib.contextmanager
 def start(name: str, setting: Setting, cache: str, log: Any) -> Iterator[subprocess.Popen]:
     """Start the process of an item; end it, and what it has started, at the end of the block."""
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_COMPILATION_CACHE_DIR": cache}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ}
     if setting.rehearse:
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they take most of the time of tiny models
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ITEMS[name].flags}".strip()
@@ -543,9 +543,14 @@ def bench_accelerator(out: Path, limit: float, rehearse: bool) -> None:
         for place, (name, item) in enumerate(ITEMS.items()):
             later = list(ITEMS)[place + 1 :]
             left = end - time.monotonic()
-            share = item.limit or max(left - sum(ITEMS[x].limit or 0 for x in later), 3 * TO_SAVE)
-            allowed = left if rehearse else min(left, share)
-            if allowed < 2 * TO_SAVE if item.limit is None else allowed < 5:
+            spare = left - sum(ITEMS[x].limit or 0 for x in later)
+            share = item.limit or max(spare, 3 * TO_SAVE)
+            if item.limit and all(ITEMS[x].limit for x in later):
+                share = max(item.limit, spare)
+            allowed = min(left, share)
+            if rehearse:
+                allowed = left if item.limit else min(left, TO_SAVE + 40)
+            if allowed < (5 if item.limit else TO_SAVE + 20):
                 tell(out, name, {"what": "ended", "how": "not begun, since no time was left"})
                 continue
             begin, stop = time.monotonic(), threading.Event()

@@ -89,7 +89,7 @@ def digits(arguments: Sequence[str]) -> None:
 def write_curves(curves: Mapping[str, np.ndarray], path: Path) -> None:
     """Write how often the predicted frames of each model are right, over its samples: [N, T] by its name."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: values.astype(np.float32) for name, values in curves.items()})  # type: ignore[arg-type]
+    np.savez_compressed(buffer, names=list(curves), right=np.array(list(curves.values()), np.float32))
     replace_file(path, buffer.getvalue())
 
 

@@ -21,6 +21,8 @@ def seeds(arguments: Sequence[str]) -> None:
     """
     program = "analysis.py seeds DIGITS DIGITS ... --out DIR"
     paths, given, _ = parse_directories(arguments, program, str(seeds.__doc__), False, out="new directory")
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ConfigError("command line: a directory is named twice; each is of another seed")
     read = [read_curves(Path(path)) for path in paths]
     shapes = {curve.shape for curves in read for curve in curves.values()}
     if len(shapes) > 1:
@@ -30,6 +32,8 @@ def seeds(arguments: Sequence[str]) -> None:
         for name in dict.fromkeys(itertools.chain(*read))
         if len(curves := [each[name] for each in read if name in each]) > 1
     }
+    if left_out := [name for name in dict.fromkeys(itertools.chain(*read)) if name not in found]:
+        print(f"Left out, since one directory alone has them: {', '.join(left_out)}")
     if not found:
         raise ConfigError("command line: no model is in two of the directories; give it the same name in each")
     results = {name: statistics.summary(curves, statistics.estimate_over_seeds) for name, curves in found.items()}
@@ -61,6 +65,6 @@ def read_curves(directory: Path) -> dict[str, np.ndarray]:
     path = directory / "digits.npz"
     try:
         with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            return dict(zip(file["names"].tolist(), file["right"], strict=True))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path} can't be read; name a directory that analysis.py digits wrote") from error

@@ -219,8 +219,8 @@ def test_digits(run, monkeypatch, tmp_path, capsys):
     assert results["lines"]["true frames"]["average"]["value"] > 0.6 > 0.3 > results["lines"]["a"]["average"]["value"]
     assert len(results["lines"]["a"]["curve"]["value"]) == 8 and (directory / "digits.png").exists()
     with np.load(directory / "digits.npz") as curves:
-        assert list(curves) == ["a", "b"] and curves["a"].shape == (3, 8)
-        assert curves["a"].mean() == pytest.approx(results["lines"]["a"]["average"]["value"], abs=1e-6)
+        assert curves["names"].tolist() == ["a", "b"] and curves["right"].shape == (2, 3, 8)
+        assert curves["right"][0].mean() == pytest.approx(results["lines"]["a"]["average"]["value"], abs=1e-6)
     assert "Places are left out: of several digits" in printed and not list(directory.glob("place*"))
 
 

@@ -123,6 +123,7 @@ def test_models_over_seeds(tmp_path, capsys):
     assert difference["value"] == pytest.approx(values[[0, 2, 4]].mean() - values[[1, 3]].mean(), abs=1e-5)
     assert difference["low"] < difference["value"] < difference["high"]
     printed = capsys.readouterr().out
+    assert "Left out, since one directory alone has them: c\n" in printed
     assert f"\na: {', '.join(f'{value:.3f}' for value in results['seeds']['a'])}\n" in printed
     assert f"\na - b: {difference['value']:.3f} (" in printed
     assert (tmp_path / "out" / "identities.png").exists() and (tmp_path / "out" / "identities.csv").exists()
@@ -135,6 +136,7 @@ def test_seeds_that_cant_be_compared_are_refused(tmp_path):
     for directories, message in (
         ([short, long], r"differ in videos and frames, \[\(4, 11\), \(4, 12\)\]"),
         ([long, other], "no model is in two of the directories"),
+        ([long, long], "a directory is named twice"),
         ([long, str(tmp_path)], r"digits\.npz can't be read; name a directory that analysis.py digits wrote"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -79,6 +79,8 @@ PIECE = 15 * 2**20
 """Bytes of a piece of the trained run, at most."""
 TO_SAVE = 45.0
 """Seconds that the training leaves of its own for its checkpoint and the pieces."""
+TO_COMPILE = 0.75
+"""Of an item's time, after which only what is compiled is timed."""
 TINY: dict[str, Any] = dict(
     levels=1,
     tmp_abs_factor=2,
@@ -150,7 +152,7 @@ def spared(name: str) -> Iterator[None]:
 def measured(setting: Setting, programs: dict[str, Program]) -> Iterator[Row]:
     """Time training steps, many between two waits, as in a training: one while others compile, then in turn."""
     found: dict[str, tuple[Callable[[], Any], Row]] = {}
-    for name, stepper, more in compiled(programs, setting.limit - 30):
+    for name, stepper, more in compiled(programs, TO_COMPILE * setting.limit):
         if setting.ahead:
             continue
         with spared(name):
@@ -380,8 +382,9 @@ def join(directory: Path, run: Path) -> None:
             piece = directory / f"run.tar.{number}"
             if not piece.is_file():
                 raise ConfigError(f"{piece} is missing; copy it there")
-            digest.update(piece.read_bytes())
-            file.write(piece.read_bytes())
+            content = piece.read_bytes()
+            digest.update(content)
+            file.write(content)
         if digest.hexdigest() != described[-1]["sha256"]:
             raise ConfigError(f"{directory}: run.tar.* are not what was written; copy them again")
         file.seek(0)

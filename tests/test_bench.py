@@ -145,6 +145,14 @@ def test_a_program_that_cant_be_compiled_is_left_out(capsys, tiny):
     assert "broken: " in printed and "untraced: ValueError: not here" in printed
 
 
+@pytest.mark.parametrize("limit", [15, 140])
+def test_each_item_has_time_to_compile_and_to_measure(monkeypatch, limit):
+    given = []
+    monkeypatch.setattr(accelerator, "compiled", lambda programs, limit: given.append(limit) or iter(()))
+    assert not list(accelerator.measured(accelerator.Setting(None, limit, False, False), {}))
+    assert limit / 2 < given[0] < limit - 3
+
+
 def test_a_run_in_pieces_is_whole_or_refused(tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     for folder in run, out:

@@ -532,7 +532,8 @@ def merged(path: str | Path | None, flags: Mapping[str, str]) -> Config:
         folder = Path(__file__).with_name("configs")
         names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.glob("**/*.yml"))
         names = [name for name in names if not name.startswith("sweeps/")]
-        example = os.path.relpath(folder / f"{Path(path).stem if Path(path).stem in names else 'NAME'}.yml")
+        (closest,) = difflib.get_close_matches(Path(path).stem, names, n=1) or ["NAME"]
+        example = os.path.relpath(folder / f"{closest}.yml")
         raise ConfigError(f"{path}: no such file; name a YAML file, as {example}; there are {', '.join(names)}")
     values, given = read_yaml(path) if path is not None else {}, typed(flags, "command line")
     model, asked = values.get("model", Config.model), given.get("model")
@@ -551,7 +552,19 @@ def parse(argv: Sequence[str], program: str = "train.py", description: str = "Tr
     """Return the configuration of a command line: defaults < `--config` file < flags.
 
     Raises:
-        ConfigError: as `load` and `parse_flags` do.
+        ConfigError: as `load`, `parse_flags` and `check_named` do.
     """
     special, flags = parse_flags(argv, program, description, config="YAML file, e.g. configs/minerl.yml")
-    return merged(special.get("config"), flags)
+    config = merged(special.get("config"), flags)
+    check_named(program, special.get("config"), flags)
+    return config
+
+
+def check_named(program: str, path: str | None, flags: Mapping[str, str]) -> None:
+    """Raise ConfigError unless a file, a flag or a wandb sweep says what data to use: the default is a large download."""
+    if path is None and "dataset" not in flags and "WANDB_SWEEP_ID" not in os.environ:
+        raise ConfigError(
+            f"dataset: none is named, and the default, {Config.dataset}, is a download of gigabytes (8.2 GB decoded); "
+            f"call {program} --config configs/{Config.dataset}.yml for it, or with digits that need no download "
+            f"{program} --config configs/debug.yml"
+        )

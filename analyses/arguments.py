@@ -8,7 +8,7 @@ from typing import NamedTuple
 import config as configuration
 import runs
 from config import Config, ConfigError
-from system.files import dated_directory
+from system.files import dated_directory, require_utf8
 
 OUT = "new directory for the results; for a single run by default below its directory"
 
@@ -48,12 +48,13 @@ def parse_named(
         The directories by name, and what `config.parse_flags` returns, with `--out` among the special flags.
 
     Raises:
-        ConfigError: as `parse_directories`.
+        ConfigError: a name isn't UTF-8; or as `parse_directories`.
     """
     directories, given, values = parse_directories(arguments, program, description, keys, out=OUT, **special)
     named = []
     for directory in directories:
         name, equals, path = directory.partition("=")
+        require_utf8("command line", name)
         named.append((name, Path(path)) if equals and not Path(directory).exists() else ("", Path(directory)))
     return named, given, values
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from config import ConfigError
+from system.files import require_utf8
 
 
 class DamagedCheckpoint(ConfigError):
@@ -23,6 +24,12 @@ class Checkpoints:
     """The checkpoints in a directory: the newest two, and forever one of each `keep_every` steps (None: all)."""
 
     def __init__(self, directory: Path, keep_every: int | None = None):
+        """Open the directory, or make it.
+
+        Raises:
+            ConfigError: its path isn't UTF-8.
+        """
+        require_utf8("logdir", directory.absolute())
         from orbax.checkpoint import v1 as ocp  # slow to import
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told here, in one line

@@ -13,6 +13,14 @@ import numpy as np
 from config import ConfigError
 
 
+def require_utf8(key: str, value: str | Path) -> None:
+    """Raise a ConfigError unless a name or a path is UTF-8, as TensorStore, ArrayRecord and Matplotlib need it."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{key}: {str(value)!r} isn't UTF-8, as it has to be; rename it, or choose another") from None
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file atomically: at any time the old or the new one is there, whole. Leave it if it has that content.
 

@@ -1,6 +1,7 @@
 """How programs end: signals as an exception that comes at a safe moment, and exit codes."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -87,7 +88,12 @@ class Interrupts:
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """End a program on a ConfigError with one line and exit code 2, and on a signal with the signal's own code."""
+    """End a program on a ConfigError with one line and exit code 2, and on a signal with the signal's own code.
+
+    Its messages can be printed, whatever bytes are in the names of files, and whatever encoding the terminal has.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # notebooks have another one
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except ConfigError as error:

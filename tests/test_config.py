@@ -20,6 +20,7 @@ import config as configuration
 import data
 import eval
 import runs
+import stages
 import train
 import train_step
 from config import Config, ConfigError
@@ -66,7 +67,7 @@ def test_flags_mend_what_yaml_alone_could_not(tmp_path):
     ],
 )
 def test_flags(arguments, key, value):
-    got = getattr(configuration.parse(arguments), key)
+    got = getattr(configuration.parse(["--dataset=mmnist", *arguments]), key)
     assert got == value and type(got) is type(value)
 
 
@@ -119,6 +120,12 @@ def test_flags(arguments, key, value):
             "there are debug, digits, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
             "svg/mmnist, svg/small, vta/digits, vta/kth, vta/mazes, vta/minerl, vta/mmnist, vta/small",
         ),
+        (
+            ["--config", "mnist.yml"],
+            f"mnist.yml: no such file; name a YAML file, as {os.path.relpath(ROOT / 'configs' / 'mmnist.yml')}; "
+            "there are debug, digits, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
+            "svg/mmnist, svg/small, vta/digits, vta/kth, vta/mazes, vta/minerl, vta/mmnist, vta/small",
+        ),
         (["--config", str(ROOT)], f"{ROOT}: can't be read (Is a directory); name a YAML file"),
     ],
 )
@@ -145,6 +152,32 @@ def test_messages_about_files(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         configuration.parse(["--config", str(file)])
     assert str(error.value).startswith(f"{file}: {message}") and "\n" not in str(error.value)
+
+
+NOTHING_NAMED = (
+    "dataset: none is named, and the default, mmnist, is a download of gigabytes (8.2 GB decoded); call PROGRAM --config "
+    "configs/mmnist.yml for it, or with digits that need no download PROGRAM --config configs/debug.yml"
+)
+
+
+def test_nothing_is_downloaded_that_was_not_named(tmp_path, monkeypatch):
+    file = tmp_path / "a.yml"
+    file.write_text("levels: 2")
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    for parse, program in (
+        (lambda argv: configuration.parse(argv), "train.py"),
+        (lambda argv: configuration.parse(argv, "data.py", ""), "data.py"),
+        (lambda argv: next(stages.configurations(argv)), "stages.py"),
+    ):
+        for argv in [], ["--lr=1e-3"]:
+            with pytest.raises(ConfigError) as error:
+                parse(argv)
+            assert str(error.value) == NOTHING_NAMED.replace("PROGRAM", program)
+        for argv in ["--dataset=mmnist"], ["--config", str(file)]:
+            assert parse(argv).dataset == "mmnist"
+        with monkeypatch.context() as sweep:
+            sweep.setenv("WANDB_SWEEP_ID", "abc")
+            assert parse([]).dataset == "mmnist"
 
 
 def test_whole_video_needs_no_context_shorter_than_it():
@@ -324,8 +357,8 @@ def assert_accepted_or_refused_in_one_line(main, arguments):
 @hypothesis.given(st.lists(FLAG, max_size=4).map(lambda flags: list(itertools.chain(*flags))))
 @hypothesis.settings(deadline=None, max_examples=300, suppress_health_check=list(hypothesis.HealthCheck))
 def test_any_command_line_works_or_is_refused_in_one_line(programs, flags):
-    assert_accepted_or_refused_in_one_line(train.main, flags)
-    assert_accepted_or_refused_in_one_line(data.main, flags)
+    assert_accepted_or_refused_in_one_line(train.main, ["--dataset=mmnist", *flags])
+    assert_accepted_or_refused_in_one_line(data.main, ["--dataset=mmnist", *flags])
     assert_accepted_or_refused_in_one_line(eval.main, ["--logdir", str(programs / "run"), *flags])
 
 

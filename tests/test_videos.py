@@ -29,6 +29,7 @@ from conftest import ROOT
 import config as configuration
 import data
 from config import ConfigError
+from system.checkpoints import Checkpoints
 from videos import decoded, digits, published
 from videos.decoded import Decoding, Video
 
@@ -332,6 +333,38 @@ def test_prepared_by_the_earlier_codes(tiny, server):
         ConfigError, match=r"can't read the dataset in .*gqn_mazes/1.1.0 \(.*\); delete it and run again"
     ):
         data.windows(c, "test")
+
+
+DAMAGES = {
+    "cut": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "flipped byte": lambda content: content[: len(content) // 2] + b"\xff" + content[len(content) // 2 + 1 :],
+}
+
+
+@pytest.mark.parametrize("damage", ["missing", *DAMAGES])
+def test_damaged_prepared_data(tiny, server, damage):
+    """Of each file of a prepared dataset: what is read is what was prepared, or the folder to delete is named."""
+    c = for_dataset(tiny, "mazes")
+    server.files.update(contents("mazes"))
+    frames = data.windows(c, "train").file.frames.copy()
+    folder = data.Path(c.datadir) / "gqn_mazes" / "1.1.0"
+    named = []
+    for path in sorted(folder.iterdir()):
+        shutil.rmtree(data.Path(c.datadir) / "frames")
+        content = path.read_bytes()
+        path.unlink() if damage == "missing" else path.write_bytes(DAMAGES[damage](content))
+        try:
+            np.testing.assert_array_equal(data.windows(c, "train").file.frames, frames)
+        except ConfigError as error:
+            assert f"datadir: can't read the dataset in {folder} (" in str(error) and "\n" not in str(error)
+            assert str(error).endswith("); delete it and run again")
+            named.append(path.name)
+        path.write_bytes(content)
+    assert "gqn_mazes-train.array_record-00000-of-00001" in named
+    shutil.rmtree(folder)
+    np.testing.assert_array_equal(data.windows(c, "train").file.frames, frames)
 
 
 def test_two_processes_prepare_once(tiny, server):
@@ -651,6 +684,54 @@ def test_broken_and_short_videos_are_listed_and_skipped(folder, capsys):
         and "floats.npy (it is float64 [30, 64, 64, 3] instead of" in printed
     )
     assert "Skipped 1 train videos of less than 10 frames: short.mp4" in printed
+
+
+OTHER_BYTES = os.fsdecode(b"caf\xe9")
+
+
+def test_names_that_are_not_utf8(folder, tmp_path):
+    """Whatever is said about files can be printed, by a terminal of any encoding; their videos are used."""
+    datadir = data.Path(folder.datadir).rename(tmp_path / OTHER_BYTES)
+    for path in (datadir / "train").rglob("*.*"):
+        path.unlink()
+    for name, content in {
+        "whole.mp4": make_video(25),
+        "short.mp4": make_video(9),
+        "bad.mp4": b"not a video",
+        "notes.txt": b"no video",
+    }.items():
+        (datadir / "train" / (OTHER_BYTES + name)).write_bytes(content)
+    c = dataclasses.replace(folder, datadir=str(datadir))
+    (tmp_path / "config.yml").write_bytes(c.to_yaml().encode())
+    assert configuration.load(tmp_path / "config.yml") == c
+
+    def look():
+        return subprocess.run(
+            [sys.executable, ROOT / "data.py", f"--config={tmp_path / 'config.yml'}"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        )
+
+    done = look()
+    assert done.returncode == 0, done.stderr
+    escaped = r"caf\udce9"
+    assert f"they aren't videos: {escaped}notes.txt" in done.stdout
+    assert f"Skipped 1 unreadable videos: {escaped}bad.mp4 (" in done.stdout
+    assert f"Skipped 1 train videos of less than 10 frames: {escaped}short.mp4" in done.stdout
+    assert data.windows(c, "train").file.names == [f"{OTHER_BYTES}{name}" for name in ("short.mp4", "whole.mp4")]
+    shutil.rmtree(datadir / "train")
+    shutil.rmtree(datadir / "frames")
+    done = look()
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: datadir: {tmp_path}/{escaped}/train is missing; put ")
+
+
+def test_folders_where_libraries_need_utf8(tiny, server, tmp_path):
+    with pytest.raises(ConfigError, match=r"^logdir: .*caf\\udce9.* isn't UTF-8, as it has to be"):
+        Checkpoints(tmp_path / OTHER_BYTES)
+    refused(dataclasses.replace(for_dataset(tiny, "mazes"), datadir=OTHER_BYTES), r"^datadir: .* isn't UTF-8")
+    assert not server.asked and not list(tmp_path.iterdir())
 
 
 def test_no_usable_video(folder):

@@ -25,6 +25,7 @@ from tensorflow_datasets.core.download import checksums, resource
 from tqdm import tqdm
 
 from config import ConfigError
+from system.files import require_utf8
 from videos.decoded import Video, one_process
 
 ANSWER_SECONDS = 10
@@ -194,18 +195,20 @@ BUILDERS: dict[str, type[Published]] = {
 
 
 class PreparedVideos:
-    """The videos of a split of a prepared dataset."""
+    """The videos of a split of a prepared dataset; a ConfigError says which folder is damaged."""
 
     def __init__(self, dataset: str, builder: Published, split: str):
         self.dataset, self.builder = dataset, builder
-        self.source = builder.as_data_source(split=split)
+        with undamaged(Path(builder.data_path)):
+            self.source = builder.as_data_source(split=split)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Video:
-        example = self.source[index]
-        return Video(example["name"].decode(), example["video"])
+        with undamaged(Path(self.builder.data_path)):
+            example = self.source[index]
+            return Video(example["name"].decode(), example["video"])
 
     @property
     def origin(self) -> str:
@@ -228,9 +231,11 @@ def prepare(dataset: str, datadir: Path, again: bool = False) -> Published:
         again: prepare it again if the zips, all of which are there, aren't those that it was prepared from.
 
     Raises:
-        ConfigError: the source can't be reached or sent something else; one line that names URL and folder.
+        ConfigError: the source can't be reached or sent something else; one line that names URL and folder. Or the
+            directory's path isn't UTF-8.
     """
     cls = BUILDERS[dataset]
+    require_utf8("datadir", datadir.absolute())
     try:
         builder = prepared(cls, datadir)
         if builder is not None and not again:
@@ -257,6 +262,16 @@ def prepare(dataset: str, datadir: Path, again: bool = False) -> Published:
         raise ConfigError(f"datadir: {dataset} can't be prepared in {datadir} ({reason}); choose another") from error
 
 
+@contextlib.contextmanager
+def undamaged(folder: Path) -> Iterator[None]:
+    """Raise a ConfigError if the prepared dataset in a folder can't be read."""
+    try:
+        yield
+    except Exception as error:  # whatever TFDS and ArrayRecord meet in damaged files
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"datadir: can't read the dataset in {folder} ({reason}); delete it and run again") from error
+
+
 def prepared(cls: type[Published], datadir: Path) -> Published | None:
     """Return the builder of a dataset that is prepared, else None.
 
@@ -266,15 +281,15 @@ def prepared(cls: type[Published], datadir: Path) -> Published | None:
     for version in str(cls.VERSION), "1.0.0":
         folder = datadir / cls.name / version
         try:
-            file_format = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat")
-            if file_format == "array_record":
+            with undamaged(folder):
+                file_format = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat")
+                if file_format != "array_record":
+                    raise ValueError(f"its format is {file_format}")
                 return cls(data_dir=str(datadir), version=version, file_format=file_format)
-            reason = f"its format is {file_format}"
-        except (OSError, ValueError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-        # 1.0.0 may be of the earlier codes, which is left alone.
-        if folder.exists() and version != "1.0.0":
-            raise ConfigError(f"datadir: can't read the dataset in {folder} ({reason}); delete it and run again")
+        except ConfigError:
+            # 1.0.0 may be of the earlier codes, which is left alone.
+            if folder.exists() and version != "1.0.0":
+                raise
     return None
 
 
@@ -300,7 +315,8 @@ SOURCE = "source.txt"
 def source(builder: Published) -> str:
     """Return the `contents` of the zips that a dataset was prepared from; "" if not known."""
     path = Path(builder.data_path) / SOURCE
-    return path.read_text() if path.exists() else ""
+    with undamaged(path.parent):
+        return path.read_text() if path.exists() else ""
 
 
 def contents(zips: list[Path]) -> str:

@@ -34,6 +34,8 @@ class Log:
         if kept != lines:
             replace_file(self.path, "".join(kept).encode())
         self.last = step_of(kept[-1]) if kept else 0
+        self.sent = max(map(step_of, lines), default=0)
+        """The last step that wandb has been told, since it would take a step that comes again for a later one."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
@@ -56,7 +58,7 @@ class Log:
             self._to_wandb({name: wandb.Video(str(path), format="gif")}, step)
 
     def _to_wandb(self, values: dict[str, Any], step: int) -> None:
-        if self.wandb_run is None:
+        if self.wandb_run is None or step <= self.sent:
             return
         try:
             self.wandb_run.log(values, step=step)

@@ -19,6 +19,19 @@ def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
     assert log_of(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 7.0}]
 
 
+def test_wandb_is_told_each_step_once(tmp_path):
+    told = []
+    run = SimpleNamespace(log=lambda values, step: told.append(step))
+    first = logs.Log(tmp_path, 0, run)
+    for step in 1, 2, 3:
+        first.metrics(step, {"loss": 1.0})
+    again = logs.Log(tmp_path, 1, run)  # killed, and resumed at an earlier checkpoint
+    for step in 2, 3, 4:
+        again.metrics(step, {"loss": 1.0})
+    assert told == [1, 2, 3, 4]
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_a_log_that_cannot_be_written_comes_later(tmp_path, monkeypatch, capsys):
     log = logs.Log(tmp_path, 0, None)
     log.metrics(1, {"loss": 1.0})

@@ -288,6 +288,14 @@ def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):
     saved = (run / "wandb_id").read_text()
     done = run_program("train.py", flags(wandb="auto", max_steps=3, save_gifs=True), tmp_path)
     assert done.returncode == 0 and (run / "wandb_id").read_text() == saved
+    # Both directories, of the same id, are uploaded by one call, which takes those of a run in the order of their times.
+    both = [f"{path.parent.name}/{path.name}" for path in tmp_path.glob("logs/wandb/offline-run-*/*.wandb")]
+    assert len(both) == 2 and all(path.endswith(f"-{saved}/run-{saved}.wandb") for path in both)
+    wandb = [sys.executable, "-m", "wandb", "sync", "--dry-run"]
+    listed = subprocess.run(
+        wandb, capture_output=True, text=True, cwd=tmp_path / "logs", env=os.environ | {"HOME": str(tmp_path)}
+    )
+    assert "2 run(s)" in listed.stderr, listed
 
 
 def test_a_refused_start_leaves_the_live_runs_wandb_alone(tmp_path):

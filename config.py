@@ -561,7 +561,7 @@ def parse(argv: Sequence[str], program: str = "train.py", description: str = "Tr
 
 
 def check_named(program: str, path: str | None, flags: Mapping[str, str]) -> None:
-    """Raise ConfigError unless a file, a flag or a wandb sweep says what data to use: the default is a large download."""
+    """Raise ConfigError unless a file, a flag or a wandb sweep names the data: the default is a large download."""
     if path is None and "dataset" not in flags and "WANDB_SWEEP_ID" not in os.environ:
         raise ConfigError(
             f"dataset: none is named, and the default, {Config.dataset}, is a download of gigabytes (8.2 GB decoded); "

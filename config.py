@@ -167,6 +167,9 @@ class Config:
     rebuild_frames: bool = option(
         False, "decode the videos again; prepare a published dataset again if its zips changed", free=True
     )
+    partial_videos: bool = option(
+        False, "take what there is of videos that are cut off (dataset videos)", named=True, later=True
+    )
     seq_len: int = option(100, "frames of a training sequence", at_least=1)
     eval_seq_len: int = option(
         1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0, free=True

@@ -80,14 +80,14 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
         # After decoding, the folder may go.
         if not c.rebuild_frames and decoded.index_path(path).exists() and not (datadir / split).exists():
             return decoded.FrameFile(path)
-        folder = decoded.Folder(datadir / split)
+        folder = decoded.Folder(datadir / split, c.partial_videos)
 
         def found() -> decoded.Videos:
             if folder.ignored:
                 print(f"Ignored in {folder.folder}, since they aren't videos: {decoded.listed(folder.ignored)}")
             return folder
 
-        how = decoded.Decoding(c.channels, crop=True, luma=True)
+        how = decoded.Decoding(c.channels, crop=True, luma=True, partial=c.partial_videos)
         return decoded.frame_file(path, found, how, folder.origin, c.rebuild_frames)
 
     def prepared() -> decoded.Videos:
@@ -102,7 +102,9 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
         decoded.remove_others(path.parent, c.dataset, videos.origin)
         return videos
 
-    return decoded.frame_file(path, prepared, decoded.Decoding(c.channels), rebuild=c.rebuild_frames)
+    # Checksums say that published videos are whole.
+    how = decoded.Decoding(c.channels, partial=True)
+    return decoded.frame_file(path, prepared, how, rebuild=c.rebuild_frames)
 
 
 class VideoWindows:

@@ -145,7 +145,11 @@ def save_video(video: np.ndarray, path: Path, formats: Sequence[str] = ("gif",))
         {"gif": save_gif, "mp4": save_mp4}[suffix](video, path.with_suffix(f".{suffix}"))
 
 
-def save_gif(video: np.ndarray, path: Path | str, frames_per_second: int = 15, scale: int = 2) -> None:
+FRAMES_PER_SECOND = 20
+"""Of the videos that are written. A GIF holds whole hundredths of a second per frame."""
+
+
+def save_gif(video: np.ndarray, path: Path | str, scale: int = 2) -> None:
     """Write uint8 [T, H, W, 3] as a GIF that repeats forever, `scale` times enlarged.
 
     All frames share a palette, of 32 of them: 4 times as fast as one for each, and half the size.
@@ -158,18 +162,18 @@ def save_gif(video: np.ndarray, path: Path | str, frames_per_second: int = 15, s
         .resize((frame.shape[1] * scale, frame.shape[0] * scale), Image.Resampling.NEAREST)
         for frame in video
     ]
-    buffer, duration = io.BytesIO(), 1000 // frames_per_second
+    buffer, duration = io.BytesIO(), 1000 // FRAMES_PER_SECOND  # ms
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
     replace_file(Path(path), buffer.getvalue())
 
 
-def save_mp4(video: np.ndarray, path: Path | str, frames_per_second: int = 15, scale: int = 2) -> None:
+def save_mp4(video: np.ndarray, path: Path | str, scale: int = 2) -> None:
     """Write uint8 [T, H, W, 3] as an MP4 (H.264), `scale` times enlarged: an even number, which the codec needs."""
     import av  # slow to import
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as file:
-        stream: Any = file.add_stream("libx264", rate=frames_per_second, options={"crf": "18"})
+        stream: Any = file.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "18"})
         stream.height, stream.width = (scale * size for size in video.shape[1:3])
         stream.pix_fmt = "yuv420p"
         for image in video:

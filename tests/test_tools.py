@@ -142,6 +142,15 @@ def test_mp4_holds_every_frame(tmp_path):
     np.testing.assert_allclose([frame.mean() for frame in frames], np.arange(0, 210, 30), atol=4)
 
 
+def test_gifs_and_mp4s_play_at_one_rate(tmp_path):
+    video = np.zeros((7, 16, 16, 3), np.uint8) + np.arange(0, 210, 30, dtype=np.uint8)[:, None, None, None]
+    tools.save_video(video, tmp_path / "a", ("gif", "mp4"))
+    for suffix in "gif", "mp4":
+        with av.open(str(tmp_path / f"a.{suffix}")) as file:
+            times = [float(frame.time) for frame in file.decode(video=0)]
+        np.testing.assert_allclose(times, np.arange(7) / 20)
+
+
 def test_videos_side_by_side_have_names_numbers_and_edges():
     black = np.zeros((3, 64, 64, 1), np.uint8)
     picture = tools.side_by_side(

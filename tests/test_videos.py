@@ -25,6 +25,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from conftest import ROOT
 
 import config as configuration
@@ -537,6 +538,134 @@ def test_folder_of_videos(folder):
     array = np.load(data.Path(folder.datadir) / "train" / "e.npy")
     np.testing.assert_array_equal(np.concatenate([train[8], train[9]]), array[:20])
     assert len(data.windows(folder, "test")) == 2
+
+
+def with_streams(path, *streams):
+    """Write a file of several video streams: codec, width and height, frames, disposition of each."""
+    with av.open(str(path), "w", options={"default_mode": "passthrough"} if path.suffix == ".mkv" else {}) as container:
+        opened = []
+        for codec, size, _, disposition in streams:
+            opened.append(stream := container.add_stream(codec, rate=20))
+            stream.width, stream.height = size
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.disposition = disposition
+        for stream, (_, (width, height), frames, _) in zip(opened, streams, strict=True):
+            for t in range(frames):
+                grey = np.full((height, width, 3), 10 * t, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, "rgb24")))
+            container.mux(stream.encode())
+
+
+COVER, NORMAL, DEFAULT = Disposition.attached_pic, Disposition(0), Disposition.default
+
+
+@pytest.mark.parametrize(
+    "name, streams",
+    [
+        ("cover.mp4", [("mjpeg", (96, 96), 1, COVER), ("libx264", (64, 64), 12, DEFAULT)]),
+        ("cover_as_a_track.mp4", [("mjpeg", (96, 96), 1, DEFAULT), ("libx264", (64, 64), 12, DEFAULT)]),
+        ("default.mkv", [("libx264", (96, 96), 9, NORMAL), ("libx264", (64, 64), 12, DEFAULT)]),
+        ("largest.mkv", [("libx264", (32, 24), 9, NORMAL), ("libx264", (64, 64), 12, NORMAL)]),
+    ],
+)
+def test_the_stream_that_players_show(tmp_path, name, streams):
+    with_streams(tmp_path / name, *streams)
+    video = Video(name, tmp_path / name)
+    assert decoded.count_frames(video) in (0, 12)
+    frames = list(decoded.decode(video, Decoding(3)))
+    assert len(frames) == 12
+    np.testing.assert_allclose([frame.mean() for frame in frames], 10 * np.arange(12), atol=2)
+
+
+def test_a_cover_alone_is_no_video(tmp_path):
+    with_streams(tmp_path / "a.mp4", ("mjpeg", (96, 96), 1, COVER))
+    with pytest.raises(decoded.Unreadable, match="it has no video stream"):
+        list(decoded.decode(Video("a.mp4", tmp_path / "a.mp4"), Decoding(3)))
+
+
+@pytest.mark.parametrize("shape", [(5, 0, 64, 3), (5, 64, 0, 3), (0, 64, 64, 3)])
+def test_arrays_without_pixels_are_skipped(folder, shape, capsys):
+    np.save(data.Path(folder.datadir) / "train" / "none.npy", np.zeros(shape, np.uint8))
+    assert data.windows(folder, "train").file.skipped == {
+        "none.npy": f"it is uint8 {list(shape)} instead of uint8 [T, H, W, 1 or 3]"
+    }
+    assert "Skipped 1 unreadable videos: none.npy" in capsys.readouterr().out
+
+
+CUT = r"it ends after \d+ of the 60 frames that it announces; --partial_videos takes these"
+
+
+def test_cut_videos_are_left_out_or_taken_as_they_are(folder, capsys):
+    train = data.Path(folder.datadir) / "train"
+    for path in train.rglob("*.*"):
+        path.unlink()
+    for name, codec, format in (
+        ("a.mkv", "libx264", "matroska"),
+        ("b.avi", "mpeg4", "avi"),
+        ("c.webm", "libvpx", "webm"),
+    ):
+        whole = make_video(60, codec, format)
+        (train / name).write_bytes(whole[: len(whole) * 8 // 10])
+        (train / f"whole_{name}").write_bytes(whole)
+        assert 0 < decoded.count_frames(Video(name, train / name)) < 60
+    windows = data.windows(folder, "train")
+    assert windows.file.names == ["whole_a.mkv", "whole_b.avi", "whole_c.webm"]
+    assert set(windows.file.lengths) == {60}
+    assert all(re.fullmatch(CUT, reason) for reason in windows.file.skipped.values()) and len(windows.file.skipped) == 3
+    assert "Skipped 3 unreadable videos: a.mkv (it ends after " in capsys.readouterr().out
+    partial = dataclasses.replace(folder, partial_videos=True)
+    with pytest.raises(ConfigError, match="the keys that choose them, have changed since .*; run again with --rebuild"):
+        data.windows(partial, "train")
+    windows = data.windows(dataclasses.replace(partial, rebuild_frames=True), "train")
+    assert windows.file.names[:3] == ["a.mkv", "b.avi", "c.webm"] and not windows.file.skipped
+    assert all(10 <= length < 60 for length in windows.file.lengths[:3])
+    for start, length, name in zip(windows.file.starts, windows.file.lengths, windows.file.names, strict=True):
+        whole = reference((train / f"whole_{name.removeprefix('whole_')}").read_bytes())
+        sure = length if length == 60 else length - 3  # of the last ones, some that come between are missing
+        np.testing.assert_array_equal(windows.file.frames[start : start + sure], whole[:sure])
+
+
+def at_times(path, ticks, codec="mpeg4", rate=20, shift=0, **options):
+    """Write a video with frames at these ticks of `rate` per second, from tick `shift` on."""
+    encoded = io.BytesIO()
+    with av.open(encoded, "w", format="matroska", options={"avoid_negative_ts": "disabled"}) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width = stream.height = 64
+        stream.codec_context.max_b_frames = 0
+        for number, tick in enumerate(ticks):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 4 * number, np.uint8), "rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    encoded.seek(0)
+    with av.open(encoded) as source, av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        stream.time_base = Fraction(1, rate)
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                times = (
+                    round(packet.pts * packet.time_base * rate) - shift,
+                    round(packet.dts * packet.time_base * rate) - shift,
+                )
+                packet.time_base, packet.stream = Fraction(1, rate), stream
+                packet.pts, packet.dts, packet.duration = *times, 1
+                container.mux(packet)
+
+
+@pytest.mark.parametrize(
+    "name, ticks, shift, frames",
+    [
+        ("pauses.avi", range(0, 60, 5), 0, 12),  # announces 56 frames
+        ("pauses.mkv", range(0, 60, 5), 0, 12),
+        ("late.mp4", range(10, 70), 0, 60),
+        ("edited.mp4", range(60), 10, 50),  # an edit list hides what was before 0
+    ],
+)
+def test_whole_videos_that_announce_other_counts_stay(tmp_path, name, ticks, shift, frames):
+    at_times(tmp_path / name, ticks, shift=shift, **({"avoid_negative_ts": "disabled"} if shift else {}))
+    video = Video(name, tmp_path / name)
+    assert len(list(decoded.decode(video, Decoding(3)))) == frames
+    assert decoded.count_frames(video) == frames
 
 
 def test_grey_folder(folder):

@@ -60,6 +60,10 @@ class Unreadable(Exception):
     """Why a video can't be decoded."""
 
 
+class Cut(Exception):
+    """How many frames a file lacks at its end."""
+
+
 # ---------------------------------------------------------------------------------------------- decoding
 
 
@@ -71,17 +75,20 @@ class Decoding(NamedTuple):
     """Scale the shorter side to 64 and crop the longer one around the centre; otherwise stretch."""
     luma: bool = False
     """Convert colours to grey by their brightness; otherwise take the first channel, for videos that are grey."""
+    partial: bool = False
+    """Take what there is of videos that end before their file says; otherwise leave them out."""
 
 
 def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
     """Decode the frames of a video one by one, upright, uint8 [64, 64, C].
 
     Raises:
-        Unreadable: no frame, or not all frames, could be decoded.
+        Unreadable: no frame could be decoded, or not all that the file announces, unless `how.partial`.
     """
     import av
 
     frames = array_frames(video.content) if is_array(video.content) else file_frames(video.content)
+    count = 0
     # They hold the tables of their conversion, so each serves all frames.
     to_rgb, to_size = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
     matrix: np.ndarray | None = None
@@ -104,8 +111,10 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
                 luma = (pixels @ np.array([299, 587, 114]) + 500) // 1000 if how.luma else pixels[..., 0]
                 pixels = luma.astype(np.uint8)[..., None]
             yield pixels
-    except (av.FFmpegError, ValueError) as error:  # ValueError: formats that PyAV doesn't know
-        raise Unreadable(" ".join(str(error).split())) from error
+            count += 1
+    except (av.FFmpegError, ValueError, Cut) as error:  # ValueError: formats that PyAV doesn't know
+        if not (how.partial and count):
+            raise Unreadable(" ".join(str(error).split())) from error
 
 
 def is_grey(frame: "av.VideoFrame") -> bool:
@@ -145,14 +154,64 @@ def open_container(content: Path | bytes) -> Any:
     return av.open(io.BytesIO(content) if isinstance(content, bytes) else str(content), mode="r")
 
 
+def video_stream(container: Any) -> Any:
+    """Return the stream that players show: not a cover or thumbnail; of several the default one, or the largest.
+
+    Raises:
+        Unreadable: there is none.
+    """
+    from av.stream import Disposition
+
+    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
+    if not streams:
+        raise Unreadable("it has no video stream")
+    return max(streams, key=lambda s: (s.frames != 1, bool(s.disposition & Disposition.default), s.width * s.height))
+
+
 def file_frames(content: Path | bytes) -> Iterator[tuple["av.VideoFrame", Fraction]]:
-    """Decode the frames of a file as they are, each with the aspect ratio (width : height) of its pixels."""
+    """Decode the frames of a file as they are, each with the aspect ratio (width : height) of its pixels.
+
+    Raises:
+        Cut: at the end, if the file announces more.
+    """
     with open_container(content) as container:
-        if not container.streams.video:
-            raise Unreadable("it has no video stream")
-        stream = container.streams.video[0]
-        for frame in container.decode(stream):
-            yield frame, stream.sample_aspect_ratio or Fraction(1)
+        stream = video_stream(container)
+        count, end = 0, Fraction(0)
+        for packet in container.demux(stream):
+            if packet.is_corrupt:  # the last one of a cut file
+                continue
+            if packet.pts is not None:
+                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+            for frame in packet.decode():
+                count += 1
+                yield frame, stream.sample_aspect_ratio or Fraction(1)
+        announced, rate = announced_end(container, stream), stream.average_rate or stream.guessed_rate
+        if announced is not None and rate and (announced - end) * rate > Fraction(1, 2):
+            frames = stream.frames or round(announced * rate)
+            raise Cut(f"it ends after {count} of the {frames} frames that it announces; --partial_videos takes these")
+
+
+def announced_end(container: Any, stream: Any) -> Fraction | None:
+    """Return the time in seconds at which a video ends as its file says, None if it doesn't say.
+
+    Counts of frames don't tell whether a file is whole: edit lists hide some, and an AVI counts pauses.
+    """
+    import av
+
+    if "mov" in container.format.name and stream.duration:
+        return ((stream.start_time or 0) + stream.duration) * stream.time_base
+    if container.format.name == "avi" and stream.frames:
+        return stream.frames * stream.time_base
+    if "matroska" in container.format.name:
+        for key, value in stream.metadata.items():
+            match = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", value)
+            if key.startswith("DURATION") and match:
+                hours, minutes, seconds = map(Fraction, match.groups())
+                return 3600 * hours + 60 * minutes + seconds
+        if len(container.streams) == 1 and container.duration:  # that of the longest stream
+            return Fraction(container.duration, av.time_base)
+    return None
 
 
 def array_frames(path: Path) -> Iterator[tuple["av.VideoFrame", Fraction]]:
@@ -179,25 +238,25 @@ def read_array(path: Path) -> np.ndarray:
                 loaded = loaded[loaded.files[0]]
     except (OSError, ValueError, EOFError) as error:
         raise Unreadable("it isn't an array") from error
-    if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.shape[-1] not in (1, 3):
+    if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.shape[-1] not in (1, 3) or not loaded.size:
         raise Unreadable(f"it is {loaded.dtype} {list(loaded.shape)} instead of uint8 [T, H, W, 1 or 3]")
     return loaded
 
 
 def count_frames(video: Video) -> int:
-    """Return how many frames a video claims to have: an estimate; 0 if it claims nothing."""
+    """Return how many frames decoding will give: an estimate; 0 if the video can't be read."""
     import av
 
     try:
         if is_array(video.content):
             return len(read_array(video.content))
         with open_container(video.content) as container:
-            stream = container.streams.video[0]
-            if stream.frames:
-                return stream.frames
-            seconds = Fraction(container.duration or 0, av.time_base)
-            return round(seconds * (stream.average_rate or 0))
-    except (av.FFmpegError, Unreadable, IndexError, ValueError):
+            stream = video_stream(container)
+            if "mov" in container.format.name and stream.frames and stream.duration and stream.average_rate:
+                # Its edit list may hide some.
+                return min(stream.frames, round(stream.duration * stream.time_base * stream.average_rate))
+            return sum(1 for packet in container.demux(stream) if packet.size)
+    except (av.FFmpegError, Unreadable, ValueError):
         return 0
 
 
@@ -278,7 +337,8 @@ def frame_file(
     file = FrameFile(path)
     if origin not in (None, file.origin):
         raise ConfigError(
-            f"datadir: the videos have changed since {path}.* was decoded; run again with --rebuild_frames"
+            f"datadir: the videos, or the keys that choose them, have changed since {path}.* was decoded; run again with "
+            "--rebuild_frames"
         )
     return file
 
@@ -427,8 +487,8 @@ SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".we
 class Folder(Sequence[Video]):
     """The videos below a folder, in the order of their paths."""
 
-    def __init__(self, folder: Path):
-        """Find the videos.
+    def __init__(self, folder: Path, partial: bool = False):
+        """Find the videos, of which those that end early are taken if `partial`.
 
         Raises:
             ConfigError: the folder is missing, can't be read, or holds no videos.
@@ -436,7 +496,7 @@ class Folder(Sequence[Video]):
         wanted = f"put {', '.join(sorted(SUFFIXES))} files there"
         if not folder.is_dir():
             raise ConfigError(f"datadir: {folder} is missing; {wanted}")
-        self.folder = folder
+        self.folder, self.partial = folder, partial
         try:
             paths = sorted(files_below(folder))
         except OSError as error:
@@ -456,11 +516,12 @@ class Folder(Sequence[Video]):
 
     @property
     def origin(self) -> str:
-        """Changes when a file is added, removed, renamed or written."""
+        """Changes when a file is added, removed, renamed or written, or others are taken."""
         stats = [
             (str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths
         ]
-        return f"{len(stats)} files, {zlib.crc32(json.dumps(stats).encode()):08x}"
+        taken = ", partial ones too" if self.partial else ""
+        return f"{len(stats)} files, {zlib.crc32(json.dumps(stats).encode()):08x}{taken}"
 
     @property
     def remedy(self) -> str:

@@ -614,7 +614,9 @@ def test_cut_videos_are_left_out_or_taken_as_they_are(folder, capsys):
     assert all(re.fullmatch(CUT, reason) for reason in windows.file.skipped.values()) and len(windows.file.skipped) == 3
     assert "Skipped 3 unreadable videos: a.mkv (it ends after " in capsys.readouterr().out
     partial = dataclasses.replace(folder, partial_videos=True)
-    with pytest.raises(ConfigError, match="the keys that choose them, have changed since .*; run again with --rebuild"):
+    with pytest.raises(
+        ConfigError, match=r"the keys that choose them, have changed since .*; run again with --rebuild"
+    ):
         data.windows(partial, "train")
     windows = data.windows(dataclasses.replace(partial, rebuild_frames=True), "train")
     assert windows.file.names[:3] == ["a.mkv", "b.avi", "c.webm"] and not windows.file.skipped

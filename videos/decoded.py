@@ -337,8 +337,8 @@ def frame_file(
     file = FrameFile(path)
     if origin not in (None, file.origin):
         raise ConfigError(
-            f"datadir: the videos, or the keys that choose them, have changed since {path}.* was decoded; run again with "
-            "--rebuild_frames"
+            f"datadir: the videos, or the keys that choose them, have changed since {path}.* was decoded; run again "
+            "with --rebuild_frames"
         )
     return file
 

@@ -170,6 +170,13 @@ class Config:
     partial_videos: bool = option(
         False, "take what there is of videos that are cut off (dataset videos)", named=True, later=True
     )
+    fps: float | None = option(
+        None,
+        "take this many frames per second, by their times (dataset videos); null: each",
+        above=0,
+        named=True,
+        later=True,
+    )
     seq_len: int = option(100, "frames of a training sequence", at_least=1)
     eval_seq_len: int = option(
         1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0, free=True

@@ -80,14 +80,15 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
         # After decoding, the folder may go.
         if not c.rebuild_frames and decoded.index_path(path).exists() and not (datadir / split).exists():
             return decoded.FrameFile(path)
-        folder = decoded.Folder(datadir / split, c.partial_videos)
+        how = decoded.Decoding(c.channels, crop=True, luma=True, partial=c.partial_videos, fps=c.fps)
+        taken = ", partial ones too" * c.partial_videos + (f", {c.fps} fps" if c.fps else "")
+        folder = decoded.Folder(datadir / split, taken)
 
         def found() -> decoded.Videos:
             if folder.ignored:
                 print(f"Ignored in {folder.folder}, since they aren't videos: {decoded.listed(folder.ignored)}")
             return folder
 
-        how = decoded.Decoding(c.channels, crop=True, luma=True, partial=c.partial_videos)
         return decoded.frame_file(path, found, how, folder.origin, c.rebuild_frames)
 
     def prepared() -> decoded.Videos:
@@ -235,6 +236,12 @@ def look(config: Config) -> None:
             frames = len(source) * len(source[0])
             counts = len(source), frames, len(source), frames * FRAME_SIZE**2 * c.channels
         print(f"{split:<6} {counts[0]:9,} {counts[1]:13,} {counts[2]:9,} {counts[3]:16,}")
+    for split, source in sources.items():
+        if isinstance(source, VideoWindows):
+            rates = [rate and f"{rate:.4g} frames/s" for rate in source.file.rates]
+            for rate in dict.fromkeys(rates):
+                names = [name for name, own in zip(source.file.names, rates, strict=True) if own == rate]
+                print(f"{split:<6} {rate or 'no known rate'}: {decoded.listed(names, 20)}")
     train = sources["train"]
     chosen = [train[i] for i in np.linspace(0, len(train) - 1, min(8, len(train))).astype(int)]
     sheet, animation = (Path(c.datadir) / f"{c.dataset}.{suffix}" for suffix in ("png", "gif"))

@@ -571,7 +571,7 @@ COVER, NORMAL, DEFAULT = Disposition.attached_pic, Disposition(0), Disposition.d
 def test_the_stream_that_players_show(tmp_path, name, streams):
     with_streams(tmp_path / name, *streams)
     video = Video(name, tmp_path / name)
-    assert decoded.count_frames(video) in (0, 12)
+    assert decoded.survey(video).frames == 12
     frames = list(decoded.decode(video, Decoding(3)))
     assert len(frames) == 12
     np.testing.assert_allclose([frame.mean() for frame in frames], 10 * np.arange(12), atol=2)
@@ -607,7 +607,7 @@ def test_cut_videos_are_left_out_or_taken_as_they_are(folder, capsys):
         whole = make_video(60, codec, format)
         (train / name).write_bytes(whole[: len(whole) * 8 // 10])
         (train / f"whole_{name}").write_bytes(whole)
-        assert 0 < decoded.count_frames(Video(name, train / name)) < 60
+        assert 0 < decoded.survey(Video(name, train / name)).frames < 60
     windows = data.windows(folder, "train")
     assert windows.file.names == ["whole_a.mkv", "whole_b.avi", "whole_c.webm"]
     assert set(windows.file.lengths) == {60}
@@ -635,7 +635,7 @@ def at_times(path, ticks, codec="mpeg4", rate=20, shift=0, **options):
         stream.width = stream.height = 64
         stream.codec_context.max_b_frames = 0
         for number, tick in enumerate(ticks):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 4 * number, np.uint8), "rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), min(16 * number, 255), np.uint8), "rgb24")
             frame.pts, frame.time_base = tick, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -667,7 +667,66 @@ def test_whole_videos_that_announce_other_counts_stay(tmp_path, name, ticks, shi
     at_times(tmp_path / name, ticks, shift=shift, **({"avoid_negative_ts": "disabled"} if shift else {}))
     video = Video(name, tmp_path / name)
     assert len(list(decoded.decode(video, Decoding(3)))) == frames
-    assert decoded.count_frames(video) == frames
+    assert decoded.survey(video).frames == frames
+
+
+@pytest.mark.parametrize(
+    "name, rate, ticks, shift, fps, numbers",
+    [
+        ("same.mp4", 20, range(6), 0, 20, [0, 1, 2, 3, 4, 5]),
+        ("rounded.mkv", 30, range(15), 0, 30, list(range(15))),  # to milliseconds
+        ("rounded.mkv", 60, range(15), 0, 30, list(range(0, 15, 2))),
+        ("slower.avi", 20, range(6), 0, 10, [0, 2, 4]),
+        ("faster.mkv", 10, range(3), 0, 20, [0, 0, 1, 1, 2, 2]),
+        ("other.mp4", 60, range(12), 0, 25, [0, 2, 4, 7, 9]),
+        ("pauses.mkv", 20, [0, 1, 6, 7], 0, 20, [0, 1, 1, 1, 1, 1, 2, 3]),
+        ("pauses.avi", 20, [0, 1, 6, 7], 0, 10, [0, 1, 1, 2]),
+        ("late.mp4", 20, range(10, 16), 0, 10, [0, 2, 4]),  # counted from the first frame
+        ("edited.mp4", 20, range(16), 10, 10, [10, 12, 14]),
+        ("without_times.mkv", 20, range(16), 10, 10, [0, 2, 4, 6, 8, 10, 12, 14]),  # negative ones, which MKV lacks
+    ],
+)
+def test_frames_at_a_rate(folder, name, rate, ticks, shift, fps, numbers):
+    train = data.Path(folder.datadir) / "train"
+    at_times(train / name, ticks, rate=rate, shift=shift, **({"avoid_negative_ts": "disabled"} if shift else {}))
+    c = dataclasses.replace(folder, fps=fps, seq_len=1)
+    file = data.windows(c, "train").file
+    own = file.names.index(name)
+    frames = file.frames[file.starts[own] :][: file.lengths[own]]
+    assert np.rint(frames.mean((1, 2, 3)) / 16).astype(int).tolist() == numbers
+    assert file.rates[own] == pytest.approx(rate * (len(ticks) - 1) / (max(ticks) - min(ticks)), rel=0.02)
+
+
+def test_a_picture_that_a_gif_holds_is_there_as_long(tmp_path):
+    """Pillow stores equal frames once, with a longer time."""
+    from PIL import Image
+
+    shades = [0, 0, 0, 40, 80, 80, 80, 80, 120, 160]
+    images = [Image.new("L", (64, 64), shade) for shade in shades]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=50)
+    video = Video("a.gif", tmp_path / "a.gif")
+    assert [frame.mean() for frame in decoded.decode(video, Decoding(3))] == [0, 40, 80, 120, 160]
+    assert [frame.mean() for frame in decoded.decode(video, Decoding(3, fps=20))] == shades
+    assert decoded.survey(video).frames == 5 and decoded.survey(video, 20).frames == pytest.approx(10, abs=1)
+
+
+def test_times_that_do_not_increase():
+    image = types.SimpleNamespace(time_base=Fraction(1, 1000))
+    for times in [None], [0, 1, 1], [0, 2, 1], [0, None]:
+        frames = [decoded.Frame(image, Fraction(1), time and Fraction(time), Fraction(9)) for time in times]
+        with pytest.raises(decoded.Shuffled):
+            list(decoded.at_rate(iter(frames), Fraction(1)))
+
+
+def test_rates_are_told(folder, capsys):
+    at_times(data.Path(folder.datadir) / "train" / "slow.mkv", range(12), rate=12)
+    data.look(folder)
+    printed = capsys.readouterr().out
+    assert "The videos have 12 to 20 frames a second, and each frame is kept; --fps takes them at one rate" in printed
+    assert "train  20 frames/s: a.mp4, c.webm, d.gif, deep/b.avi\ntrain  no known rate: e.npy, f.npz\n" in printed
+    assert "train  12 frames/s: slow.mkv\n" in printed
+    data.look(dataclasses.replace(folder, fps=12, rebuild_frames=True))
+    assert "each frame is kept" not in capsys.readouterr().out
 
 
 def test_grey_folder(folder):

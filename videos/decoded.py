@@ -64,6 +64,10 @@ class Cut(Exception):
     """How many frames a file lacks at its end."""
 
 
+class Shuffled(Exception):
+    """The times of a file's frames don't increase."""
+
+
 # ---------------------------------------------------------------------------------------------- decoding
 
 
@@ -77,6 +81,22 @@ class Decoding(NamedTuple):
     """Convert colours to grey by their brightness; otherwise take the first channel, for videos that are grey."""
     partial: bool = False
     """Take what there is of videos that end before their file says; otherwise leave them out."""
+    fps: float | None = None
+    """Take frames at this rate, by their times; otherwise each."""
+    in_order: bool = False
+    """Don't use the frames' own times: they come at the file's average rate."""
+
+
+class Frame(NamedTuple):
+    """A frame as it is in a file."""
+
+    image: "av.VideoFrame"
+    pixel_aspect: Fraction = Fraction(1)
+    """Width : height of a pixel."""
+    time: Fraction | None = None
+    """When it is shown, in seconds."""
+    end: Fraction = Fraction(0)
+    """When it is shown no more, if another one doesn't come earlier."""
 
 
 def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
@@ -84,16 +104,21 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
 
     Raises:
         Unreadable: no frame could be decoded, or not all that the file announces, unless `how.partial`.
+        Shuffled: frames can't be taken by their times; decode them in order.
     """
     import av
 
-    frames = array_frames(video.content) if is_array(video.content) else file_frames(video.content)
+    if is_array(video.content):
+        frames = array_frames(video.content)
+    else:
+        frames = file_frames(video.content, how)
+        frames = frames if how.fps is None else at_rate(frames, Fraction(str(how.fps)))
     count = 0
     # They hold the tables of their conversion, so each serves all frames.
     to_rgb, to_size = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
     matrix: np.ndarray | None = None
     try:
-        for frame, pixel_aspect in frames:
+        for frame, pixel_aspect, *_ in frames:
             if matrix is None:
                 matrix = display_matrix(frame)
             width = height = FRAME_SIZE
@@ -169,27 +194,60 @@ def video_stream(container: Any) -> Any:
     return max(streams, key=lambda s: (s.frames != 1, bool(s.disposition & Disposition.default), s.width * s.height))
 
 
-def file_frames(content: Path | bytes) -> Iterator[tuple["av.VideoFrame", Fraction]]:
-    """Decode the frames of a file as they are, each with the aspect ratio (width : height) of its pixels.
+def file_frames(content: Path | bytes, how: Decoding) -> Iterator[Frame]:
+    """Decode the frames of a file as they are.
 
     Raises:
-        Cut: at the end, if the file announces more.
+        Cut: at the end, if the file announces more, unless `how.partial`.
     """
     with open_container(content) as container:
         stream = video_stream(container)
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate:
+            raise Unreadable("it has no frame rate")
         count, end = 0, Fraction(0)
         for packet in container.demux(stream):
             if packet.is_corrupt:  # the last one of a cut file
                 continue
             if packet.pts is not None:
                 end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            for frame in packet.decode():
+            for image in packet.decode():
+                time = None if image.pts is None else image.pts * image.time_base
+                lasts = image.duration * image.time_base or 1 / rate
+                if how.in_order:
+                    time, lasts = count / rate, 1 / rate
                 count += 1
-                yield frame, stream.sample_aspect_ratio or Fraction(1)
-        announced, rate = announced_end(container, stream), stream.average_rate or stream.guessed_rate
-        if announced is not None and rate and (announced - end) * rate > Fraction(1, 2):
+                yield Frame(image, stream.sample_aspect_ratio or Fraction(1), time, (time or 0) + lasts)
+        announced = announced_end(container, stream)
+        if not how.partial and announced is not None and (announced - end) * rate > Fraction(1, 2):
             frames = stream.frames or round(announced * rate)
             raise Cut(f"it ends after {count} of the {frames} frames that it announces; --partial_videos takes these")
+
+
+def at_rate(frames: Iterator[Frame], fps: Fraction) -> Iterator[Frame]:
+    """Yield the frame that is shown at each n / fps, from the first one's time on until the last one ends.
+
+    That is the nearest one before, also where the next one is long in coming. Times are as exact as files have them, so
+    a frame counts as shown a little before its time.
+
+    Raises:
+        Shuffled: times are missing or don't increase.
+    """
+    shown: Frame | None = None
+    number, first, last = 0, Fraction(0), Fraction(0)
+    early: Any = 0
+    for frame in frames:
+        if frame.time is None or (shown is not None and frame.time <= last):
+            raise Shuffled
+        if shown is None:
+            first, early = frame.time, frame.image.time_base / 2
+        while shown is not None and first + number / fps + early <= frame.time:
+            yield shown
+            number += 1
+        shown, last = frame, frame.time
+    while shown is not None and first + number / fps + early < shown.end:
+        yield shown
+        number += 1
 
 
 def announced_end(container: Any, stream: Any) -> Fraction | None:
@@ -214,13 +272,13 @@ def announced_end(container: Any, stream: Any) -> Fraction | None:
     return None
 
 
-def array_frames(path: Path) -> Iterator[tuple["av.VideoFrame", Fraction]]:
+def array_frames(path: Path) -> Iterator[Frame]:
     """Read the frames of an array, as `file_frames` does those of a video."""
     import av
 
     for frame in read_array(path):
         colour = np.repeat(frame, 3, -1) if frame.shape[-1] == 1 else np.ascontiguousarray(frame)
-        yield av.VideoFrame.from_ndarray(colour, "rgb24"), Fraction(1)
+        yield Frame(av.VideoFrame.from_ndarray(colour, "rgb24"))
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -243,21 +301,36 @@ def read_array(path: Path) -> np.ndarray:
     return loaded
 
 
-def count_frames(video: Video) -> int:
-    """Return how many frames decoding will give: an estimate; 0 if the video can't be read."""
+class Survey(NamedTuple):
+    """What a file says without being decoded."""
+
+    frames: int
+    """What decoding will give, by estimate; 0 if the video can't be read."""
+    rate: float | None = None
+    """Frames per second, on average; None of an array, or if it isn't known."""
+
+
+def survey(video: Video, fps: float | None = None) -> Survey:
+    """Look at a video that will be decoded at `fps`."""
     import av
 
     try:
         if is_array(video.content):
-            return len(read_array(video.content))
+            return Survey(len(read_array(video.content)))
         with open_container(video.content) as container:
             stream = video_stream(container)
             if "mov" in container.format.name and stream.frames and stream.duration and stream.average_rate:
-                # Its edit list may hide some.
-                return min(stream.frames, round(stream.duration * stream.time_base * stream.average_rate))
-            return sum(1 for packet in container.demux(stream) if packet.size)
+                seconds, rate = stream.duration * stream.time_base, stream.average_rate
+                frames = min(stream.frames, round(seconds * rate))  # an edit list may hide some
+            else:
+                packets = [packet for packet in container.demux(stream) if packet.size]
+                times = [packet.pts for packet in packets if packet.pts is not None] or [0]
+                frames, span = len(packets), (max(times) - min(times)) * stream.time_base
+                rate = (frames - 1) / span if span else stream.average_rate
+                seconds = frames / rate if rate else 0
+            return Survey(round(seconds * Fraction(str(fps))) if fps else frames, rate and float(rate))
     except (av.FFmpegError, Unreadable, ValueError):
-        return 0
+        return Survey(0)
 
 
 # ---------------------------------------------------------------------------------------------- the frame file
@@ -289,6 +362,8 @@ class FrameFile:
         self.names: list[str] = [name for name, _ in index["videos"]]
         self.lengths = np.array([length for _, length in index["videos"]], np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
+        self.rates: list[float | None] = index.get("rates", [None] * len(self.names))
+        """Frames per second in the files; None of arrays, and of frames that were decoded before these were kept."""
         self.skipped: dict[str, str] = index["skipped"]
         self.origin: str = index["origin"]
 
@@ -390,7 +465,11 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         ConfigError: too little space, or none of the videos can be decoded.
     """
     frame_bytes = FRAME_SIZE * FRAME_SIZE * how.channels
-    expected = sum(count_frames(videos[i]) for i in range(len(videos)))
+    expected, rates = 0, dict[str, float | None]()
+    for i in range(len(videos)):
+        video = videos[i]
+        frames, rates[video.name] = survey(video, how.fps)
+        expected += frames
     free = shutil.disk_usage(path.parent).free
     needed = expected * frame_bytes
     print(f"Decoding {len(videos)} videos, about {expected:,} frames, {needed / 1e9:.2f} GB, to {path}.frames")
@@ -402,7 +481,7 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
 
     stopped = threading.Event()
 
-    def decode_aside(video: Video) -> tuple[str, Any]:
+    def decode_aside(video: Video, how: Decoding = how) -> tuple[str, Any]:
         spool: Any = spools.enter_context(tempfile.SpooledTemporaryFile(32 * 2**20, dir=str(path.parent)))
         try:
             count = 0
@@ -415,6 +494,9 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
                 raise Unreadable("it has no frames")
             spool.seek(0)
             return video.name, (count, spool)
+        except Shuffled:
+            spool.close()
+            return decode_aside(video, how._replace(in_order=True))
         except Unreadable as error:
             spool.close()
             return video.name, str(error)
@@ -447,6 +529,12 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         if skipped:
             reasons = [f"{name} ({reason})" for name, reason in skipped.items()]
             print(f"Skipped {len(skipped)} unreadable videos: {listed(reasons)}")
+        known = [rate for name, _ in kept if (rate := rates[name])]
+        if how.fps is None and known and max(known) > 1.05 * min(known):
+            print(
+                f"The videos have {min(known):.4g} to {max(known):.4g} frames a second, and each frame is kept; "
+                "--fps takes them at one rate"
+            )
         if not kept:
             raise ConfigError(
                 f"datadir: none of the {len(videos)} videos for {path.name} can be decoded; {videos.remedy}"
@@ -460,6 +548,7 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         "channels": how.channels,
         "frames": sum(count for _, count in kept),
         "videos": kept,
+        "rates": [rates[name] for name, _ in kept],
         "skipped": skipped,
     }
     index = json.loads(json.dumps(index))
@@ -487,8 +576,8 @@ SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".we
 class Folder(Sequence[Video]):
     """The videos below a folder, in the order of their paths."""
 
-    def __init__(self, folder: Path, partial: bool = False):
-        """Find the videos, of which those that end early are taken if `partial`.
+    def __init__(self, folder: Path, taken: str = ""):
+        """Find the videos. `taken` says which of them, and which of their frames, are to be decoded, if not all.
 
         Raises:
             ConfigError: the folder is missing, can't be read, or holds no videos.
@@ -496,7 +585,7 @@ class Folder(Sequence[Video]):
         wanted = f"put {', '.join(sorted(SUFFIXES))} files there"
         if not folder.is_dir():
             raise ConfigError(f"datadir: {folder} is missing; {wanted}")
-        self.folder, self.partial = folder, partial
+        self.folder, self.taken = folder, taken
         try:
             paths = sorted(files_below(folder))
         except OSError as error:
@@ -520,8 +609,7 @@ class Folder(Sequence[Video]):
         stats = [
             (str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths
         ]
-        taken = ", partial ones too" if self.partial else ""
-        return f"{len(stats)} files, {zlib.crc32(json.dumps(stats).encode()):08x}{taken}"
+        return f"{len(stats)} files, {zlib.crc32(json.dumps(stats).encode()):08x}{self.taken}"
 
     @property
     def remedy(self) -> str:

@@ -77,11 +77,17 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
     datadir = Path(c.datadir)
     path = datadir / "frames" / f"{c.dataset}-{split}-{c.channels}"
     if c.dataset == "videos":
-        # After decoding, the folder may go.
-        if not c.rebuild_frames and decoded.index_path(path).exists() and not (datadir / split).exists():
-            return decoded.FrameFile(path)
         how = decoded.Decoding(c.channels, crop=True, luma=True, partial=c.partial_videos, fps=c.fps)
         taken = ", partial ones too" * c.partial_videos + (f", {c.fps} fps" if c.fps else "")
+        # After decoding, the folder may go.
+        if not c.rebuild_frames and decoded.index_path(path).exists() and not (datadir / split).exists():
+            file = decoded.FrameFile(path)
+            if file.origin.split(", ")[2:] != taken.split(", ")[1:]:
+                raise ConfigError(
+                    f"fps, partial_videos: {path}.* was decoded with other ones; set them as then, or put the videos "
+                    f"back into {datadir / split}"
+                )
+            return file
         folder = decoded.Folder(datadir / split, taken)
 
         def found() -> decoded.Videos:

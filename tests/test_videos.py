@@ -710,6 +710,16 @@ def test_a_picture_that_a_gif_holds_is_there_as_long(tmp_path):
     assert decoded.survey(video).frames == 5 and decoded.survey(video, 20).frames == pytest.approx(10, abs=1)
 
 
+def test_keys_of_frames_whose_folder_is_gone(folder):
+    c = dataclasses.replace(folder, fps=10)
+    frames = data.windows(c, "test").file.frames.copy()
+    shutil.rmtree(data.Path(folder.datadir) / "test")
+    np.testing.assert_array_equal(data.windows(c, "test").file.frames, frames)
+    for other in folder, dataclasses.replace(c, fps=5), dataclasses.replace(c, partial_videos=True):
+        with pytest.raises(ConfigError, match=r"^fps, partial_videos: .*videos-test-3.* was decoded with other ones"):
+            data.windows(other, "test")
+
+
 def test_times_that_do_not_increase():
     image = types.SimpleNamespace(time_base=Fraction(1, 1000))
     for times in [None], [0, 1, 1], [0, 2, 1], [0, None]:

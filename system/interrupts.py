@@ -87,11 +87,19 @@ class Interrupts:
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """End a program on a ConfigError with one line and exit code 2, and on a signal with the signal's own code."""
+    """End a program on a ConfigError with one line and exit code 2, and on a signal with the signal's own code.
+
+    So does an OSError that nothing closer to it has told of, such as that of a folder that may not be searched.
+    """
     try:
         yield
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        what, reason = error.filename or "a file", error.strerror or error
+        remedy = "make room or permit it there, or name another path"
+        print(f"error: {what} can't be read or written ({reason}); {remedy}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as interrupt:
         print(f"Interrupted by {interrupt}; call the same command again to resume", file=sys.stderr)

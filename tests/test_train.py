@@ -380,11 +380,12 @@ def test_a_failed_write_leaves_the_configuration(run, tiny):
     assert not list(run.glob(".config.yml.*"))
 
 
-@pytest.mark.parametrize("lines", [0, 5])
-def test_a_damaged_configuration_is_named(run, tiny, lines):
+@pytest.mark.parametrize("damage, reason", [("empty", "it is empty"), ("zeros", "it is empty"), ("cut", "it lacks")])
+def test_a_damaged_configuration_is_named(run, tiny, damage, reason):
     path = run / "config.yml"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
-    message = f"{re.escape(str(path))} is damaged"
+    cut = b"".join(path.read_bytes().splitlines(keepends=True)[:5])
+    path.write_bytes({"empty": b"", "zeros": bytes(len(cut)), "cut": cut}[damage])
+    message = rf"{re.escape(str(path))} is damaged \({reason}"
     with pytest.raises(ConfigError, match=message):
         train.train(dataclasses.replace(tiny, logdir=str(run.parent.parent)))
     with pytest.raises(ConfigError, match=message):

@@ -48,7 +48,7 @@ def main() -> None:
             print("python analysis.py <command> --help lists a command's flags.")
             return
         configuration.choose("command", command, list(COMMANDS))
-        with writing("the directory of the results"):
+        with writing(None):
             COMMANDS[command](arguments)
 
 

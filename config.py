@@ -450,6 +450,8 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown key (with the nearest known one) or a value of another type, after the `source`.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: must hold `key: value` lines, got {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for key in values:
         if key not in fields:
@@ -472,11 +474,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: can't be read ({getattr(error, 'strerror', None) or 'not text'}); name a YAML file"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, Mapping | None):
-        raise ConfigError(f"{path}: must hold `key: value` lines, got {type(values).__name__}")
-    return typed(values or {}, str(path))
+    return typed({} if values is None else values, str(path))
 
 
 def load(path: str | Path) -> Config:

@@ -114,7 +114,8 @@ def opened(config: Config, devices: Devices) -> Iterator[Run]:
             return resumable(config, path / "config.yml").to_json()
 
         settled = Config(**json.loads(devices.first_decides(settle)))
-        with writable(path):
+        with writable(path / "checkpoints"):
+            (path / "checkpoints").mkdir(exist_ok=True)
             checkpoints = resources.enter_context(Checkpoints(path / "checkpoints", settled.save_named_model_every))
         yield Run(settled, path, checkpoints, devices)
 
@@ -161,7 +162,7 @@ def resumable(config: Config, saved: Path) -> Config:
         ConfigError: the saved run differs in what can't change, or as `saved_keys`.
     """
     config = dataclasses.replace(config, rebuild_frames=False)  # done once, not at each resume or evaluation
-    if not saved.exists():
+    if not saved.exists() and not any((saved.parent / "checkpoints").glob("[0-9]*")):
         return config if config.seed is not None else dataclasses.replace(config, seed=secrets.randbelow(2**31))
     earlier = Config(**saved_keys(saved))
     if config.seed is None:
@@ -221,7 +222,10 @@ def saved_keys(path: Path) -> dict[str, Any]:
     )
     if path.is_file() and not path.read_bytes().strip(b"\0 \r\n\t"):
         raise ConfigError(f"{path} is damaged (it is empty); {remedy}")
-    saved = configuration.read_yaml(path)
+    try:
+        saved = configuration.read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {remedy}") from error
     missing = [key for key in vars(Config()) if key not in saved]
     if lost := [key for key in missing if key not in configuration.marked("later")]:
         raise ConfigError(

@@ -82,6 +82,11 @@ def train(config: Config) -> TrainState:
                 except Interrupted:
                     run.save(step, state, metrics)
                     raise
+        if devices.process == 0 and not (run.path / "checkpoints" / str(step)).exists():
+            raise ConfigError(
+                f"logdir: {run.path} lacks the last checkpoint, which couldn't be saved; make room there, and call the "
+                "same command again to resume"
+            )
         devices.say(f"Trained for {step} steps. Run directory: {run.path}")
         devices.say(f"Evaluate it with: python eval.py --logdir {run.path}")
     return state

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import config as configuration
 import runs
 from config import Config, ConfigError
+from report.output import writing
 from system.files import dated_directory, require_utf8
 
 OUT = "new directory for the results; for a single run by default below its directory"
@@ -96,16 +97,18 @@ def new_directory(command: str, out: str | None, run: Path | None = None) -> Pat
     """Make the directory of the results: `out`, or `<run>/<command>_<time>`.
 
     Raises:
-        ConfigError: there are results already, or neither is given.
+        ConfigError: there are results already, neither is given, or the directory can't be made.
     """
     if out is None:
         if run is None:
             raise ConfigError("out: name a new directory for the results of several runs with --out")
-        return dated_directory(run, command)
+        with writing(run):
+            return dated_directory(run, command)
     directory = Path(out)
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise ConfigError(f"out: {directory} isn't empty; name a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+            raise ConfigError(f"out: {directory} isn't empty; name a new directory")
+        directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 

@@ -38,7 +38,7 @@ def compare(arguments: Sequence[str]) -> None:
     figures, videos = formats(given.get("format"))
     example = whole(given, "example", 0, at_least=0)
     paths = [find_results(path) for _, path in named]
-    found = [read_json(path, "lines") for path in paths]
+    found = [read_json(path) for path in paths]
     values = [configuration.typed(results["config"], str(path)) for results, path in zip(found, paths, strict=True)]
     configs = [Config(**config) for config in values]
     names = with_names([name for name, _ in named], configs)
@@ -143,14 +143,18 @@ def find_results(path: Path) -> Path:
     return found[-1]
 
 
-def read_json(path: Path, key: str, remedy: str = "evaluate again") -> Any:
+EVALUATION = ("lines", "protocols", "num_examples", "predicted_frames", "config")
+"""What is read of an evaluation's `metrics.json`."""
+
+
+def read_json(path: Path, keys: Sequence[str] = EVALUATION, remedy: str = "evaluate again") -> Any:
     """Return what a JSON file holds; raise ConfigError, with the remedy, if it can't be read or lacks a key."""
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: can't be read ({error}); {remedy}") from None
-    if key not in results:
-        raise ConfigError(f"{path}: holds no {key}, from an earlier version; {remedy}")
+    if lacking := [key for key in keys if not isinstance(results, dict) or key not in results]:
+        raise ConfigError(f"{path}: holds no {lacking[0]}, from an earlier version; {remedy}")
     return results
 
 
@@ -266,7 +270,9 @@ def ranks(arguments: Sequence[str]) -> None:
     )
     figures = formats(given.get("format")).figures
     paths = [path / "comparison.json" for _, path in named]
-    found = [read_json(path, "scores", "compare again") for path in paths]
+    found = [
+        read_json(path, ("scores", "ranks", "protocols", "dataset", "num_examples"), "compare again") for path in paths
+    ]
     first = found[0]
     models = list(next(iter(first["ranks"].values())))
     for path, comparison in zip(paths, found, strict=True):

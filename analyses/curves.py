@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-import config as configuration
 import runs
 from analyses.arguments import new_directory, parse_named, with_names
-from config import ConfigError
+from config import Config, ConfigError
 from report import plots, tables
 from report.output import FORMAT, formats, writing
 from system import logs
+
+LOSSES = ("train/loss", "validation/loss", "validation/nll_term", "validation/kl_term")
+"""What is drawn or told of each line of a log."""
 
 
 def curves(arguments: Sequence[str]) -> None:
@@ -31,8 +33,14 @@ def curves(arguments: Sequence[str]) -> None:
     )
     figures = formats(given.get("format")).figures
     paths = [runs.find(path) for _, path in named]
-    names = with_names([name for name, _ in named], [configuration.load(path / "config.yml") for path in paths])
+    names = with_names([name for name, _ in named], [configured(path) for path in paths])
     found = {name: read_log(path) for name, path in zip(names, paths, strict=True)}
+    for name, log in found.items():
+        for line in log:
+            if lacking := [loss for loss in LOSSES if not isinstance(line.get(loss), float)]:
+                raise ConfigError(
+                    f"{name}: step {line['step']} of its metrics.jsonl has no number as {lacking[0]}; remove that line"
+                )
     directory = new_directory("curves", given.get("out"))
     drawn = {
         name: plots.Line(over_steps(log, "validation/loss"), x=over_steps(log, "step")) for name, log in found.items()
@@ -75,10 +83,14 @@ def read_log(run: Path) -> list[dict[str, float]]:
     return log
 
 
+def configured(run: Path) -> Config:
+    return Config(**runs.saved_keys(run / "config.yml"))
+
+
 def lineage(run: Path) -> list[runs.Checkpoint]:
     """Return the checkpoints that a run goes on from, the oldest first; then the run itself, without an end."""
     found = [runs.Checkpoint(run, sys.maxsize)]
-    while (source := configuration.load(found[0].run / "config.yml").init_from) is not None:
+    while (source := configured(found[0].run).init_from) is not None:
         try:
             found.insert(0, runs.find_checkpoint(Path(source)))
         except ConfigError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import config as configuration
 import perceptual as measures
 from analyses.arguments import parse_directories
-from analyses.compare import find_results, read_json
+from analyses.compare import EVALUATION, find_results, read_json
 from config import Config, ConfigError
 from report.output import FORMAT, formats, lock, writing
 from report.results import (
@@ -51,7 +51,7 @@ def perceptual(arguments: Sequence[str]) -> None:
 
 def measure(path: Path, lpips: Path | None, fvd: Path | None, figures: Sequence[str]) -> None:
     """Add what is measured with the networks' files to the evaluation whose `metrics.json` is at `path`."""
-    results = read_json(path, "lines")
+    results = read_json(path, (*EVALUATION, "averages", "checkpoint_step", "videos", "versions"))
     directory, count = path.parent, results["num_examples"]
     results["config"] = configuration.typed(results["config"], str(path))
     config = Config(**results["config"])

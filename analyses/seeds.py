@@ -1,7 +1,6 @@
 """What trainings with several seeds have in common: identities, averaged over seeds and videos."""
 
 import itertools
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from analyses.accuracy import accuracy_line, write_readout
 from analyses.arguments import new_directory, parse_directories
 from config import ConfigError
 from report import plots, statistics, tables
+from system.files import load_arrays
 
 
 def seeds(arguments: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def read_curves(directory: Path) -> dict[str, np.ndarray]:
     """
     path = directory / "digits.npz"
     try:
-        with np.load(path) as file:
-            return dict(zip(file["names"].tolist(), file["right"], strict=True))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        file = load_arrays(path, ["names", "right"])
+        return dict(zip(file["names"].tolist(), file["right"], strict=True))
+    except (OSError, TypeError, ValueError) as error:  # ConfigErrors are ValueErrors
         raise ConfigError(f"{path} can't be read; name a directory that analysis.py digits wrote") from error

@@ -379,6 +379,7 @@ def bench_data(config: Config) -> list[Row]:
             batch_size=50,
             seq_len=100,
             num_epochs=100_000,
+            max_steps=None,
             seed=0,
             eval_seq_len=100,
         )
@@ -486,7 +487,8 @@ def main() -> None:
         more = ", ".join(f"{key} {value:.3g}" for key, value in entry.items() if key not in ("what", "value", "unit"))
         print(f"{entry['what']:<55} {entry['value']:12.4g} {entry['unit']:<24} {more}")
     if "json" in special:
-        Path(special["json"]).write_text(json.dumps(results | {"rows": rows}, indent=2) + "\n")
+        with exit_codes():
+            Path(special["json"]).write_text(json.dumps(results | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

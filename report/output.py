@@ -39,15 +39,21 @@ def formats(text: str | None) -> Formats:
 
 
 @contextlib.contextmanager
-def writing(directory: Path | str, remedy: str = "name another directory with --out") -> Iterator[None]:
-    """Raise a ConfigError that names the remedy if results can't be written: disk full, no permission, ..."""
+def writing(directory: Path | None, remedy: str = "name another directory with --out") -> Iterator[None]:
+    """Raise a ConfigError that names the remedy if results can't be written: disk full, no permission, ...
+
+    Without a directory, only for errors that name no file: `exit_codes` tells of the others.
+    """
     try:
         yield
     except FileNotFoundError:
         raise  # of something to be read
     except OSError as error:
+        if directory is None and error.filename is not None:
+            raise
+        where = directory or "the directory of the results"
         raise ConfigError(
-            f"out: {directory} can't be written ({error.strerror or error}); make room there, or {remedy}"
+            f"out: {where} can't be written ({error.strerror or error}); make room there, or {remedy}"
         ) from error
 
 
@@ -115,6 +121,6 @@ def unfinished(directory: Path, config: Config, checkpoint: Checkpoint, network:
         return False
     try:
         same = configuration.load(directory / "evaluation.yml") == config
-        return same and (directory / "checkpoint").read_text() == evaluated(checkpoint, network)
+        return same and (directory / "checkpoint").read_bytes() == evaluated(checkpoint, network).encode()
     except (ConfigError, OSError):  # not an evaluation, or interrupted before it was one
         return False

@@ -17,7 +17,7 @@ from report import plots, statistics, tables
 from report.output import Formats
 from report.page import page
 from system import logs
-from system.files import replace_arrays
+from system.files import load_arrays, replace_arrays
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -57,8 +57,12 @@ def frames_file(directory: Path, number: int, name: str) -> Path:
 
 def load_frames(directory: Path, number: int, name: str) -> np.ndarray:
     """Return an example's `gt_ctx`, `gt_pred` or one of its predictions, uint8 [T, H, W, C]."""
-    with np.load(frames_file(directory, number, name)) as file:
-        return file["arr_0"]
+    return load_arrays(frames_file(directory, number, name), ["arr_0"], remedy(directory, number))["arr_0"]
+
+
+def remedy(directory: Path, number: int) -> str:
+    """Return what to do about a damaged file of an example."""
+    return f"delete {metrics_file(directory, number).parent}, and evaluate again"
 
 
 def video_names(config: Config) -> list[str]:
@@ -87,8 +91,7 @@ def line_names(config: Config) -> dict[str, str]:
 
 def load_metrics(directory: Path, number: int) -> dict[str, np.ndarray]:
     """Return one example's metrics, [T] each."""
-    with np.load(metrics_file(directory, number)) as file:
-        return dict(file)
+    return load_arrays(metrics_file(directory, number), remedy=remedy(directory, number))
 
 
 def save_metrics(directory: Path, number: int, metrics: Mapping[str, np.ndarray]) -> None:

@@ -5,6 +5,7 @@ Several processes make each call together, on a file system that they share; the
 
 import json
 import logging
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,21 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(2), policies.EveryNSteps(keep_every)] if keep_every else [policies.PreserveAll()]
         self.directory = directory.absolute()
-        self.orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=keep_every is not None,
-        )
+        try:
+            self.orbax = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=keep_every is not None,
+            )
+        except (TypeError, ValueError) as error:  # of metadata that are JSON, but not Orbax's
+            reason = " ".join(str(error).split())
+            raise DamagedCheckpoint(
+                f"checkpoint: one in {self.directory} is damaged ({reason}); remove the one whose _CHECKPOINT_METADATA "
+                "isn't like the others'"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
+        self.earlier_hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -51,6 +60,13 @@ class Checkpoints:
             self.orbax.close()
         except Exception as error:
             tell(error)
+        finally:
+            sys.unraisablehook = self.earlier_hook
+
+    def _unraisable(self, unraisable: Any) -> None:
+        """Leave out what Orbax's threads say after a failed write, a trace for each array; `tell` tells of it."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.earlier_hook(unraisable)
 
     @property
     def steps(self) -> list[int]:

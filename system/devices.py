@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,24 +88,28 @@ def announced() -> str:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs for the next start, unless JAX is told otherwise (JAX_COMPILATION_CACHE_DIR).
+    """Keep compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR or else below the home directory.
 
-    Without a home directory that can be written, say so and keep none.
+    If that can't be written, say so and keep no new ones.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    # Damaged or full: the program is compiled, as without a cache, and JAX warns for each one.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named is not None and (not named or "://" in named):  # none, or remote
         return
     try:
-        directory = Path.home() / ".cache" / "cwvae" / "jax"
+        directory = Path(named) if named else Path.home() / ".cache" / "cwvae" / "jax"
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"x")
     except (OSError, RuntimeError) as error:  # RuntimeError: no HOME, and a user without a name
         print(
             f"Compiled programs aren't kept ({getattr(error, 'strerror', None) or error}); "
             "JAX_COMPILATION_CACHE_DIR names a place for them"
         )
     else:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        if not named:
+            jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 class Devices:
@@ -154,14 +159,14 @@ class Devices:
         return jax.device_put(rows, self.split)
 
     def first_decides(self, decide: Callable[[], str]) -> str:
-        """Return what `decide` returns on process 0; if it raises a ConfigError there, raise it on every process."""
+        """Return what `decide` returns on process 0; if that fails there, raise ConfigError on every process."""
         if self.processes == 1:
             return decide()
         failed, text = False, ""
         if self.process == 0:
             try:
                 text = decide()
-            except ConfigError as error:
+            except (ConfigError, OSError) as error:
                 failed, text = True, str(error)
         message = np.zeros(2**16, np.uint8)
         encoded = json.dumps([failed, text]).encode()

@@ -5,6 +5,7 @@ import datetime
 import io
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ def replace_arrays(path: Path, *arrays: Any, **named: Any) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, *arrays, **named)
     replace_file(path, buffer.getvalue())
+
+
+def load_arrays(path: Path, names: Sequence[str] = (), remedy: str = "make it again") -> dict[str, np.ndarray]:
+    """Return the arrays in an NPZ, all of them or those of some names.
+
+    Raises:
+        OSError: it isn't there, or can't be read.
+        ConfigError: it is damaged.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:  # opened here: NumPy leaves a damaged one open
+            return {name: np.asarray(file[name]) for name in names or file.files}
+    except OSError:
+        raise
+    except Exception as error:  # whatever NumPy and zipfile meet in a damaged file
+        raise ConfigError(f"{path} is damaged ({type(error).__name__}); {remedy}") from error
 
 
 def dated_directory(parent: Path, kind: str) -> Path:

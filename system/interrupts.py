@@ -90,7 +90,8 @@ class Interrupts:
 def exit_codes() -> Iterator[None]:
     """End a program on a ConfigError with one line and exit code 2, and on a signal with the signal's own code.
 
-    Its messages can be printed, whatever bytes are in the names of files, and whatever encoding the terminal has.
+    So does an OSError that nothing closer to it has told of, such as that of a folder that may not be searched. Messages
+    can be printed, whatever bytes are in the names of files, and whatever encoding the terminal has.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # notebooks have another one
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -98,6 +99,11 @@ def exit_codes() -> Iterator[None]:
         yield
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        what, reason = error.filename or "a file", error.strerror or error
+        remedy = "make room or permit it there, or name another path"
+        print(f"error: {what} can't be read or written ({reason}); {remedy}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as interrupt:
         print(f"Interrupted by {interrupt}; call the same command again to resume", file=sys.stderr)

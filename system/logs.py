@@ -68,7 +68,8 @@ class Log:
 
 
 def read_lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
+    """Return a file's lines; bytes that aren't text, as after a power cut, belong to none that is whole."""
+    return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def step_of(line: str) -> int:

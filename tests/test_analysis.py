@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ import runs
 import tools
 import videos.digits
 from analyses import digits
+from analyses.arguments import new_directory
 from analyses.blind import observe_and_imagine
 from analyses.compare import find_results
 from analyses.worker import Worker
@@ -95,6 +97,16 @@ def test_results_that_cannot_be_written_are_one_line(run, monkeypatch, capsys):
         "error: out: the directory of the results can't be written (No space left on device); make room there, or name "
         "another directory with --out"
     )
+
+
+def test_directories_that_cannot_be_made_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for out in tmp_path / "file" / "out", tmp_path / ("a" * 300):
+        with pytest.raises(ConfigError, match=rf"^out: {out} can't be written .*; make room there, or name another"):
+            new_directory("levels", str(out))
+    monkeypatch.setattr(Path, "mkdir", Mock(side_effect=OSError(30, "Read-only file system", "there")))
+    with pytest.raises(ConfigError, match=rf"^out: {tmp_path} can't be written \(Read-only file system\)"):
+        new_directory("levels", None, tmp_path)
 
 
 def test_levels_in_other_batches_and_of_several_runs(run, tmp_path):
@@ -493,7 +505,6 @@ def test_export(run, tmp_path):
         call("export", f"a={run}", f"b={run}")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's thread, on its failed write
 def test_export_to_a_full_disk_fails(run, tmp_path):
     with full_disk(), pytest.raises(ConfigError, match="couldn't be written; make room, or choose another --out"):
         call("export", run, f"--out={tmp_path / 'out'}")

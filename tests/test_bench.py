@@ -29,6 +29,19 @@ def test_arithmetic_of_the_published_configurations(name, millions, flop):
     assert measuring.training_flop(c) == pytest.approx(flop, rel=0.01)
 
 
+def test_results_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsys):
+    """After they are printed."""
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "results.json"
+    monkeypatch.setitem(bench.BENCHMARKS, "step", lambda config: [bench.row("what", "s", 1.0)])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "step", f"--json={path}"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and "what " in printed.out
+    assert printed.err.startswith(f"error: {path} can't be read or written (Not a directory)")
+
+
 @pytest.fixture
 def all_optimizations():
     jax.config.update("jax_disable_most_optimizations", False)

@@ -1,6 +1,8 @@
 """Checkpoints by reading back what was written, and by damaging it."""
 
+import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -65,6 +67,25 @@ def test_checkpoints_of_other_shapes_are_refused(tmp_path):
         checkpoints.load(1, other)
 
 
+def test_metadata_of_another_form_are_named(tmp_path):
+    save(tmp_path, [1])
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text("[1]")
+    with pytest.raises(
+        DamagedCheckpoint, match=r"checkpoint: one in .* is damaged \(.*got list\); remove the one whose"
+    ):
+        Checkpoints(tmp_path)
+
+
+def test_failed_writes_leave_no_traces_of_threads(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    closed, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
+    with Checkpoints(tmp_path):
+        sys.unraisablehook(closed)
+        sys.unraisablehook(other)
+    assert told == [other] and sys.unraisablehook == told.append
+
+
 def test_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path / "none", 1) as checkpoints:
         assert checkpoints.load_newest(STATE) is None
@@ -82,7 +103,6 @@ def test_notes_come_back(tmp_path):
         checkpoints.load(3, STATE)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's thread, on its failed write
 def test_disk_full_while_saving(tmp_path, capsys):
     """Earlier checkpoints stay, and later ones are saved again."""
     large = STATE | {"more": np.random.default_rng(0).normal(size=300_000).astype(np.float32)}

@@ -30,7 +30,10 @@ def write_evaluation(directory, seed, frames=True, truth=0, **keys):
         "predicted_frames": 12,
         "checkpoint_step": 1,
         "protocols": tools.PROTOCOLS,
+        "averages": {},
         "lines": lines,
+        "videos": {},
+        "versions": {},
         "config": dataclasses.asdict(configuration.Config(dataset="digits", eval_seq_len=48)) | keys,
     }
     directory.mkdir(parents=True)
@@ -68,6 +71,35 @@ def test_predictions_of_different_videos_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_keys_and_values_are_needed(tmp_path):
+    path = write_evaluation(tmp_path / "a", 0)
+    results = json.loads((path / "metrics.json").read_text())
+    (path / "metrics.json").write_text(json.dumps(results | {"config": 5}))
+    with pytest.raises(ConfigError, match=r"metrics\.json: must hold `key: value` lines, got int"):
+        compare.compare([str(path), f"--out={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize("content", ["null", "[1]", "5", '{"lines": {}}'])
+def test_damaged_results_are_named(tmp_path, content):
+    path = write_evaluation(tmp_path / "a", 0)
+    (path / "metrics.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"metrics.json: holds no (lines|protocols), .*; evaluate again"):
+        compare.compare([str(path), f"--out={tmp_path / 'out'}"])
+    (path / "comparison.json").write_text(content.replace("lines", "scores"))
+    with pytest.raises(ConfigError, match=r"comparison.json: holds no (scores|ranks), .*; compare again"):
+        compare.ranks([str(path), f"--out={tmp_path / 'out'}"])
+
+
+def test_damaged_frames_are_named(tmp_path):
+    path = write_evaluation(tmp_path / "a", 0)
+    file = path / "sample1" / "random_sample_1.npz"
+    whole = file.read_bytes()
+    for content in b"", whole[: len(whole) // 2]:
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{file} is damaged .*; delete {file.parent}, and evaluate again"):
+            compare.compare([str(path), f"--out={tmp_path / 'out'}", "--example=1"])
+
+
 def test_ranks_without_intervals_have_no_error_bars(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path, formats: figures.append(figure))
@@ -90,6 +122,11 @@ def test_losses_of_stages_are_one_curve(tmp_path, capsys):
     assert [(line["step"], line["name"]) for line in curves.read_log(tmp_path / "c")] == expected
     (tmp_path / "a").rename(tmp_path / "elsewhere")
     assert [line["step"] for line in curves.read_log(tmp_path / "c")] == [1, 3, 5]
+    (tmp_path / "c" / "config.yml").write_text("")
+    with pytest.raises(ConfigError, match=r"c/config.yml is damaged \(it is empty\)"):
+        curves.curves([f"c={tmp_path / 'c'}", f"--out={tmp_path / 'out'}"])
+    with pytest.raises(ConfigError, match=r"b: step 1 of its metrics.jsonl has no number as train/loss; remove"):
+        curves.curves([f"b={tmp_path / 'b'}", f"--out={tmp_path / 'out'}"])
     assert "whose steps are left out" in capsys.readouterr().out
 
 
@@ -133,10 +170,13 @@ def test_seeds_that_cant_be_compared_are_refused(tmp_path):
     short = write_digits(tmp_path / "short", a=np.ones((4, 11)))
     long = write_digits(tmp_path / "long", a=np.ones((4, 12)))
     other = write_digits(tmp_path / "other", b=np.ones((4, 12)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "digits.npz").touch()
     for directories, message in (
         ([short, long], r"differ in videos and frames, \[\(4, 11\), \(4, 12\)\]"),
         ([long, other], "no model is in two of the directories"),
         ([long, long], "a directory is named twice"),
+        ([long, str(tmp_path / "empty")], r"digits\.npz can't be read; name a directory that analysis.py digits wrote"),
         ([long, str(tmp_path)], r"digits\.npz can't be read; name a directory that analysis.py digits wrote"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import os
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import hypothesis
 import jax
@@ -16,6 +18,7 @@ import yaml
 from conftest import ROOT, TINY, tiny_keys
 from hypothesis import strategies as st
 
+import analysis
 import config as configuration
 import data
 import eval
@@ -142,6 +145,7 @@ def test_messages(arguments, message):
         ("qqqq: 3", "unknown key 'qqqq'"),
         ("lr: fast", "lr: needs a number, got 'fast'"),
         ("lr: [", "not valid YAML"),
+        ("[" * 3000, "not valid YAML (maximum recursion depth exceeded"),
         ("- lr", "must hold `key: value` lines, got list"),
         ("1: 2", "unknown key 1"),
     ],
@@ -360,6 +364,25 @@ def test_any_command_line_works_or_is_refused_in_one_line(programs, flags):
     assert_accepted_or_refused_in_one_line(train.main, ["--dataset=mmnist", *flags])
     assert_accepted_or_refused_in_one_line(data.main, ["--dataset=mmnist", *flags])
     assert_accepted_or_refused_in_one_line(eval.main, ["--logdir", str(programs / "run"), *flags])
+
+
+def test_paths_that_cannot_be_read_are_refused_in_one_line(programs, monkeypatch):
+    """Such as those in a folder that may not be searched, or names that are too long."""
+    long = str(programs / ("a" * 300))
+    for main, arguments in (
+        (train.main, ["--config", long]),
+        (data.main, ["--config", long]),
+        (eval.main, ["--logdir", long]),
+        (analysis.main, ["levels", long]),
+    ):
+        code, error = run_program(main, arguments)
+        assert code == 2 and error == (
+            f"error: {long} can't be read or written (File name too long); make room or permit it there, or name "
+            "another path\n"
+        )
+    monkeypatch.setattr(train, "train", Mock(side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")))
+    code, error = run_program(train.main, [])
+    assert code == 2 and error.startswith("error: a file can't be read or written (Disk quota exceeded); ")
 
 
 VALUE = st.recursive(

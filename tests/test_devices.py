@@ -10,7 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -236,5 +239,23 @@ def test_without_a_home_compiled_programs_are_not_kept(tmp_path, monkeypatch, ca
     devices.use_compilation_cache()
     assert "Compiled programs aren't kept (Not a directory)" in capsys.readouterr().out and not kept
     monkeypatch.setenv("HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", Mock(side_effect=OSError(30, "Read-only file system")))
+        devices.use_compilation_cache()
+    assert "Compiled programs aren't kept (Read-only file system)" in capsys.readouterr().out and not kept
+    with monkeypatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
+        devices.use_compilation_cache()
+    assert "Compiled programs aren't kept (File exists)" in capsys.readouterr().out and not kept
+    warnings.warn("Error writing persistent compilation cache entry for 'jit_f': OSError", stacklevel=1)  # JAX's
     devices.use_compilation_cache()
     assert kept == [("jax_compilation_cache_dir", str(tmp_path / ".cache" / "cwvae" / "jax"))]
+
+
+def test_what_fails_on_the_first_process_fails_on_all(monkeypatch):
+    several = devices.Devices()
+    several.processes = 2
+    monkeypatch.setattr(several, "from_first", lambda tree: tree)
+    for error in configuration.ConfigError("there is denied"), PermissionError(13, "is denied", "there"):
+        with pytest.raises(configuration.ConfigError, match="is denied"):
+            several.first_decides(Mock(side_effect=error))

@@ -412,6 +412,21 @@ def test_a_full_disk(run):
     assert list(run.glob("eval_*")) == [directory] and (directory / "metrics.json").exists()
 
 
+def test_damaged_metrics_of_an_interrupted_evaluation(run):
+    call = ["--logdir", str(run), "--no_save_grid", "--num_examples=1"]
+    evaluation.evaluate(*evaluation.parse(call))
+    (directory,) = run.glob("eval_*")
+    (directory / "metrics.json").unlink()
+    file = directory / "sample0" / "metrics.npz"
+    for content in b"", file.read_bytes()[:100]:
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{file} is damaged .*; delete {file.parent}, and evaluate again"):
+            evaluation.evaluate(*evaluation.parse(call))
+    shutil.rmtree(file.parent)
+    evaluation.evaluate(*evaluation.parse(call))
+    assert list(run.glob("eval_*")) == [directory] and (directory / "metrics.json").exists()
+
+
 def test_two_evaluations_at_once(run, tmp_path):
     """The second one takes another directory; with --out it waits for the user."""
     config, checkpoint, _ = evaluation.parse(["--logdir", str(run)])
@@ -423,6 +438,9 @@ def test_two_evaluations_at_once(run, tmp_path):
         with contextlib.ExitStack() as other:  # the second one has died: its directory is resumed
             assert output.open_directory(other, config, checkpoint, None) == second
         output.open_directory(held, config, checkpoint, tmp_path / "out")
+        (second / "checkpoint").write_bytes(b"\xff")  # not text: not this evaluation
+        with contextlib.ExitStack() as other:
+            assert output.open_directory(other, config, checkpoint, None) not in (first, second)
         with contextlib.ExitStack() as other, pytest.raises(ConfigError, match="out: another process evaluates into"):
             output.open_directory(other, config, checkpoint, tmp_path / "out")
     with contextlib.ExitStack() as other:

@@ -32,6 +32,13 @@ def test_wandb_is_told_each_step_once(tmp_path):
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_a_damaged_log_keeps_its_whole_lines(tmp_path):
+    """Bytes that aren't text, as after a power cut."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n\xff\x00\xfe\n[1]\n{"step": 2, "l\xff')
+    assert logs.Log(tmp_path, 2, None).last == 1
+    assert log_of(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
 def test_a_log_that_cannot_be_written_comes_later(tmp_path, monkeypatch, capsys):
     log = logs.Log(tmp_path, 0, None)
     log.metrics(1, {"loss": 1.0})

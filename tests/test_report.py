@@ -200,11 +200,12 @@ def test_figures_in_each_format(tmp_path):
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://gone", "nonsense", "TkAgg"])
 def test_figures_whatever_backend_a_notebook_has_set(tmp_path, backend):
     program = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}]
+import os, sys; sys.path[:0] = [{str(ROOT)!r}]
 from pathlib import Path
 import numpy as np
 from report import plots
 plots.plot_lines({{"a": plots.Line(np.arange(5.0))}}, Path("lines.png"), "y", formats=("png", "pdf"))
+assert os.environ["MPLBACKEND"] == {backend!r}
 """
     environment = os.environ | {"MPLBACKEND": backend, "DISPLAY": ""}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import filelock
 import jax
@@ -384,13 +385,15 @@ def test_a_failed_write_leaves_the_configuration(run, tiny):
     assert (run / "config.yml").stat().st_ino == inode
     files.replace_file(run / "config.yml", saved)
     assert (run / "config.yml").stat().st_ino == inode
+    assert not list(run.glob(".config.yml.*"))
 
 
-@pytest.mark.parametrize("lines", [0, 5])
-def test_a_damaged_configuration_is_named(run, tiny, lines):
+@pytest.mark.parametrize("damage, reason", [("empty", "it is empty"), ("zeros", "it is empty"), ("cut", "it lacks")])
+def test_a_damaged_configuration_is_named(run, tiny, damage, reason):
     path = run / "config.yml"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
-    message = f"{re.escape(str(path))} is damaged"
+    cut = b"".join(path.read_bytes().splitlines(keepends=True)[:5])
+    path.write_bytes({"empty": b"", "zeros": bytes(len(cut)), "cut": cut}[damage])
+    message = rf"{re.escape(str(path))} is damaged \({reason}"
     with pytest.raises(ConfigError, match=message):
         train.train(dataclasses.replace(tiny, logdir=str(run.parent.parent)))
     with pytest.raises(ConfigError, match=message):
@@ -405,12 +408,40 @@ def test_a_logdir_that_cannot_be_made_or_written(tiny, monkeypatch, tmp_path):
         ):
             train.train(dataclasses.replace(tiny, logdir=str(logdir)))
 
-    def read_only(*_):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    read_only, no_locks = OSError(errno.EROFS, os.strerror(errno.EROFS)), NotImplementedError("no locks here")
+    for target, name, error, message in (
+        (runs, "directory", read_only, "Read-only file system"),
+        (filelock.FileLock, "acquire", read_only, "Read-only file system"),
+        (filelock.FileLock, "acquire", no_locks, "no locks here"),
+        (runs, "Checkpoints", read_only, "Read-only file system"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match=rf"made or written \({message}\)"):
+            patch.setattr(target, name, Mock(side_effect=error))
+            train.train(tiny)
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", read_only)
-    with pytest.raises(ConfigError, match=r"can't be made or written \(Read-only file system\)"):
+
+def test_checkpoints_of_a_lost_configuration_are_kept(run, tiny):
+    """Without it, nothing says whether they are this training's."""
+    (run / "config.yml").unlink()
+    with pytest.raises(
+        ConfigError, match=r"config.yml: can't be read \(No such file or directory\);.* restore the file"
+    ):
+        train.train(dataclasses.replace(tiny, logdir=str(run.parent.parent)))
+    assert not (run / "config.yml").exists() and (run / "checkpoints" / "4").exists()
+
+
+def test_checkpoints_that_cannot_be_saved(tiny, monkeypatch):
+    """A training that leaves no last checkpoint doesn't end as if it did."""
+    run = runs.directory(tiny)
+    run.mkdir(parents=True)
+    (run / "checkpoints").touch()
+    with pytest.raises(ConfigError, match=r"^logdir: .*checkpoints can't be made or written \(File exists\)"):
         train.train(tiny)
+    (run / "checkpoints").unlink()
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="lacks the last checkpoint, which couldn't"):
+        patch.setattr(Checkpoints, "save", lambda *_, **__: None)
+        train.train(dataclasses.replace(tiny, max_steps=2))
+    assert int(train.train(tiny).step) == 4
 
 
 def test_no_checkpoint_is_spoken_of_before_the_first(tiny):

@@ -21,6 +21,7 @@ import time
 import types
 import zipfile
 from fractions import Fraction
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -875,13 +876,21 @@ def test_broken_and_short_videos_are_listed_and_skipped(folder, capsys):
     (train / "cut.mp4").write_bytes(whole[: len(whole) // 3])
     (train / "empty.avi").write_bytes(b"")
     np.save(train / "floats.npy", np.zeros((30, 64, 64, 3)))
+    whole = (train / "f.npz").read_bytes()
+    (train / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (train / "flipped.npz").write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    (train / "text.npz").write_bytes(zipped({"arr_0.npy": b"text"}))
+    (train / "two.npz").write_bytes(zipped({"a.npy": b"", "b.npy": b""}))
     (train / "short.mp4").write_bytes(make_video(9))
     windows = data.windows(folder, "train")
-    assert set(windows.file.skipped) == {"bad.mp4", "cut.mp4", "empty.avi", "floats.npy"}
+    arrays = {"floats.npy", "cut.npz", "flipped.npz", "text.npz", "two.npz"}
+    assert set(windows.file.skipped) == {"bad.mp4", "cut.mp4", "empty.avi"} | arrays
+    assert windows.file.skipped["cut.npz"] == windows.file.skipped["flipped.npz"] == "it isn't an array"
+    assert windows.file.skipped["two.npz"] == "it holds 2 arrays instead of one"
     assert len(windows) == 12
     printed = capsys.readouterr().out
     assert (
-        "Skipped 4 unreadable videos: bad.mp4 (" in printed
+        "Skipped 8 unreadable videos: bad.mp4 (" in printed
         and "floats.npy (it is float64 [30, 64, 64, 3] instead of" in printed
     )
     assert "Skipped 1 train videos of less than 10 frames: short.mp4" in printed
@@ -977,7 +986,7 @@ def test_changed_folder(folder):
 # ---------------------------------------------------------------------------------------------- the frame file
 
 
-@pytest.mark.parametrize("damage", ["shorter", "index", "checksum", "no frames"])
+@pytest.mark.parametrize("damage", ["shorter", "index", "other index", "checksum", "no frames"])
 def test_damaged_frame_files_are_refused(folder, damage):
     data.windows(folder, "train")
     path = data.Path(folder.datadir) / "frames" / "videos-train-3"
@@ -986,6 +995,8 @@ def test_damaged_frame_files_are_refused(folder, damage):
         os.truncate(frames, frames.stat().st_size - 1)
     elif damage == "index":
         index.write_text(index.read_text()[:-20])
+    elif damage == "other index":
+        index.write_text("[1]")
     elif damage == "checksum":
         index.write_text(index.read_text().replace('["a.mp4", 25]', '["a.mp4", 24]'))
     else:
@@ -993,6 +1004,14 @@ def test_damaged_frame_files_are_refused(folder, damage):
     with pytest.raises(ConfigError, match=r"videos-train-3\.\* is damaged; run again with --rebuild_frames"):
         data.windows(folder, "train")
     assert len(data.windows(dataclasses.replace(folder, rebuild_frames=True), "train")) == 12
+
+
+def test_frames_that_may_not_be_read_are_named(folder, monkeypatch):
+    data.windows(folder, "train")
+    path = str(decoded.frames_path(data.Path(folder.datadir) / "frames" / "videos-train-3"))
+    monkeypatch.setattr(np, "memmap", Mock(side_effect=PermissionError(13, "Permission denied", path)))
+    with pytest.raises(ConfigError, match=r"^datadir: .*-3.frames can't be read \(Permission denied\); permit it"):
+        data.windows(folder, "train")
 
 
 def start_preparing(c, **environment):
@@ -1149,8 +1168,11 @@ def test_moving_mnist_from_idx_files(tiny, tmp_path):
         200,
         250,
     }
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"junk")
+    write_idx(tmp_path / "train-images-idx3-ubyte", images[:0])
     digits.of_mnist.cache_clear()
+    with pytest.raises(ConfigError, match="train-images-idx3-ubyte isn't an idx file of 28x28 images"):
+        data.windows(c, "train")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"junk")
     with pytest.raises(ConfigError, match="train-images-idx3-ubyte isn't an idx file of 28x28 images"):
         data.windows(c, "train")
     with pytest.raises(ConfigError, match=r"nowhere/train-images-idx3-ubyte\[.gz\] is missing"):

@@ -288,13 +288,16 @@ def read_array(path: Path) -> np.ndarray:
         Unreadable: it is something else.
     """
     try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
-        if path.suffix.lower() == ".npz":
-            with loaded:
-                if len(loaded.files) != 1:
-                    raise Unreadable(f"it holds {len(loaded.files)} arrays instead of one")
-                loaded = loaded[loaded.files[0]]
-    except (OSError, ValueError, EOFError) as error:
+        if path.suffix.lower() == ".npy":
+            loaded = np.load(path, mmap_mode="r")
+        else:
+            with path.open("rb") as opened, np.load(opened) as file:  # opened here: NumPy leaves a damaged one open
+                if len(file.files) != 1:
+                    raise Unreadable(f"it holds {len(file.files)} arrays instead of one")
+                loaded = np.asarray(file[file.files[0]])
+    except Unreadable:
+        raise
+    except Exception as error:  # whatever NumPy and zipfile meet in a damaged file
         raise Unreadable("it isn't an array") from error
     if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.shape[-1] not in (1, 3) or not loaded.size:
         raise Unreadable(f"it is {loaded.dtype} {list(loaded.shape)} instead of uint8 [T, H, W, 1 or 3]")
@@ -356,9 +359,11 @@ class FrameFile:
             shape = (index["frames"], FRAME_SIZE, FRAME_SIZE, index["channels"])
             if frames_path(path).stat().st_size != np.prod(shape):
                 raise ValueError
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            self.frames = np.memmap(frames_path(path), np.uint8, "r", shape=shape)
+        except PermissionError as error:
+            raise ConfigError(f"datadir: {error.filename} can't be read ({error.strerror}); permit it") from error
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ConfigError(f"datadir: {path}.* is damaged; run again with --rebuild_frames") from error
-        self.frames = np.memmap(frames_path(path), np.uint8, "r", shape=shape)
         self.names: list[str] = [name for name, _ in index["videos"]]
         self.lengths = np.array([length for _, length in index["videos"]], np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths

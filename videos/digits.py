@@ -199,7 +199,7 @@ def read_idx(datadir: str, split: str, kind: str, shape: tuple[int, ...]) -> np.
         content = plain.read_bytes() if path == plain else gzip.decompress(zipped.read_bytes())
         words = 2 + len(shape)
         magic, count, *sizes = np.frombuffer(content[: 4 * words], ">u4").tolist()
-        if (magic, *sizes) != (2048 + 1 + len(shape), *shape):
+        if (magic, *sizes) != (2048 + 1 + len(shape), *shape) or not count:
             raise ValueError
         return np.frombuffer(content[4 * words :], np.uint8).reshape(count, *shape)
     except (OSError, EOFError, ValueError, zlib.error) as error:

@@ -91,6 +91,7 @@ class Checkpoints:
 
         Raises:
             DamagedCheckpoint: it isn't there whole, is of other shapes, or fails its checksum.
+            ConfigError: it may not be read.
         """
         path = self.directory / str(step)
         try:
@@ -99,6 +100,8 @@ class Checkpoints:
             # Orbax doesn't compare shapes.
             assert [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in jax.tree.leaves(like)]
             expected, notes = metadata["checksum"], metadata["notes"]
+        except PermissionError as error:  # falling back would replace it
+            raise ConfigError(f"checkpoint: {path} can't be read ({error.strerror}); permit it") from error
         except Exception as error:  # whatever Orbax meets in a damaged file; its texts mislead
             raise DamagedCheckpoint(
                 f"checkpoint: {path} is damaged or of another model ({type(error).__name__}); choose another"

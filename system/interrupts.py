@@ -90,8 +90,8 @@ class Interrupts:
 def exit_codes() -> Iterator[None]:
     """End a program on a ConfigError with one line and exit code 2, and on a signal with the signal's own code.
 
-    So does an OSError that nothing closer to it has told of, such as that of a folder that may not be searched. Messages
-    can be printed, whatever bytes are in the names of files, and whatever encoding the terminal has.
+    So does an OSError that nothing closer to it has told of, such as that of a folder that may not be searched.
+    Messages can be printed, whatever bytes are in names of files, and whatever encoding the terminal has.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # notebooks have another one
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import full_disk
 
+from config import ConfigError
 from system.checkpoints import Checkpoints, DamagedCheckpoint
 
 STATE = {"params": {"a": np.arange(1000.0, dtype=np.float32), "b": np.ones((3, 2), np.float32)}, "step": np.int32(1)}
@@ -33,6 +34,19 @@ def test_checkpoints_roll_and_some_stay(tmp_path):
 
 def largest_file(directory):
     return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    """Training would go on from the one before, and replace it."""
+    save(tmp_path, [1, 2])
+    with Checkpoints(tmp_path) as checkpoints:
+
+        def load(step, like):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(checkpoints.orbax, "load", load)
+        with pytest.raises(ConfigError, match=r"2 can't be read \(Permission denied\); permit it"):
+            checkpoints.load_newest(STATE)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

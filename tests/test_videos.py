@@ -740,6 +740,77 @@ def test_rates_are_told(folder, capsys):
     assert "each frame is kept" not in capsys.readouterr().out
 
 
+BLUE, RED = [0, 0, 253], [253, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "codec, pixels, across, down",
+    [
+        ("libx264", "yuv420p", [[0, 0, 254]] * 4 + [RED] * 4, [254, 254, 240, 240, 140, 140, 125, 125]),
+        ("libx264", "yuv420p10le", [BLUE] * 4 + [RED] * 4, [255, 253, 250, 222, 159, 131, 126, 125]),
+        ("libx265", "yuv420p10le", [BLUE] * 4 + [RED] * 4, [255, 253, 250, 222, 159, 131, 126, 125]),
+        ("libx264", "nv12", [[0, 0, 254]] * 4 + [RED] * 4, [254, 254, 240, 240, 140, 140, 125, 125]),
+        (
+            "ffv1",
+            "yuv411p",
+            [
+                [5, 0, 242],
+                [5, 0, 242],
+                [59, 0, 165],
+                [59, 0, 165],
+                [192, 11, 87],
+                [192, 11, 87],
+                [246, 0, 10],
+                [246, 0, 10],
+            ],
+            [253] * 4 + [125] * 4,
+        ),
+        (
+            "ffv1",
+            "yuv440p",
+            [
+                [0, 0, 255],
+                [0, 0, 255],
+                [11, 0, 233],
+                [11, 0, 233],
+                [240, 2, 18],
+                [240, 2, 18],
+                [255, 0, 0],
+                [255, 0, 0],
+            ],
+            [255, 253, 250, 222, 158, 130, 125, 124],
+        ),
+    ],
+)
+def test_colours_are_those_of_ffmpeg(codec, pixels, across, down):
+    """Of ffmpeg 9.0.2, of the same files: the middle of a row from blue to red, and of a column that darkens."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, :32, 2] = image[:, 32:, 0] = 255
+    image[40:] //= 2
+    lossless = {"libx264": {"qp": "0"}, "libx265": {"x265-params": "lossless=1:log-level=none"}, "ffv1": {}}
+    content = io.BytesIO()
+    with av.open(content, "w", format="matroska") as container:
+        stream = container.add_stream(codec, rate=20, options=lossless[codec])
+        stream.width = stream.height = 64
+        stream.pix_fmt = pixels
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
+    for how in Decoding(3), Decoding(3, crop=True, luma=True):
+        (frame,) = decoded.decode(Video("a.mkv", content.getvalue()), how)
+        np.testing.assert_array_equal(frame[10, 28:36], across)
+        np.testing.assert_array_equal(frame[36:44, 10, 2], down)
+
+
+def test_pixels_may_change_in_the_middle_of_a_video():
+    convert = decoded.ToRGB()
+    for size, pixels in ((64, 48), "yuv420p"), ((64, 48), "yuv444p"), ((32, 32), "yuv444p"), ((32, 32), "gray10le"):
+        grey = av.VideoFrame.from_ndarray(np.full((*size[::-1], 3), 100, np.uint8), "rgb24").reformat(format=pixels)
+        grey.time_base = Fraction(1, 20)
+        for _ in range(2):
+            got = convert(grey).to_ndarray()
+            assert got.shape == (*size[::-1], 3) and abs(got.astype(int) - 100).max() <= 2
+
+
 def test_grey_folder(folder):
     c = dataclasses.replace(folder, channels=1)
     train = data.windows(c, "train")

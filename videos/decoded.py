@@ -115,7 +115,7 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
         frames = frames if how.fps is None else at_rate(frames, Fraction(str(how.fps)))
     count = 0
     # They hold the tables of their conversion, so each serves all frames.
-    to_rgb, to_size = av.video.reformatter.VideoReformatter(), av.video.reformatter.VideoReformatter()
+    to_rgb, to_size = ToRGB(), av.video.reformatter.VideoReformatter()
     matrix: np.ndarray | None = None
     try:
         for frame, pixel_aspect, *_ in frames:
@@ -126,9 +126,9 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
                 shown = max(1, round(frame.width * pixel_aspect)), frame.height
                 width, height = (-(-FRAME_SIZE * extent // min(shown)) for extent in shown)
             colour = how.channels == 3 or how.luma
-            if colour and (width, height) != (frame.width, frame.height) and not is_grey(frame):
-                # Scaled directly, colours would have half the horizontal resolution.
-                frame = to_rgb.reformat(frame, format="rgb24")
+            # Scaled directly, colours would have half the horizontal resolution.
+            if (width, height) == (frame.width, frame.height) or (colour and not is_grey(frame)):
+                frame = to_rgb(frame)
             pixels = to_size.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
             top, left = (height - FRAME_SIZE) // 2, (width - FRAME_SIZE) // 2
             pixels = upright(pixels[top : top + FRAME_SIZE, left : left + FRAME_SIZE], matrix)
@@ -140,6 +140,32 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
     except (av.FFmpegError, ValueError, Cut) as error:  # ValueError: formats that PyAV doesn't know
         if not (how.partial and count):
             raise Unreadable(" ".join(str(error).split())) from error
+
+
+class ToRGB:
+    """Converts frames to rgb24 in a filter graph, as ffmpeg does. (A reformatter ignores where colours are sampled.)"""
+
+    def __init__(self) -> None:
+        self.properties: Any = None
+
+    def __call__(self, frame: Any) -> Any:
+        import av
+
+        if frame.format.name == "rgb24":
+            return frame
+        properties = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
+        if properties != self.properties:  # of the first frame, and where they change in the middle of a video
+            self.properties, self.graph = properties, av.filter.Graph()
+            self.graph.threads = 1
+            source = self.graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+            )
+            convert, sink = self.graph.add("format", "rgb24"), self.graph.add("buffersink")
+            source.link_to(convert)
+            convert.link_to(sink)
+            self.graph.configure()
+        self.graph.push(frame)
+        return self.graph.pull()
 
 
 def is_grey(frame: "av.VideoFrame") -> bool:

@@ -167,6 +167,19 @@ class Config:
     rebuild_frames: bool = option(
         False, "decode the videos again; prepare a published dataset again if its zips changed", free=True
     )
+    fit: str = option(
+        "crop",
+        "crop, pad or stretch videos that aren't square (dataset videos)",
+        named=True,
+        later=True,
+    )
+    split: float | None = option(
+        None,
+        "share of the files that train, by their names, if datadir has no train and test (dataset videos)",
+        above=0,
+        named=True,
+        later=True,
+    )
     partial_videos: bool = option(
         False, "take what there is of videos that are cut off (dataset videos)", named=True, later=True
     )
@@ -285,6 +298,9 @@ class Config:
         choose("svg_network", self.svg_network, ["dcgan", "vgg"])
         if self.levels > 30:
             raise ConfigError(f"levels: must be at most 30, got {self.levels}; the paper has 1 to 4")
+        choose("fit", self.fit, ["crop", "pad", "stretch"])
+        if self.split is not None and self.split >= 1:
+            raise ConfigError(f"split: must be below 1, so that videos are left to test, got {self.split}")
         choose("cell_type", self.cell_type, ["RSSMCell"])
         choose("dtype", self.dtype, ["float32", "bfloat16"])
         choose("wandb", self.wandb, ["auto", "online", "offline", "disabled"])

@@ -4,6 +4,8 @@ A dataset split is a random-access sequence of windows, each uint8 [T, 64, 64, C
 """
 
 import functools
+import hashlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,25 +79,34 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
     datadir = Path(c.datadir)
     path = datadir / "frames" / f"{c.dataset}-{split}-{c.channels}"
     if c.dataset == "videos":
-        how = decoded.Decoding(c.channels, crop=True, luma=True, partial=c.partial_videos, fps=c.fps)
-        taken = ", partial ones too" * c.partial_videos + (f", {c.fps} fps" if c.fps else "")
+        how = decoded.Decoding(c.channels, c.fit, luma=True, partial=c.partial_videos, fps=c.fps)
+        changed = [key for key in OF_VIDEOS if getattr(c, key) != getattr(Config, key)]
+        keys = "".join(f", {key} {getattr(c, key)}" for key in changed)
+        folder = datadir if c.split else datadir / split
+        if c.split and any((datadir / name).is_dir() for name in ("train", "test")):
+            raise ConfigError(f"split: {datadir} has train or test already, got {c.split}; leave it out")
         # After decoding, the folder may go.
-        if not c.rebuild_frames and decoded.index_path(path).exists() and not (datadir / split).exists():
+        if not c.rebuild_frames and decoded.index_path(path).exists() and not folder.exists():
             file = decoded.FrameFile(path)
-            if file.origin.split(", ")[2:] != taken.split(", ")[1:]:
+            if file.origin.split(", ")[2:] != keys.split(", ")[1:]:
                 raise ConfigError(
-                    f"fps, partial_videos: {path}.* was decoded with other ones; set them as then, or put the videos "
-                    f"back into {datadir / split}"
+                    f"{', '.join(OF_VIDEOS)}: {path}.* was decoded with other ones; set them as then, or put the "
+                    f"videos back into {folder}"
                 )
             return file
-        folder = decoded.Folder(datadir / split, taken)
+        try:
+            videos = decoded.Folder(folder, keys, functools.partial(belongs, c, split))
+        except ConfigError as error:
+            if c.split:
+                raise ConfigError(f"{error}, or set another split, so that some are {split} videos") from error
+            raise
 
         def found() -> decoded.Videos:
-            if folder.ignored:
-                print(f"Ignored in {folder.folder}, since they aren't videos: {decoded.listed(folder.ignored)}")
-            return folder
+            if videos.ignored:
+                print(f"Ignored in {folder}, since they aren't videos: {decoded.listed(videos.ignored)}")
+            return videos
 
-        return decoded.frame_file(path, found, how, folder.origin, c.rebuild_frames)
+        return decoded.frame_file(path, found, how, videos.origin, c.rebuild_frames)
 
     def prepared() -> decoded.Videos:
         from videos import published  # TFDS is slow to import, and only needed once
@@ -112,6 +123,20 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
     # Checksums say that published videos are whole.
     how = decoded.Decoding(c.channels, partial=True)
     return decoded.frame_file(path, prepared, how, rebuild=c.rebuild_frames)
+
+
+OF_VIDEOS = ("fit", "split", "partial_videos", "fps")
+"""Keys that say which videos of a folder are decoded, and how."""
+
+
+def belongs(config: Config, split: str, path: Path) -> bool:
+    """Return whether a file of `datadir` is of this split: by its name, so that it stays there if others are added."""
+    if config.split is None:
+        return True
+    if path.parts[0] == "frames" or str(path) in (f"{config.dataset}.{suffix}" for suffix in ("png", "gif")):
+        return False  # made here
+    digest = hashlib.blake2b(os.fsencode(path.as_posix()), digest_size=8).digest()
+    return (int.from_bytes(digest) / 2**64 < config.split) == (split == "train")
 
 
 class VideoWindows:

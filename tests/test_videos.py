@@ -717,8 +717,39 @@ def test_keys_of_frames_whose_folder_is_gone(folder):
     shutil.rmtree(data.Path(folder.datadir) / "test")
     np.testing.assert_array_equal(data.windows(c, "test").file.frames, frames)
     for other in folder, dataclasses.replace(c, fps=5), dataclasses.replace(c, partial_videos=True):
-        with pytest.raises(ConfigError, match=r"^fps, partial_videos: .*videos-test-3.* was decoded with other ones"):
+        with pytest.raises(
+            ConfigError, match=r"^fit, split, partial_videos, fps: .*videos-test-3.* was decoded with other ones"
+        ):
             data.windows(other, "test")
+
+
+def test_one_folder_is_split_by_names(folder, capsys):
+    datadir = data.Path(folder.datadir)
+    shutil.rmtree(datadir / "test")
+    c = dataclasses.replace(folder, split=0.5, eval_seq_len=10)
+    refused(c, "^split: .* has train or test already")
+    (datadir / "train").rename(datadir / "all")
+    for number in range(30):
+        shutil.copy(datadir / "all" / "a.mp4", datadir / "all" / f"{number}.mp4")
+
+    def names(split):
+        return set(data.windows(dataclasses.replace(c, rebuild_frames=True), split).file.names)
+
+    train, test = names("train"), names("test")
+    assert not train & test and len(train | test) == 36 and min(len(train), len(test)) > 9
+    data.look(c)  # leaves pictures there, which are no videos of it
+    for number in range(30, 60):
+        shutil.copy(datadir / "all" / "a.mp4", datadir / "all" / f"{number}.mp4")
+    assert names("train") > train and names("test") > test and len(names("train") | names("test")) == 66
+    for path in (datadir / "all").rglob("*.*"):
+        if path.name != "a.mp4":
+            path.unlink()
+    one = "train" if "all/a.mp4" in train else "test"
+    assert names(one) == {"all/a.mp4"}
+    with pytest.raises(
+        ConfigError, match=r"holds no videos; put .* files there, or set another split, so that some are"
+    ):
+        names("test" if one == "train" else "train")
 
 
 def test_times_that_do_not_increase():
@@ -795,7 +826,7 @@ def test_colours_are_those_of_ffmpeg(codec, pixels, across, down):
         stream.pix_fmt = pixels
         container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
         container.mux(stream.encode())
-    for how in Decoding(3), Decoding(3, crop=True, luma=True):
+    for how in Decoding(3), Decoding(3, "crop", luma=True):
         (frame,) = decoded.decode(Video("a.mkv", content.getvalue()), how)
         np.testing.assert_array_equal(frame[10, 28:36], across)
         np.testing.assert_array_equal(frame[36:44, 10, 2], down)
@@ -828,7 +859,7 @@ def test_other_sizes_are_cropped_in_folders_and_stretched_in_published_ones():
     video = Video("x", data.Path("x.npy"))
     original, decoded.array_frames = decoded.array_frames, lambda _: iter(frames)
     try:
-        (cropped,) = decoded.decode(video, Decoding(3, crop=True))
+        (cropped,) = decoded.decode(video, Decoding(3, "crop"))
         (stretched,) = decoded.decode(video, Decoding(3))
     finally:
         decoded.array_frames = original
@@ -837,12 +868,35 @@ def test_other_sizes_are_cropped_in_folders_and_stretched_in_published_ones():
 
 
 def decoded_frames(content, how=None):
-    return np.stack(list(decoded.decode(Video("x", content), how or Decoding(3, crop=True, luma=True))))
+    return np.stack(list(decoded.decode(Video("x", content), how or Decoding(3, "crop", luma=True))))
 
 
 def encoded_frames(content):
     with av.open(io.BytesIO(content)) as container:
         return list(container.decode(video=0))
+
+
+@pytest.mark.parametrize("size", [(128, 64), (64, 128), (256, 16), (64, 64), (1000, 4)])
+def test_padded_frames_are_whole_and_centred(size):
+    width, height = size
+    image = np.full((height, width, 3), 200, np.uint8)
+    image[: height // 2, :, 0] = 100
+    content = io.BytesIO()
+    with av.open(content, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=20)
+        stream.width, stream.height = size
+        stream.pix_fmt = "bgr0"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        container.mux(stream.encode())
+    (frame,) = decoded.decode(Video("a", content.getvalue()), Decoding(3, "pad"))
+    shown = [max(1, round(64 * extent / max(size))) for extent in (height, width)]
+    rows, columns = (slice((64 - extent) // 2, (64 - extent) // 2 + extent) for extent in shown)
+    assert (frame[rows, columns, 1] == 200).all() and frame[..., 1].sum() == 200 * shown[0] * shown[1]
+    if height >= 16:
+        middle = rows.start + shown[0] // 2
+        assert (frame[rows.start : middle, columns, 0] == 100).all() and (
+            frame[middle : rows.stop, columns, 0] == 200
+        ).all()
 
 
 def test_colours_are_scaled_at_full_resolution():
@@ -856,13 +910,13 @@ def test_colours_are_scaled_at_full_resolution():
         container.mux([*stream.encode(frame), *stream.encode()])
     (want,) = reference(buffer.getvalue()).astype(float)
     want = want.reshape(64, 2, 64, 2, 3).mean((1, 3))
-    for how in Decoding(3), Decoding(3, crop=True):
+    for how in Decoding(3), Decoding(3, "crop"):
         assert np.abs(decoded_frames(buffer.getvalue(), how)[0] - want).mean() < 0.5
-    luma = decoded_frames(buffer.getvalue(), Decoding(1, crop=True, luma=True))[0, ..., 0]
+    luma = decoded_frames(buffer.getvalue(), Decoding(1, "crop", luma=True))[0, ..., 0]
     assert np.abs(luma - want @ [0.299, 0.587, 0.114]).mean() < 0.5
 
 
-@pytest.mark.parametrize("how", [Decoding(1), Decoding(3), Decoding(1, crop=True, luma=True)])
+@pytest.mark.parametrize("how", [Decoding(1), Decoding(3), Decoding(1, "crop", luma=True)])
 def test_grey_videos_are_scaled_as_ffmpeg_does(how):
     content = make_video(5, size=(160, 120), grey=True)
     size = (86, 64) if how.crop else (64, 64)

@@ -75,8 +75,9 @@ class Decoding(NamedTuple):
     """How frames are converted to 64x64 pixels and to the number of channels."""
 
     channels: int
-    crop: bool = False
-    """Scale the shorter side to 64 and crop the longer one around the centre; otherwise stretch."""
+    fit: str = "stretch"
+    """crop: scale the shorter side to 64, crop the longer one around the centre. pad: scale the longer side to 64,
+    centre the frame on black. stretch: scale both sides to 64."""
     luma: bool = False
     """Convert colours to grey by their brightness; otherwise take the first channel, for videos that are grey."""
     partial: bool = False
@@ -122,16 +123,17 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
             if matrix is None:
                 matrix = display_matrix(frame)
             width = height = FRAME_SIZE
-            if how.crop:
-                shown = max(1, round(frame.width * pixel_aspect)), frame.height
+            shown = max(1, round(frame.width * pixel_aspect)), frame.height
+            if how.fit == "crop":
                 width, height = (-(-FRAME_SIZE * extent // min(shown)) for extent in shown)
+            elif how.fit == "pad":
+                width, height = (max(1, round(FRAME_SIZE * extent / max(shown))) for extent in shown)
             colour = how.channels == 3 or how.luma
             # Scaled directly, colours would have half the horizontal resolution.
             if (width, height) == (frame.width, frame.height) or (colour and not is_grey(frame)):
                 frame = to_rgb(frame)
             pixels = to_size.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
-            top, left = (height - FRAME_SIZE) // 2, (width - FRAME_SIZE) // 2
-            pixels = upright(pixels[top : top + FRAME_SIZE, left : left + FRAME_SIZE], matrix)
+            pixels = upright(centred(pixels), matrix)
             if how.channels == 1:
                 luma = (pixels @ np.array([299, 587, 114]) + 500) // 1000 if how.luma else pixels[..., 0]
                 pixels = luma.astype(np.uint8)[..., None]
@@ -140,6 +142,18 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
     except (av.FFmpegError, ValueError, Cut) as error:  # ValueError: formats that PyAV doesn't know
         if not (how.partial and count):
             raise Unreadable(" ".join(str(error).split())) from error
+
+
+def centred(pixels: np.ndarray) -> np.ndarray:
+    """Crop or pad [H, W, C] around its centre to [64, 64, C]."""
+    for axis in 0, 1:
+        excess = pixels.shape[axis] - FRAME_SIZE
+        if excess > 0:
+            pixels = pixels.take(range(excess // 2, excess // 2 + FRAME_SIZE), axis)
+        elif excess < 0:
+            before = -excess // 2
+            pixels = np.pad(pixels, [(before, -excess - before) if i == axis else (0, 0) for i in range(3)])
+    return pixels
 
 
 class ToRGB:
@@ -607,8 +621,13 @@ SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".we
 class Folder(Sequence[Video]):
     """The videos below a folder, in the order of their paths."""
 
-    def __init__(self, folder: Path, taken: str = ""):
-        """Find the videos. `taken` says which of them, and which of their frames, are to be decoded, if not all.
+    def __init__(self, folder: Path, keys: str = "", belongs: Callable[[Path], bool] = lambda path: True):
+        """Find the videos.
+
+        Args:
+            folder: where they are, at any depth.
+            keys: how they are to be decoded, in words; part of their `origin`.
+            belongs: whether a file, given by its path in the folder, is one of these.
 
         Raises:
             ConfigError: the folder is missing, can't be read, or holds no videos.
@@ -616,9 +635,9 @@ class Folder(Sequence[Video]):
         wanted = f"put {', '.join(sorted(SUFFIXES))} files there"
         if not folder.is_dir():
             raise ConfigError(f"datadir: {folder} is missing; {wanted}")
-        self.folder, self.taken = folder, taken
+        self.folder, self.keys = folder, keys
         try:
-            paths = sorted(files_below(folder))
+            paths = sorted(path for path in files_below(folder) if belongs(path.relative_to(folder)))
         except OSError as error:
             raise ConfigError(f"datadir: {error.filename} can't be read ({error.strerror}); permit it") from error
         self.paths = [path for path in paths if is_video(path)]
@@ -636,11 +655,11 @@ class Folder(Sequence[Video]):
 
     @property
     def origin(self) -> str:
-        """Changes when a file is added, removed, renamed or written, or others are taken."""
+        """Changes when a file is added, removed, renamed or written, or with the keys."""
         stats = [
             (str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths
         ]
-        return f"{len(stats)} files, {zlib.crc32(json.dumps(stats).encode()):08x}{self.taken}"
+        return f"{len(stats)} files, {zlib.crc32(json.dumps(stats).encode()):08x}{self.keys}"
 
     @property
     def remedy(self) -> str:

@@ -259,33 +259,93 @@ def look(config: Config) -> None:
     """
     c = config
     sources = {split: windows(c, split) for split in ("train", "test")}
-    print(f"{'split':<6} {'videos':>9} {'frames':>13} {'windows':>9} {'bytes':>16}")
+    print(f"{'split':<6} {'videos':>9} {'frames':>13} {'windows':>9} {'bytes':>16} {'hours':>8}")
     for split, source in sources.items():
         if isinstance(source, VideoWindows):
-            counts = len(source.file.lengths), int(source.file.lengths.sum()), len(source), source.file.frames.nbytes
+            file = source.file
+            counts = len(file.lengths), int(file.lengths.sum()), len(source), file.frames.nbytes
+            hours = [length / rate / 3600 for length, rate in zip(file.lengths, played(c, file), strict=True) if rate]
         else:
             frames = len(source) * len(source[0])
-            counts = len(source), frames, len(source), frames * FRAME_SIZE**2 * c.channels
-        print(f"{split:<6} {counts[0]:9,} {counts[1]:13,} {counts[2]:9,} {counts[3]:16,}")
+            counts, hours = (len(source), frames, len(source), frames * FRAME_SIZE**2 * c.channels), []
+        length = f"{sum(hours):.2f}" if hours else "-"
+        print(f"{split:<6} {counts[0]:9,} {counts[1]:13,} {counts[2]:9,} {counts[3]:16,} {length:>8}")
     for split, source in sources.items():
         if isinstance(source, VideoWindows):
             rates = [rate and f"{rate:.4g} frames/s" for rate in source.file.rates]
             for rate in dict.fromkeys(rates):
                 names = [name for name, own in zip(source.file.names, rates, strict=True) if own == rate]
                 print(f"{split:<6} {rate or 'no known rate'}: {decoded.listed(names, 20)}")
+            reasons = [f"{name} ({reason})" for name, reason in source.file.skipped.items()]
+            if reasons:
+                print(f"{split:<6} skipped: {decoded.listed(reasons, 20)}")
+        describe(split, source)
     train = sources["train"]
-    chosen = [train[i] for i in np.linspace(0, len(train) - 1, min(8, len(train))).astype(int)]
+    chosen = spread(train, 8)
     sheet, animation = (Path(c.datadir) / f"{c.dataset}.{suffix}" for suffix in ("png", "gif"))
+    shown = {caption(c, train, number): train[number] for number in chosen}
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        tools.save_grid(np.concatenate(chosen), sheet, strip=len(chosen[0]))
-        tools.save_gif(tools.rgb(np.concatenate(chosen, axis=2)), animation)
+        tools.save_grid(np.concatenate(list(shown.values())), sheet, strip=c.seq_len)
+        tools.save_gif(tools.side_by_side(shown, {}), animation)
     except OSError as error:
         raise ConfigError(
             f"datadir: the dataset is complete, but its pictures can't be written to {sheet.parent} "
             f"({error.strerror or error}); training doesn't need them"
         ) from error
     print(f"Look at {sheet} and {animation}")
+
+
+def spread(source: Windows, count: int) -> list[int]:
+    """Return the numbers of at most `count` windows from the first to the last."""
+    return np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
+
+
+def played(config: Config, file: decoded.FrameFile) -> list[float | None]:
+    """Return how many of the decoded frames of each video are a second, as far as that is known."""
+    return [rate and (config.fps or rate) for rate in file.rates]
+
+
+def caption(config: Config, source: Windows, number: int) -> str:
+    """Return a window's number or, of a video, its file, its time in it, and the size of the file's frames."""
+    if not isinstance(source, VideoWindows):
+        return f"window {number}"
+    video, file = source.video[number], source.file
+    rate, size = played(config, file)[video], file.sizes[video]
+    first = source.starts[number] - file.starts[video]
+    name = Path(file.names[video]).name.encode("ascii", "replace").decode()
+    place = f"{first / rate:.1f} s" if rate else f"frame {first}"
+    return ", ".join([name, place] + (["x".join(map(str, size))] if size else []))
+
+
+STILL, BLACK, CUT = 0.25, 32, 40
+"""Of 255: a frame that changes less on average is still; one without a brighter pixel is black; one that changes more,
+and four times as much as usual in its window, comes after a cut."""
+
+
+def describe(split: str, source: Windows) -> None:
+    """Print what may hurt in up to 100 windows: frames that are still or black, and cuts."""
+    still = black = cuts = frames = 0
+    numbers = spread(source, 100)
+    for number in numbers:
+        window = source[number]
+        change = np.abs(np.diff(window.astype(np.int16), axis=0)).mean((1, 2, 3))
+        frames += len(window)
+        still += int((change < STILL).sum())
+        black += int((window.max((1, 2, 3)) < BLACK).sum())
+        cuts += int((change > max(CUT, 4 * np.median(change))).sum()) if len(change) else 0
+    print(
+        f"{split:<6} in {len(numbers)} windows, {still / frames:.0%} of the frames are as the one before, "
+        f"{black / frames:.0%} are black, {cuts} come after a cut"
+    )
+    for hurts, why in (
+        (still > frames / 2, "most frames are as the one before; a lower --fps would leave them out"),
+        (black > frames / 20, "black frames teach nothing; cut them off"),
+        (cuts > len(numbers) / 20, "what comes after a cut can't be predicted; divide the videos there"),
+        (split == "train" and len(source) < 100, f"{len(source)} windows are few; models learn them by heart"),
+    ):
+        if hurts:
+            print(f"{split:<6} Warning: {why}")
 
 
 def main() -> None:

@@ -1311,9 +1311,44 @@ def test_looking_at_a_dataset(folder, capsys):
     printed = capsys.readouterr().out
     assert f"train          6           135        12 {135 * 64 * 64 * 3:16,}" in printed
     with Image.open(data.Path(folder.datadir) / "videos.png") as sheet:
-        assert sheet.size == (10 * 65 - 1, 8 * 65 - 1)
+        assert sheet.size == (10 * 65 - 1, 8 * 65 - 1)  # 8 windows of 10 frames
     with Image.open(data.Path(folder.datadir) / "videos.gif") as gif:
         assert gif.n_frames == 10
+
+
+def test_what_may_hurt_is_said(capsys):
+    random = np.random.default_rng(0)
+    moving = (100 + 40 * np.sin(np.arange(64) / 9 + np.arange(40)[:, None] / 3)).astype(np.uint8)
+    moving = np.broadcast_to(moving[:, None, :, None], (40, 64, 64, 3))
+    cut = np.concatenate([moving[:20], 255 - moving[20:]])
+    data.describe("test", [moving] * 200)
+    assert capsys.readouterr().out == (
+        "test   in 100 windows, 0% of the frames are as the one before, 0% are black, 0 come after a cut\n"
+    )
+    data.describe("train", [np.zeros_like(moving), moving, cut])
+    assert capsys.readouterr().out == (
+        "train  in 3 windows, 32% of the frames are as the one before, 33% are black, 1 come after a cut\n"
+        "train  Warning: black frames teach nothing; cut them off\n"
+        "train  Warning: what comes after a cut can't be predicted; divide the videos there\n"
+        "train  Warning: 3 windows are few; models learn them by heart\n"
+    )
+    data.describe("test", [np.full_like(moving, 90)])
+    assert "Warning: most frames are as the one before; a lower --fps would leave them out" in capsys.readouterr().out
+    noise = random.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)  # changes by much, but always
+    data.describe("test", [noise])
+    assert "0 come after a cut" in capsys.readouterr().out
+
+
+def test_captions_say_where_a_window_is_from(folder):
+    at_times(data.Path(folder.datadir) / "train" / "a b.mkv", range(16), rate=8)
+    train = data.windows(folder, "train")
+    captions = [data.caption(folder, train, number) for number in range(len(train))]
+    assert captions[0] == "a b.mkv, 0.0 s, 64x64" and "a.mp4, 0.5 s, 64x64" in captions
+    assert "b.avi, 0.5 s, 96x64" in captions and "e.npy, frame 10, 64x64" in captions
+    slower = dataclasses.replace(folder, fps=4, rebuild_frames=True, seq_len=2)
+    train = data.windows(slower, "train")
+    assert data.caption(slower, train, 1) == "a b.mkv, 0.5 s, 64x64"
+    assert data.caption(folder, [None], 0) == "window 0"
 
 
 def test_pictures_that_can_not_be_written(folder, monkeypatch, capsys):

@@ -351,6 +351,8 @@ class Survey(NamedTuple):
     """What decoding will give, by estimate; 0 if the video can't be read."""
     rate: float | None = None
     """Frames per second, on average; None of an array, or if it isn't known."""
+    size: tuple[int, int] | None = None
+    """Width and height."""
 
 
 def survey(video: Video, fps: float | None = None) -> Survey:
@@ -359,7 +361,8 @@ def survey(video: Video, fps: float | None = None) -> Survey:
 
     try:
         if is_array(video.content):
-            return Survey(len(read_array(video.content)))
+            frames, height, width, _ = read_array(video.content).shape
+            return Survey(frames, size=(width, height))
         with open_container(video.content) as container:
             stream = video_stream(container)
             if "mov" in container.format.name and stream.frames and stream.duration and stream.average_rate:
@@ -371,7 +374,8 @@ def survey(video: Video, fps: float | None = None) -> Survey:
                 frames, span = len(packets), (max(times) - min(times)) * stream.time_base
                 rate = (frames - 1) / span if span else stream.average_rate
                 seconds = frames / rate if rate else 0
-            return Survey(round(seconds * Fraction(str(fps))) if fps else frames, rate and float(rate))
+            frames = round(seconds * Fraction(str(fps))) if fps else frames
+            return Survey(frames, rate and float(rate), (stream.width, stream.height))
     except (av.FFmpegError, Unreadable, ValueError):
         return Survey(0)
 
@@ -408,7 +412,9 @@ class FrameFile:
         self.lengths = np.array([length for _, length in index["videos"]], np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.rates: list[float | None] = index.get("rates", [None] * len(self.names))
-        """Frames per second in the files; None of arrays, and of frames that were decoded before these were kept."""
+        """Frames per second in the files. None: of arrays, and of what was decoded before these were kept."""
+        self.sizes: list[list[int] | None] = index.get("sizes", [None] * len(self.names))
+        """Width and height of the files' frames, as far as they were kept."""
         self.skipped: dict[str, str] = index["skipped"]
         self.origin: str = index["origin"]
 
@@ -510,11 +516,11 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         ConfigError: too little space, or none of the videos can be decoded.
     """
     frame_bytes = FRAME_SIZE * FRAME_SIZE * how.channels
-    expected, rates = 0, dict[str, float | None]()
+    surveys = {}
     for i in range(len(videos)):
         video = videos[i]
-        frames, rates[video.name] = survey(video, how.fps)
-        expected += frames
+        surveys[video.name] = survey(video, how.fps)
+    expected = sum(found.frames for found in surveys.values())
     free = shutil.disk_usage(path.parent).free
     needed = expected * frame_bytes
     print(f"Decoding {len(videos)} videos, about {expected:,} frames, {needed / 1e9:.2f} GB, to {path}.frames")
@@ -574,7 +580,7 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         if skipped:
             reasons = [f"{name} ({reason})" for name, reason in skipped.items()]
             print(f"Skipped {len(skipped)} unreadable videos: {listed(reasons)}")
-        known = [rate for name, _ in kept if (rate := rates[name])]
+        known = [rate for name, _ in kept if (rate := surveys[name].rate)]
         if how.fps is None and known and max(known) > 1.05 * min(known):
             print(
                 f"The videos have {min(known):.4g} to {max(known):.4g} frames a second, and each frame is kept; "
@@ -593,7 +599,8 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         "channels": how.channels,
         "frames": sum(count for _, count in kept),
         "videos": kept,
-        "rates": [rates[name] for name, _ in kept],
+        "rates": [surveys[name].rate for name, _ in kept],
+        "sizes": [surveys[name].size for name, _ in kept],
         "skipped": skipped,
     }
     index = json.loads(json.dumps(index))

@@ -753,11 +753,10 @@ def test_one_folder_is_split_by_names(folder, capsys):
 
 
 def test_times_that_do_not_increase():
-    image = types.SimpleNamespace(time_base=Fraction(1, 1000))
     for times in [None], [0, 1, 1], [0, 2, 1], [0, None]:
-        frames = [decoded.Frame(image, Fraction(1), time and Fraction(time), Fraction(9)) for time in times]
+        frames = [types.SimpleNamespace(pts=time, time_base=Fraction(1, 20), duration=1) for time in times]
         with pytest.raises(decoded.Shuffled):
-            list(decoded.at_rate(iter(frames), Fraction(1)))
+            list(decoded.by_time(iter(frames), Fraction(20)))
 
 
 def test_rates_are_told(folder, capsys):

@@ -88,18 +88,6 @@ class Decoding(NamedTuple):
     """Don't use the frames' own times: they come at the file's average rate."""
 
 
-class Frame(NamedTuple):
-    """A frame as it is in a file."""
-
-    image: "av.VideoFrame"
-    pixel_aspect: Fraction = Fraction(1)
-    """Width : height of a pixel."""
-    time: Fraction | None = None
-    """When it is shown, in seconds."""
-    end: Fraction = Fraction(0)
-    """When it is shown no more, if another one doesn't come earlier."""
-
-
 def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
     """Decode the frames of a video one by one, upright, uint8 [64, 64, C].
 
@@ -109,17 +97,13 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
     """
     import av
 
-    if is_array(video.content):
-        frames = array_frames(video.content)
-    else:
-        frames = file_frames(video.content, how)
-        frames = frames if how.fps is None else at_rate(frames, Fraction(str(how.fps)))
+    frames = array_frames(video.content) if is_array(video.content) else file_frames(video.content, how)
     count = 0
     # They hold the tables of their conversion, so each serves all frames.
     to_rgb, to_size = ToRGB(), av.video.reformatter.VideoReformatter()
     matrix: np.ndarray | None = None
     try:
-        for frame, pixel_aspect, *_ in frames:
+        for frame, pixel_aspect in frames:
             if matrix is None:
                 matrix = display_matrix(frame)
             width = height = FRAME_SIZE
@@ -167,7 +151,7 @@ class ToRGB:
 
         if frame.format.name == "rgb24":
             return frame
-        properties = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
+        properties = frame.width, frame.height, frame.format.name
         if properties != self.properties:  # of the first frame, and where they change in the middle of a video
             self.properties, self.graph = properties, av.filter.Graph()
             self.graph.threads = 1
@@ -234,59 +218,85 @@ def video_stream(container: Any) -> Any:
     return max(streams, key=lambda s: (s.frames != 1, bool(s.disposition & Disposition.default), s.width * s.height))
 
 
-def file_frames(content: Path | bytes, how: Decoding) -> Iterator[Frame]:
-    """Decode the frames of a file as they are.
+def file_frames(content: Path | bytes, how: Decoding) -> Iterator[tuple["av.VideoFrame", Fraction]]:
+    """Decode the frames of a file as they are, each with the aspect ratio (width : height) of its pixels.
 
     Raises:
         Cut: at the end, if the file announces more, unless `how.partial`.
     """
     with open_container(content) as container:
         stream = video_stream(container)
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate:
-            raise Unreadable("it has no frame rate")
-        count, end = 0, Fraction(0)
-        for packet in container.demux(stream):
-            if packet.is_corrupt:  # the last one of a cut file
-                continue
-            if packet.pts is not None:
-                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            for image in packet.decode():
-                time = None if image.pts is None else image.pts * image.time_base
-                lasts = image.duration * image.time_base or 1 / rate
-                if how.in_order:
-                    time, lasts = count / rate, 1 / rate
-                count += 1
-                yield Frame(image, stream.sample_aspect_ratio or Fraction(1), time, (time or 0) + lasts)
-        announced = announced_end(container, stream)
-        if not how.partial and announced is not None and (announced - end) * rate > Fraction(1, 2):
-            frames = stream.frames or round(announced * rate)
-            raise Cut(f"it ends after {count} of the {frames} frames that it announces; --partial_videos takes these")
+        frames: Iterator[Any] = all_frames(container, stream, how.partial)
+        if how.fps is not None:
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate:
+                raise Unreadable("it has no frame rate")
+            times = in_order(frames, rate) if how.in_order else by_time(frames, rate)
+            frames = at_rate(times, Fraction(str(how.fps)))
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        for frame in frames:
+            yield frame, aspect
 
 
-def at_rate(frames: Iterator[Frame], fps: Fraction) -> Iterator[Frame]:
+def all_frames(container: Any, stream: Any, partial: bool) -> Iterator["av.VideoFrame"]:
+    """Decode a stream; raise Cut at its end, unless `partial`, if the file announces more."""
+    count = end = 0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:  # the last one of a cut file
+            continue
+        if packet.pts is not None:
+            end = max(end, packet.pts + (packet.duration or 0))
+        for frame in packet.decode():
+            count += 1
+            yield frame
+    announced, rate = announced_end(container, stream), stream.average_rate or stream.guessed_rate
+    if not partial and announced and rate and (announced - end * stream.time_base) * rate > Fraction(1, 2):
+        frames = stream.frames or round(announced * rate)
+        raise Cut(f"it ends after {count} of the {frames} frames that it announces; --partial_videos takes these")
+
+
+class Shown(NamedTuple):
+    """A frame and when it is shown, in seconds, if the next one doesn't come earlier than its end."""
+
+    frame: "av.VideoFrame"
+    begin: Fraction
+    end: Fraction
+    early: Fraction
+    """How long before its time it may count as shown, since times are rounded."""
+
+
+def by_time(frames: Iterator[Any], rate: Fraction) -> Iterator[Shown]:
+    """Give frames their own times; raise Shuffled if these are missing or don't increase."""
+    last = None
+    for frame in frames:
+        if frame.pts is None or (last is not None and frame.pts <= last):
+            raise Shuffled
+        last, unit = frame.pts, frame.time_base
+        begin = last * unit
+        yield Shown(frame, begin, begin + (frame.duration * unit or 1 / rate), unit / 2)
+
+
+def in_order(frames: Iterator[Any], rate: Fraction) -> Iterator[Shown]:
+    """Give frames the times that they would have at a constant rate."""
+    for number, frame in enumerate(frames):
+        yield Shown(frame, number / rate, (number + 1) / rate, 1 / rate / 2)
+
+
+def at_rate(frames: Iterator[Shown], fps: Fraction) -> Iterator["av.VideoFrame"]:
     """Yield the frame that is shown at each n / fps, from the first one's time on until the last one ends.
 
-    That is the nearest one before, also where the next one is long in coming. Times are as exact as files have them, so
-    a frame counts as shown a little before its time.
-
-    Raises:
-        Shuffled: times are missing or don't increase.
+    That is the nearest one before, also where the next one is long in coming.
     """
-    shown: Frame | None = None
-    number, first, last = 0, Fraction(0), Fraction(0)
-    early: Any = 0
-    for frame in frames:
-        if frame.time is None or (shown is not None and frame.time <= last):
-            raise Shuffled
+    shown, number, first = None, 0, Fraction(0)
+    for following in frames:
         if shown is None:
-            first, early = frame.time, frame.image.time_base / 2
-        while shown is not None and first + number / fps + early <= frame.time:
-            yield shown
+            first = following.begin
+        while shown is not None and first + number / fps + shown.early <= following.begin:
+            yield shown.frame
             number += 1
-        shown, last = frame, frame.time
-    while shown is not None and first + number / fps + early < shown.end:
-        yield shown
+        shown = following
+    while shown is not None and first + number / fps + shown.early < shown.end:
+        yield shown.frame
         number += 1
 
 
@@ -312,13 +322,13 @@ def announced_end(container: Any, stream: Any) -> Fraction | None:
     return None
 
 
-def array_frames(path: Path) -> Iterator[Frame]:
+def array_frames(path: Path) -> Iterator[tuple["av.VideoFrame", Fraction]]:
     """Read the frames of an array, as `file_frames` does those of a video."""
     import av
 
     for frame in read_array(path):
         colour = np.repeat(frame, 3, -1) if frame.shape[-1] == 1 else np.ascontiguousarray(frame)
-        yield Frame(av.VideoFrame.from_ndarray(colour, "rgb24"))
+        yield av.VideoFrame.from_ndarray(colour, "rgb24"), Fraction(1)
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -369,9 +379,9 @@ def survey(video: Video, fps: float | None = None) -> Survey:
                 seconds, rate = stream.duration * stream.time_base, stream.average_rate
                 frames = min(stream.frames, round(seconds * rate))  # an edit list may hide some
             else:
-                packets = [packet for packet in container.demux(stream) if packet.size]
-                times = [packet.pts for packet in packets if packet.pts is not None] or [0]
-                frames, span = len(packets), (max(times) - min(times)) * stream.time_base
+                times = [packet.pts for packet in container.demux(stream) if packet.size]
+                known = [time for time in times if time is not None] or [0]
+                frames, span = len(times), (max(known) - min(known)) * stream.time_base
                 rate = (frames - 1) / span if span else stream.average_rate
                 seconds = frames / rate if rate else 0
             frames = round(seconds * Fraction(str(fps))) if fps else frames
@@ -564,7 +574,7 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
             tqdm(total=expected or None, unit=" frames", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar,
         ):
             try:
-                for name, result in in_order(pool, decode_aside, (videos[i] for i in range(len(videos))), 2 * threads):
+                for name, result in mapped(pool, decode_aside, (videos[i] for i in range(len(videos))), 2 * threads):
                     if isinstance(result, str):
                         skipped[name] = result
                         continue
@@ -607,7 +617,7 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
     replace_file(index_path(path), json.dumps(index | {"checksum": checksum(index)}).encode())
 
 
-def in_order(pool: concurrent.futures.Executor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
+def mapped(pool: concurrent.futures.Executor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
     """Map like `pool.map`, but compute at most `ahead` results before they are asked for."""
     futures: collections.deque[concurrent.futures.Future] = collections.deque()
     items = iter(items)

@@ -1,7 +1,6 @@
 """One training step: the state, the optimizer and the update over all devices."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax
@@ -15,6 +14,7 @@ import cwvae
 from config import FRAME_SIZE
 from cwvae import Training
 from data import Batch
+from fast.initial import init
 from models import Model
 from noise import key_for, sequence_keys
 
@@ -42,14 +42,16 @@ def split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"params": params["params"]}, {name: x for name, x in params.items() if name != "params"}
 
 
-@partial(jax.jit, static_argnums=0)
 def make_state(model: Model) -> TrainState:
-    """Return the state before the first step."""
+    """Return the state before the first step. Nothing is compiled for it."""
     c = model.config
     frames = model.shortest  # no parameter's shape depends on the length
-    video = jnp.zeros((1, frames, FRAME_SIZE, FRAME_SIZE, c.channels))
-    params = model.init(key_for("params", c), video, model.draw(jax.random.split(jax.random.key(0), 1), frames))
-    return TrainState(jnp.int32(0), jnp.int32(NEVER), params, make_optimizer(model).init(split(params)[0]))
+    video = jax.ShapeDtypeStruct((1, frames, FRAME_SIZE, FRAME_SIZE, c.channels), jnp.float32)
+    inputs = jax.eval_shape(lambda: model.draw(jax.random.split(jax.random.key(0), 1), frames))
+    params = init(model, key_for("params", c), video, inputs)
+    opt_state = jax.eval_shape(make_optimizer(model).init, split(params)[0])
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state)  # as Adam begins
+    return TrainState(jnp.int32(0), jnp.int32(NEVER), params, zeros)
 
 
 def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:

@@ -1,6 +1,7 @@
 """One training step: the state, the optimizer and the update over all devices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax
@@ -17,6 +18,7 @@ from data import Batch
 from fast.initial import init
 from models import Model
 from noise import key_for, sequence_keys
+from system.devices import Devices
 
 NEVER = np.int32(2**31 - 1)
 
@@ -62,12 +64,14 @@ def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainSt
     """
     c = model.config
     optimizer = make_optimizer(model)
-    key = key_for("train", c)
+    # An argument, not a constant of the program: what is compiled serves all seeds.
+    seed = Devices().replicate(jax.random.key_data(key_for("train", c)))
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(seed: Array, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         b, T = batch.video.shape[:2]
         first = jax.lax.axis_index("data") * b
-        inputs = model.draw(sequence_keys(jax.random.fold_in(key, state.step), first, b), T)
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed), state.step)
+        inputs = model.draw(sequence_keys(key, first, b), T)
         training = Training(state.step, batch.weight, "data")
         params, averages = split(state.params)
 
@@ -88,4 +92,7 @@ def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainSt
         first_bad = jnp.where(finite, state.first_bad, jnp.minimum(state.first_bad, state.step + 1))
         return TrainState(state.step + 1, first_bad, params, opt_state), metrics
 
-    return jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    program = jax.pmap(step, axis_name="data", in_axes=(None, None, 0), out_axes=None, donate_argnums=1)
+    take_step: Any = partial(program, seed)
+    take_step.lower = partial(program.lower, seed)
+    return take_step

@@ -215,7 +215,7 @@ def bench_memory(config: Config) -> list[Row]:
         "validation, a chunk": rollout.apply.lower(
             model, "elbo", params, shaped(B, chunk, *frame), inputs(chunk), state=carried
         ),
-        "context": rollout.filter_context.lower(model, params, shaped(B, context, *frame), inputs(context), c.use_obs),
+        "context": rollout.filter_frames.lower(model, params, shaped(B, context, *frame), inputs(context), c.use_obs),
         "prediction, a chunk": rollout.imagine_frames.lower(model, params, inputs(chunk), carried),
     }
     return [memory_row(name, lowered.compile()) for name, lowered in programs.items()]

@@ -66,7 +66,7 @@ class Run:
         Raises:
             ConfigError: a new training can't start from what `init_from` names, or the directory can't be written.
         """
-        newest = self.checkpoints.load_newest(make_state(model))
+        newest = self.checkpoints.load_newest(make_state(model)) if self.checkpoints.steps else None
         step, state, notes = newest or (0, self.devices.from_first(initial_state(model)), {})
 
         def open_log() -> str:

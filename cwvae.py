@@ -30,7 +30,8 @@ from jax import Array
 
 from config import Config
 from fast.convolutions import frame_by_frame
-from fast.layers import Convolution, Dense, lecun_normal, linear
+from fast.initial import lecun_normal, orthogonal, zeros
+from fast.layers import Convolution, Dense, linear
 from fast.scan import unroll
 from noise import Inputs, draw, part, ticks
 
@@ -188,15 +189,10 @@ class GRU(nn.Module):
     @nn.compact
     def __call__(self, x: Array, state: Array) -> Array:
         """[..., inputs], [..., D] -> the new state, [..., D]"""
-        D, zeros = self.size, nn.initializers.zeros
-
-        def orthogonal_gates(key: Array, shape: tuple[int, int]) -> Array:
-            orthogonal = nn.initializers.orthogonal()
-            return jnp.concatenate([orthogonal(k, (D, D)) for k in jax.random.split(key, 3)], 1)
-
+        D = self.size
         input_kernel = self.param("input_kernel", lecun_normal, (self.inputs, 3 * D))
         input_bias = self.param("input_bias", zeros, (3 * D,))
-        state_kernel = self.param("state_kernel", orthogonal_gates, (D, 3 * D))
+        state_kernel = self.param("state_kernel", orthogonal, (D, 3 * D))
         candidate_bias = self.param("candidate_bias", zeros, (D,))
         state_bias = jnp.concatenate([jnp.zeros(2 * D), candidate_bias])
 

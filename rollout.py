@@ -24,12 +24,10 @@ def chunk_size(config: Config) -> int:
     return -(-config.seq_len // config.block) * config.block
 
 
-def chunks(config: Config, frames: int, chunk: int | None, context: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield the first frame of each chunk and the one after its last; a context is a chunk by itself."""
+def chunks(config: Config, frames: int, chunk: int | None, first: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the first frame of each chunk and the one after its last, from frame `first` on."""
     chunk = chunk or chunk_size(config)
-    if context:
-        yield 0, context
-    for start in range(context, frames, chunk):
+    for start in range(first, frames, chunk):
         yield start, min(start + chunk, frames)
 
 
@@ -55,19 +53,16 @@ def observe(
     keys: Array,
     use_obs: str | None = None,
     chunk: int | None = None,
-    context: int = 0,
     place: Place = jnp.asarray,
 ) -> Iterator[tuple[LevelRollout, ...]]:
     """Infer the states behind all frames of a video; arguments as in `open_loop`, which draws the same noise.
-
-    So many frames as `context` says are a chunk by themselves.
 
     Yields:
         Each level's rollout over the ticks of a chunk.
     """
     c, T = model.config, video.shape[1]
     inputs, state = model.draw(keys, T), None
-    for start, stop in chunks(c, T, chunk, context):
+    for start, stop in chunks(c, T, chunk):
         rollouts, state = apply(
             model,
             "observe",
@@ -83,10 +78,13 @@ def observe(
 def reconstruct(model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
     """Yield the frames of a video after its context, which `predict` predicts, in chunks of time, as decoded from a
     posterior that sees them all. The noise of the context is that of `predict`."""
-    rollouts = observe(model, params, video, keys, context=model.config.open_loop_ctx, place=place)
-    next(rollouts)  # the context
-    for after in rollouts:
-        yield apply(model, "decode", params, after)
+    c, T, context = model.config, video.shape[1], model.config.open_loop_ctx
+    inputs = model.draw(keys, T)
+    state = last_state(model, params, place(video[:, :context]), model.part(inputs, 0, context), None)
+    for start, stop in chunks(c, T, None, context):
+        seen = place(video[:, start:stop])
+        frames, state = filter_frames(model, params, seen, model.part(inputs, start, stop), None, state)
+        yield frames
 
 
 class OpenLoop(NamedTuple):
@@ -123,7 +121,7 @@ def open_loop(
     """
     T = context.shape[1]
     inputs = model.draw(keys, T + frames, context=T)
-    reconstruction, state = filter_context(model, params, place(context), model.part(inputs, 0, T), use_obs)
+    reconstruction, state = filter_frames(model, params, place(context), model.part(inputs, 0, T), use_obs)
     return OpenLoop(reconstruction, imagine(model, params, inputs, state, T, frames, chunk))
 
 
@@ -144,8 +142,7 @@ def predict(model: Model, params: Any, video: Any, keys: Array, place: Place = j
     """
     c, T = model.config, model.config.open_loop_ctx
     inputs = model.draw(keys, video.shape[1], context=T)
-    seen, context = place(video[:, :T]), model.part(inputs, 0, T)
-    _, state = apply(model, "observe", params, seen, context, state=None, use_obs=c.use_obs)
+    state = last_state(model, params, place(video[:, :T]), model.part(inputs, 0, T), c.use_obs)
     return imagine(model, params, inputs, state, T, video.shape[1] - T, None)
 
 
@@ -156,9 +153,18 @@ def apply(model: Model, method: str, params: Any, *arguments: Any, **keywords: A
 
 
 @partial(jax.jit, static_argnums=(0, 4))
-def filter_context(model: Model, params: Any, video: Array, inputs: Any, use_obs: str | None) -> Any:
-    rollouts, state = model.apply(params, video, inputs, use_obs=use_obs, method="observe")
+def filter_frames(
+    model: Model, params: Any, video: Array, inputs: Any, use_obs: str | None, state: Any = None
+) -> tuple[Array, Any]:
+    """Return a chunk as its posterior decodes it, and the state behind it. Its rollouts would cost time to compile."""
+    rollouts, state = model.apply(params, video, inputs, state, use_obs, method="observe")
     return model.apply(params, rollouts, method="decode"), state
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def last_state(model: Model, params: Any, video: Array, inputs: Any, use_obs: str | None) -> Any:
+    """Return the state behind a context."""
+    return model.apply(params, video, inputs, use_obs=use_obs, method="observe")[1]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -66,8 +66,8 @@ class Run:
         Raises:
             ConfigError: a new training can't start from what `init_from` names, or the directory can't be written.
         """
-        newest = self.checkpoints.load_newest(jax.eval_shape(make_state, model))
-        step, state, notes = newest or (0, initial_state(model), {})
+        newest = self.checkpoints.load_newest(make_state(model)) if self.checkpoints.steps else None
+        step, state, notes = newest or (0, self.devices.from_first(initial_state(model)), {})
 
         def open_log() -> str:
             with writable(self.path):
@@ -275,7 +275,7 @@ def load_state(model: Model, checkpoint: Checkpoint) -> TrainState:
         DamagedCheckpoint: the checkpoint isn't intact, or is another model's.
     """
     with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
-        state, _ = checkpoints.load(checkpoint.step, jax.eval_shape(make_state, model))
+        state, _ = checkpoints.load(checkpoint.step, make_state(model))
     return state
 
 
@@ -298,14 +298,15 @@ def initial_state(model: Model) -> TrainState:
         params = load_state(make_model(load_config(checkpoint.run, {})), checkpoint).params
     except ConfigError as error:
         raise ConfigError(f"init_from: {error}") from error
-    there, here = shapes(params), shapes(jax.eval_shape(make_state, model).params)
+    state = make_state(model)
+    there, here = shapes(params), shapes(state.params)
     for name in {**here, **there}:
         if there.get(name) != here.get(name):
             raise ConfigError(
                 f"init_from: {source} has parameters of other shapes, {name} first ({there.get(name)} there, "
                 f"{here.get(name)} here); set the model's keys as in {checkpoint.run / 'config.yml'}"
             )
-    return make_state(model).replace(params=params)
+    return dataclasses.replace(state, params=params)
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -15,8 +15,10 @@ import cwvae
 from config import FRAME_SIZE
 from cwvae import Training
 from data import Batch
+from fast.initial import init
 from models import Model
 from noise import key_for, sequence_keys
+from system.devices import Devices
 
 NEVER = np.int32(2**31 - 1)
 
@@ -42,14 +44,16 @@ def split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"params": params["params"]}, {name: x for name, x in params.items() if name != "params"}
 
 
-@partial(jax.jit, static_argnums=0)
 def make_state(model: Model) -> TrainState:
-    """Return the state before the first step."""
+    """Return the state before the first step. Nothing is compiled for it."""
     c = model.config
     frames = model.shortest  # no parameter's shape depends on the length
-    video = jnp.zeros((1, frames, FRAME_SIZE, FRAME_SIZE, c.channels))
-    params = model.init(key_for("params", c), video, model.draw(jax.random.split(jax.random.key(0), 1), frames))
-    return TrainState(jnp.int32(0), jnp.int32(NEVER), params, make_optimizer(model).init(split(params)[0]))
+    video = jax.ShapeDtypeStruct((1, frames, FRAME_SIZE, FRAME_SIZE, c.channels), jnp.float32)
+    inputs = jax.eval_shape(lambda: model.draw(jax.random.split(jax.random.key(0), 1), frames))
+    params = init(model, key_for("params", c), video, inputs)
+    opt_state = jax.eval_shape(make_optimizer(model).init, split(params)[0])
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state)  # as Adam begins
+    return TrainState(jnp.int32(0), jnp.int32(NEVER), params, zeros)
 
 
 def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
@@ -60,12 +64,14 @@ def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainSt
     """
     c = model.config
     optimizer = make_optimizer(model)
-    key = key_for("train", c)
+    # An argument, not a constant of the program: what is compiled serves all seeds.
+    seed = Devices().replicate(jax.random.key_data(key_for("train", c)))
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(seed: Array, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         b, T = batch.video.shape[:2]
         first = jax.lax.axis_index("data") * b
-        inputs = model.draw(sequence_keys(jax.random.fold_in(key, state.step), first, b), T)
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed), state.step)
+        inputs = model.draw(sequence_keys(key, first, b), T)
         training = Training(state.step, batch.weight, "data")
         params, averages = split(state.params)
 
@@ -86,4 +92,7 @@ def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainSt
         first_bad = jnp.where(finite, state.first_bad, jnp.minimum(state.first_bad, state.step + 1))
         return TrainState(state.step + 1, first_bad, params, opt_state), metrics
 
-    return jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    program = jax.pmap(step, axis_name="data", in_axes=(None, None, 0), out_axes=None, donate_argnums=1)
+    take_step: Any = partial(program, seed)
+    take_step.lower = partial(program.lower, seed)
+    return take_step

@@ -7,6 +7,7 @@ from jax import Array
 
 from cwvae import Training
 from fast.convolutions import LAYOUT, conv, conv_transpose
+from fast.initial import normal, ones, zeros
 
 MOMENTUM, EPSILON = 0.1, 1e-5
 """Of PyTorch, as the public codes leave them: a step's statistics are a tenth of the running averages."""
@@ -45,10 +46,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x: Array, training: Training | None) -> Array:
         """Return x [B, ..., C] normalised. Sequences of weight 0 are padding and don't count."""
         C = self.channels
-        scale = self.param("scale", lambda key, shape: 1 + self.scale_stddev * jax.random.normal(key, shape), (C,))
-        bias = self.param("bias", nn.initializers.zeros, (C,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (C,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (C,))
+        scale = self.param("scale", normal(self.scale_stddev, mean=1.0), (C,))
+        bias = self.param("bias", zeros, (C,))
+        running_mean = self.variable("batch_stats", "mean", zeros, None, (C,))
+        running_var = self.variable("batch_stats", "var", ones, None, (C,))
         mean, var = running_mean.value, running_var.value
         if training is not None:
             axes = tuple(range(1, x.ndim - 1))

@@ -38,10 +38,11 @@ from jax import Array
 from baselines.layers import BatchNorm, convolve
 from config import Config
 from cwvae import Gaussian, Terms, Training, entropy, floats, kl_divergence, negative_log_likelihood
+from fast.initial import normal, uniform, zeros
 from fast.layers import Dense, linear
 from noise import cut
 
-normal = nn.initializers.normal(0.02)
+small_normal = normal(0.02)
 
 Maps = tuple[Array, ...]
 """The encoder's feature maps, from the largest to the smallest, [B, T, H, W, C] each."""
@@ -63,10 +64,11 @@ class LSTM(nn.Module):
     @nn.compact
     def __call__(self, x: Array, state: LSTMState) -> tuple[Array, LSTMState]:
         """[B, T, inputs] -> the hidden states [B, T, D], and the state after the last."""
-        D, uniform = self.size, nn.initializers.uniform(2 / self.size**0.5)
+        D = self.size
+        within = uniform(1 / D**0.5)  # as in PyTorch
 
         def parameter(name: str, *shape: int) -> Array:
-            return self.param(name, lambda *of: uniform(*of) - 1 / D**0.5, shape)  # PyTorch's: within 1 / sqrt(D)
+            return self.param(name, within, shape)
 
         kernel, bias = parameter("input_kernel", self.inputs, 4 * D), parameter("input_bias", 4 * D)
         state_kernel, state_bias = parameter("state_kernel", D, 4 * D), parameter("state_bias", 4 * D)
@@ -91,10 +93,10 @@ class Belief(nn.Module):
     def __call__(self, features: Array, state: LSTMState) -> tuple[Gaussian, LSTMState]:
         """[B, T, G] -> [B, T, S], and the state."""
         G, D, S = (getattr(self.config, key) for key in ("svg_features", "svg_rnn_size", "cell_stoch_size"))
-        x = Dense(G, D, kernel_init=normal, name="embed")(features)
+        x = Dense(G, D, kernel_init=small_normal, name="embed")(features)
         x, state = LSTM(D, D, name="lstm")(x, state)
-        mean = Dense(D, S, kernel_init=normal, name="mean")(x)
-        log_variance = Dense(D, S, kernel_init=normal, name="log_variance")(x)
+        mean = Dense(D, S, kernel_init=small_normal, name="mean")(x)
+        log_variance = Dense(D, S, kernel_init=small_normal, name="log_variance")(x)
         return Gaussian(mean, jnp.exp(0.5 * log_variance)), state
 
 
@@ -109,12 +111,12 @@ class Predictor(nn.Module):
     ) -> tuple[Array, tuple[LSTMState, ...]]:
         """[B, T, G], [B, T, S] -> [B, T, G], and the states."""
         G, D, S = (getattr(self.config, key) for key in ("svg_features", "svg_rnn_size", "cell_stoch_size"))
-        x = Dense(G + S, D, kernel_init=normal, name="embed")(features, stoch)
+        x = Dense(G + S, D, kernel_init=small_normal, name="embed")(features, stoch)
         after = []
         for i, state in enumerate(states):
             x, state = LSTM(D, D, name=f"lstm_{i}")(x, state)
             after.append(state)
-        return jnp.tanh(Dense(D, G, kernel_init=normal, name="output")(x)), tuple(after)
+        return jnp.tanh(Dense(D, G, kernel_init=small_normal, name="output")(x)), tuple(after)
 
 
 # ---------------------------------------------------------------------------------------------- encoder, decoder
@@ -139,8 +141,8 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         size = 3 if self.kind == "same" else 4
-        self.kernel = self.param("kernel", normal, (size, size, self.inputs, self.outputs))
-        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        self.kernel = self.param("kernel", small_normal, (size, size, self.inputs, self.outputs))
+        self.bias = self.param("bias", zeros, (self.outputs,))
         self.normalise = BatchNorm(self.outputs) if self.norm else None
 
     def __call__(self, x: Array, training: Training | None, skip: Array | None = None) -> Array:

@@ -61,7 +61,8 @@ from cwvae import (
     kl_divergence,
     negative_log_likelihood,
 )
-from fast.layers import Dense, lecun_normal
+from fast.initial import lecun_normal, ones, zeros
+from fast.layers import Dense
 from fast.scan import unroll
 from noise import cut
 
@@ -87,7 +88,7 @@ class FrameConvolution(nn.Module):
         kind = ("from_one" if H == 1 else "up") if self.transposed else ("to_one" if H == 4 else "down")
         x = convolve(kind, x, kernel)
         if self.last:
-            return jnp.tanh(x + self.param("bias", nn.initializers.zeros, (self.outputs,)))
+            return jnp.tanh(x + self.param("bias", zeros, (self.outputs,)))
         return nn.elu(BatchNorm(self.outputs, scale_stddev=0.0, name="norm")(x, training))
 
 
@@ -136,7 +137,7 @@ class TimeConvolution(nn.Module):
         x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
         x = jnp.concatenate([x[:, i : i + T] for i in range(3)], -1) @ kernel.reshape(-1, self.outputs)
         if self.last:
-            return x + self.param("bias", nn.initializers.zeros, (self.outputs,))
+            return x + self.param("bias", zeros, (self.outputs,))
         return nn.elu(BatchNorm(self.outputs, scale_stddev=0.0, name="norm")(x, training))
 
 
@@ -359,7 +360,7 @@ class VTA(nn.Module):
         self.abstract_forward, self.abstract_backward, self.observation_forward = (Encoding(F, D) for _ in range(3))
         self.abstract_posterior = Stats(D + D, S)
         self.transition = Transition(c)
-        self.last_temperature = self.variable("schedule", "temperature", lambda: jnp.ones(()))
+        self.last_temperature = self.variable("schedule", "temperature", ones, None, ())
 
     @property
     def shortest(self) -> int:

@@ -189,7 +189,7 @@ def bench_metrics(config: Config) -> list[Row]:
 def lower_step(config: Config, devices: int, per_device: int) -> Any:
     """Return the training step, traced for shapes alone."""
     c, model = config, CWVAE(config)
-    state = jax.eval_shape(make_state, model)
+    state = make_state(model)
     shape = devices, per_device, c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels
     video, weight = jax.ShapeDtypeStruct(shape, np.uint8), jax.ShapeDtypeStruct(shape[:2], np.float32)
     step: Any = make_train_step(model)
@@ -208,14 +208,14 @@ def bench_memory(config: Config) -> list[Row]:
         return jax.eval_shape(lambda: draw(c, sequence_keys(jax.random.key(0), 0, B), frames))
 
     carried = jax.eval_shape(lambda: model.apply({"params": {}}, B, method="initial_state"))
-    params, context = jax.eval_shape(make_state, model).params, c.open_loop_ctx
+    params, context = make_state(model).params, c.open_loop_ctx
     devices = Devices()
     programs = {
         "training step": lower_step(c, devices.local, devices.rows(B) // devices.total),
         "validation, a chunk": rollout.apply.lower(
             model, "elbo", params, shaped(B, chunk, *frame), inputs(chunk), state=carried
         ),
-        "context": rollout.filter_context.lower(model, params, shaped(B, context, *frame), inputs(context), c.use_obs),
+        "context": rollout.filter_frames.lower(model, params, shaped(B, context, *frame), inputs(context), c.use_obs),
         "prediction, a chunk": rollout.imagine_frames.lower(model, params, inputs(chunk), carried),
     }
     return [memory_row(name, lowered.compile()) for name, lowered in programs.items()]

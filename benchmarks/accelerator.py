@@ -56,7 +56,6 @@ from benchmarks.measuring import (
     Bench,
     Row,
     Stepper,
-    any_state,
     in_turn,
     machine,
     memory_row,
@@ -401,7 +400,7 @@ def rollouts(setting: Setting) -> Iterator[Row]:
 
     c = setting.config("mmnist")
     model = CWVAE(c)
-    params = Devices().replicate(any_state(model).params)
+    params = Devices().replicate(make_state(model).params)
     random = np.random.default_rng(0)
     context = random.integers(0, 256, (c.batch_size, c.open_loop_ctx, FRAME_SIZE, FRAME_SIZE, c.channels), np.uint8)
     keys, frames = sequence_keys(jax.random.key(0), 0, c.batch_size), c.eval_seq_len - c.open_loop_ctx

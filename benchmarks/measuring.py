@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import os
 import platform
 import statistics
@@ -24,7 +23,7 @@ from config import FRAME_SIZE, Config
 from cwvae import CWVAE
 from noise import draw, sequence_keys, ticks
 from system.devices import Devices
-from train_step import NEVER, TrainState, make_optimizer, make_state, make_train_step
+from train_step import make_optimizer, make_state, make_train_step
 
 Row = dict[str, Any]
 
@@ -130,7 +129,7 @@ class Bench:
     def __init__(self, config: Config):
         c = self.config = dataclasses.replace(config, seed=0)
         self.model, self.devices = CWVAE(c), Devices()
-        self.host = any_state(self.model)
+        self.host = make_state(self.model)
         shape = (self.devices.rows(c.batch_size), c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels)
         self.video = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         weight = (np.arange(shape[0]) < c.batch_size).astype(np.float32)
@@ -162,20 +161,6 @@ class Bench:
 
         state = jax.tree.map(jnp.array, (self.host.step, self.host.params, self.host.opt_state))
         return Stepper(step, state, jnp.asarray(self.video[: c.batch_size]))
-
-
-def any_state(model: CWVAE) -> TrainState:
-    """Return a state of the right shapes, whose making compiles nothing."""
-    random = np.random.default_rng(0)
-
-    def some(x: Any) -> np.ndarray:
-        return (random.normal(size=x.shape) / math.sqrt(max(1, math.prod(x.shape[:-1])))).astype(x.dtype)
-
-    state = jax.eval_shape(make_state, model)
-    params = jax.tree.map(some, state.params)
-    return TrainState(
-        jnp.int32(0), jnp.int32(NEVER), params, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.opt_state)
-    )
 
 
 class Stepper:

@@ -147,7 +147,7 @@ def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x
     """
     N = x.shape[0]
     count = -(-N * channels // CHUNK)
-    if not on_cpu() or count == 1:
+    if not on_cpu() or count == 1 or module.is_initializing():
         return function(module, x)
     size = -(-N // count)
     x = jnp.pad(x, [(0, count * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])

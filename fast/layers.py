@@ -13,8 +13,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from fast.convolutions import conv, conv_transpose
-
-lecun_normal = nn.initializers.lecun_normal()
+from fast.initial import lecun_normal, zeros
 
 
 class Dense(nn.Module):
@@ -30,7 +29,7 @@ class Dense(nn.Module):
 
     def setup(self) -> None:
         self.kernel = self.param("kernel", self.kernel_init, (self.inputs, self.outputs))
-        self.bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        self.bias = self.param("bias", zeros, (self.outputs,))
 
     def __call__(self, x: Array, given: Array | None = None) -> Array:
         return linear(x, self.kernel, self.bias, given, self.dtype)
@@ -52,7 +51,7 @@ class Convolution(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", lecun_normal, (self.size, self.size, self.inputs, self.outputs))
-        bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        bias = self.param("bias", zeros, (self.outputs,))
         y = (conv_transpose if self.transposed else conv)(x, kernel.astype(x.dtype)) + bias
         return checkpoint_name(y.astype(x.dtype), "convolved")
 

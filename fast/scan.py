@@ -45,9 +45,11 @@ def unroll(cell: Any, state: Any, inputs: tuple) -> tuple[Any, Any]:
     Returns:
         States and outputs of all ticks, [B, T, ...].
     """
+    if cell.is_initializing():  # one tick has all parameters
+        first = cell.tick(state, *jax.tree.map(lambda x: x[:, 0], inputs))
+        T = jax.tree.leaves(inputs)[0].shape[1]
+        return jax.tree.map(lambda x: jnp.repeat(x[:, None], T, axis=1), first)
     inputs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), inputs)
-    if cell.is_initializing():
-        cell.tick(state, *jax.tree.map(lambda x: x[0], inputs))
     unbound = cell.clone(parent=None)
 
     def tick(params: Any, state: Any, inputs: tuple) -> tuple[Any, Any]:

@@ -12,7 +12,6 @@ import sys
 from unittest.mock import Mock
 
 import hypothesis
-import jax
 import pytest
 import yaml
 from conftest import ROOT, TINY, tiny_keys
@@ -444,4 +443,4 @@ def test_keys_that_change_the_parameters_shapes_are_declared():
 
 
 def shapes_of(c):
-    return runs.shapes(jax.eval_shape(train_step.make_state, make_model(c)).params)
+    return runs.shapes(train_step.make_state(make_model(c)).params)

@@ -49,7 +49,7 @@ def outcome(logdir):
     run = run_of(logdir)
     c = configuration.load(run / "config.yml")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        step, state, _ = checkpoints.load_newest(jax.eval_shape(train_step.make_state, CWVAE(c)))
+        step, state, _ = checkpoints.load_newest(train_step.make_state(CWVAE(c)))
     return step, state, (run / "metrics.jsonl").read_text()
 
 

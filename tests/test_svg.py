@@ -297,7 +297,7 @@ def test_batch_statistics_are_over_all_devices_and_leave_padding_out():
 def test_numbers_of_parameters(network, encoder, decoder):
     """As the layers of the authors' code have them, for grey frames and 10 latents."""
     model = make_model(Config(model="svg", svg_network=network, filters=64, cell_stoch_size=10))
-    params = jax.eval_shape(train_step.make_state, model).params["params"]
+    params = train_step.make_state(model).params["params"]
     counts = {name: sum(x.size for x in jax.tree.leaves(of)) for name, of in params.items()}
     belief = 128 * 256 + 256 + 4 * 256 * (2 * 256 + 2) + 2 * (256 * 10 + 10)
     predictor = 138 * 256 + 256 + 2 * 4 * 256 * (2 * 256 + 2) + 256 * 128 + 128

@@ -214,6 +214,15 @@ def test_padding_has_no_weight(tiny):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_one_compiled_step_serves_all_seeds(tiny):
+    batch = data.Batch(np.zeros((1, 2, 8, 64, 64, 1), np.uint8), np.ones((1, 2), np.float32))
+    programs = set()
+    for seed in 1, 2:
+        model = CWVAE(dataclasses.replace(tiny, seed=seed))
+        programs.add(train_step.make_train_step(model).lower(train_step.make_state(model), batch).as_text())
+    assert len(programs) == 1
+
+
 def test_gradient_clipping_and_adam(tiny):
     """The first step of Adam moves by lr * g / (|g| + eps), g clipped by the global norm."""
     import jax.numpy as jnp

@@ -283,7 +283,7 @@ def look(config: Config) -> None:
     train = sources["train"]
     chosen = spread(train, 8)
     sheet, animation = (Path(c.datadir) / f"{c.dataset}.{suffix}" for suffix in ("png", "gif"))
-    shown = {caption(c, train, number): train[number] for number in chosen}
+    shown = {f"{place}: {caption(c, train, number)}": train[number] for place, number in enumerate(chosen, 1)}
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         tools.save_grid(np.concatenate(list(shown.values())), sheet, strip=c.seq_len)

@@ -1,6 +1,5 @@
 """One training step: the state, the optimizer and the update over all devices."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -56,15 +55,14 @@ def make_state(model: Model) -> TrainState:
     return TrainState(jnp.int32(0), jnp.int32(NEVER), params, zeros)
 
 
-def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+def make_train_step(model: Model) -> partial[tuple[TrainState, dict[str, Array]]]:
     """Return the optimizer's step on Equation 5 over all devices, (state, batch) -> (state, metrics).
 
     Batches are [devices, B / devices, ...], the state is whole on each device. The state's memory is donated: the state
-    that was passed in can't be used again.
+    that was passed in can't be used again. What is compiled, `func`, takes the seed before these, and serves all seeds.
     """
     c = model.config
     optimizer = make_optimizer(model)
-    # An argument, not a constant of the program: what is compiled serves all seeds.
     seed = Devices().replicate(jax.random.key_data(key_for("train", c)))
 
     def step(seed: Array, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -92,7 +90,4 @@ def make_train_step(model: Model) -> Callable[[TrainState, Batch], tuple[TrainSt
         first_bad = jnp.where(finite, state.first_bad, jnp.minimum(state.first_bad, state.step + 1))
         return TrainState(state.step + 1, first_bad, params, opt_state), metrics
 
-    program = jax.pmap(step, axis_name="data", in_axes=(None, None, 0), out_axes=None, donate_argnums=1)
-    take_step: Any = partial(program, seed)
-    take_step.lower = partial(program.lower, seed)
-    return take_step
+    return partial(jax.pmap(step, axis_name="data", in_axes=(None, None, 0), out_axes=None, donate_argnums=1), seed)

@@ -42,7 +42,6 @@ def digits(arguments: Sequence[str]) -> None:
     for run in models[1:]:
         same_readout(models[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
     workers = [Worker(run) for run in models]
-    directory = directory_for("digits", models, given)
     print(f"Training a classifier of {models[0].config.num_digits} digits")
     read = train_digit_reader(train_set)
     clean, total = clean_accuracy(read, test_set)
@@ -52,6 +51,7 @@ def digits(arguments: Sequence[str]) -> None:
             f"digits: the classifier reads {100 * clean:.2f} % of true frames; below "
             f"{100 * NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
         )
+    directory = directory_for("digits", models, given)
     place_by_chance = places.chance(train_set, test_set) if train_set.digits == 1 else None
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     for run, worker in zip(models, workers, strict=True):

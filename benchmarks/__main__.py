@@ -193,7 +193,8 @@ def lower_step(config: Config, devices: int, per_device: int) -> Any:
     shape = devices, per_device, c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels
     video, weight = jax.ShapeDtypeStruct(shape, np.uint8), jax.ShapeDtypeStruct(shape[:2], np.float32)
     step: Any = make_train_step(model)
-    return step.lower(state, data.Batch(video, weight))
+    (seed,) = step.args
+    return step.func.lower(jax.ShapeDtypeStruct(seed.shape, seed.dtype), state, data.Batch(video, weight))
 
 
 def bench_memory(config: Config) -> list[Row]:

@@ -130,7 +130,7 @@ def compiled(programs: dict[str, Program], limit: float) -> Iterator[tuple[str, 
             for context in program.contexts:
                 held.enter_context(context)
             stepper = program.stepper()
-            started[name] = stepper, pool.submit(stepper.step.lower(stepper.state, stepper.batch).compile)
+            started[name] = stepper, pool.submit(stepper.lower().compile)
     for name, (stepper, compiling) in started.items():
         with spared(name):
             stepper.step = compiling.result(timeout=max(0.0, end - time.monotonic()))

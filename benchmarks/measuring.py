@@ -138,7 +138,8 @@ class Bench:
 
     def stepper(self) -> "Stepper":
         """Return the training step."""
-        return Stepper(make_train_step(self.model), self.devices.replicate(self.host), self.batch)
+        step = make_train_step(self.model)
+        return Stepper(step.func, self.devices.replicate(self.host), self.batch, *step.args)
 
     def textbook_stepper(self, **forms: Any) -> "Stepper":
         """Return the same in the textbook form, on one device."""
@@ -164,14 +165,18 @@ class Bench:
 
 
 class Stepper:
-    """A step (state, batch) -> (state, metrics): takes one each time that it is called."""
+    """A step (*constants, state, batch) -> (state, metrics): takes one each time that it is called."""
 
-    def __init__(self, step: Any, state: Any, batch: Any):
-        self.step, self.state, self.batch = step, state, batch
+    def __init__(self, step: Any, state: Any, batch: Any, *constants: Any):
+        self.step, self.state, self.batch, self.constants = step, state, batch, constants
 
     def __call__(self) -> Any:
-        self.state, metrics = self.step(self.state, self.batch)
+        self.state, metrics = self.step(*self.constants, self.state, self.batch)
         return metrics
+
+    def lower(self) -> Any:
+        """Return the step, traced."""
+        return self.step.lower(*self.constants, self.state, self.batch)
 
 
 def plain_scan(tick: Any, params: Any, state: Any, inputs: Any) -> Any:

@@ -46,13 +46,14 @@ def drawn(draw: Draw) -> Initializer:
     """Return an initialiser of the values draw(generator, shape)."""
 
     def initializer(key: Array, shape: Shape) -> Any:
+        dtype = jax.dtypes.canonicalize_dtype(float)
         if (draws := undrawn.get()) is not None:
-            array = np.zeros(shape, np.float32)
+            array = np.zeros(shape, dtype)
             draws[id(array)] = array, draw
             return array
-        result = jax.ShapeDtypeStruct(shape, np.float32)
+        result = jax.ShapeDtypeStruct(shape, dtype)
         return jax.pure_callback(
-            lambda key: draw(generator(key), shape).astype(np.float32), result, jax.random.key_data(key)
+            lambda key: draw(generator(key), shape).astype(dtype), result, jax.random.key_data(key)
         )
 
     return initializer
@@ -65,7 +66,7 @@ def generator(key_data: Any) -> np.random.Generator:
 
 def constant(value: float) -> Initializer:
     """Return the initialiser of a constant."""
-    return lambda key, shape: np.full(shape, value, np.float32)
+    return lambda key, shape: np.full(shape, value, jax.dtypes.canonicalize_dtype(float))
 
 
 zeros, ones = constant(0.0), constant(1.0)

@@ -254,6 +254,7 @@ def test_yaml_round_trip(tmp_path_factory, data):
             "eval_seq_len",
             "digit_speed",
             "dtype",
+            "fit",
         )
     ]
     values = {}
@@ -264,6 +265,8 @@ def test_yaml_round_trip(tmp_path_factory, data):
         values["use_obs"] = data.draw(st.none() | st.text("TF", min_size=3, max_size=3))
     if values.get("kl_grad_post_perc"):
         values["kl_grad_post_perc"] = data.draw(st.floats(0, 1))
+    if values.get("split"):
+        values["split"] = data.draw(st.floats(1e-9, 1, exclude_max=True))
     if values.get("seed"):
         values["seed"] %= 2**32
     if "beta" in values:
@@ -380,7 +383,7 @@ def test_paths_that_cannot_be_read_are_refused_in_one_line(programs, monkeypatch
             "another path\n"
         )
     monkeypatch.setattr(train, "train", Mock(side_effect=OSError(errno.EDQUOT, "Disk quota exceeded")))
-    code, error = run_program(train.main, [])
+    code, error = run_program(train.main, ["--dataset=mmnist"])
     assert code == 2 and error.startswith("error: a file can't be read or written (Disk quota exceeded); ")
 
 

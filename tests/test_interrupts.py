@@ -93,7 +93,7 @@ def lines_logged(logdir):
 @pytest.mark.slow
 def test_random_faults_change_nothing(tmp_path, capsys):
     """Signals at random moments, while starting, training, validating, saving; and damaged checkpoints in between."""
-    keys = dict(max_steps=60 * FAULTS, save_scalars_every=10, save_model_every=7, save_named_model_every=50)
+    keys = dict(max_steps=150 * FAULTS, save_scalars_every=10, save_model_every=7, save_named_model_every=50)
     whole = start(tmp_path / "whole", **keys)
     output, _ = whole.communicate()
     assert whole.returncode == 0, output
@@ -107,7 +107,7 @@ def test_random_faults_change_nothing(tmp_path, capsys):
         process = start(logdir, **keys)
         while further and lines_logged(logdir) < before + further and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.2 if further else 4))  # without further lines: most likely while it starts
+        time.sleep(chance.uniform(0, 0.2 if further else 2))  # without further lines: most likely while it starts
         name = chance.choice(list(codes))
         process.send_signal(getattr(signal, name))
         output, _ = process.communicate(timeout=60)

@@ -219,7 +219,8 @@ def test_one_compiled_step_serves_all_seeds(tiny):
     programs = set()
     for seed in 1, 2:
         model = CWVAE(dataclasses.replace(tiny, seed=seed))
-        programs.add(train_step.make_train_step(model).lower(train_step.make_state(model), batch).as_text())
+        step = train_step.make_train_step(model)
+        programs.add(step.func.lower(*step.args, train_step.make_state(model), batch).as_text())
     assert len(programs) == 1
 
 

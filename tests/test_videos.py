@@ -918,7 +918,7 @@ def test_colours_are_scaled_at_full_resolution():
 @pytest.mark.parametrize("how", [Decoding(1), Decoding(3), Decoding(1, "crop", luma=True)])
 def test_grey_videos_are_scaled_as_ffmpeg_does(how):
     content = make_video(5, size=(160, 120), grey=True)
-    size = (86, 64) if how.crop else (64, 64)
+    size = (86, 64) if how.fit == "crop" else (64, 64)
     reformatter = av.video.reformatter.VideoReformatter()
     frames = [
         reformatter.reformat(frame, *size, "rgb24", interpolation="AREA").to_ndarray()

@@ -33,7 +33,8 @@ class Checkpoints:
         require_utf8("logdir", directory.absolute())
         from orbax.checkpoint import v1 as ocp  # slow to import
 
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what fails is told here, in one line
+        for name in "absl", "asyncio":  # what fails is told here, in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(2), policies.EveryNSteps(keep_every)] if keep_every else [policies.PreserveAll()]
         self.directory = directory.absolute()

@@ -1,5 +1,6 @@
 """Checkpoints by reading back what was written, and by damaging it."""
 
+import gc
 import sys
 import time
 from types import SimpleNamespace
@@ -34,6 +35,19 @@ def test_checkpoints_roll_and_some_stay(tmp_path):
 
 def largest_file(directory):
     return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_of_each_damaged_file_one_line_is_said(tmp_path, capsys, caplog):
+    """Not also one for each array, whenever its task is collected."""
+    save(tmp_path, [1, 2])
+    for file in [path for path in (tmp_path / "2").rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.load_newest(STATE)[0] in (1, 2)
+        gc.collect()
+        assert capsys.readouterr().out.count("\n") <= 1 and not caplog.records
+        file.write_bytes(content)
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_items_that_fail_or_are_cut_off_cost_nothing_but_themselves(tmp_path, mo
         "hangs": "import subprocess; subprocess.run(['sleep', '600'])",
         "works": "print('here')",
     }
-    items = {name: accelerator.Item(None, 5 if name == "hangs" else 60) for name in programs}
+    items = {name: accelerator.Item(None, 5 if name == "hangs" else 15) for name in programs}
     monkeypatch.setattr(accelerator, "ITEMS", items)
     monkeypatch.setattr(accelerator, "command", lambda name, _: [sys.executable, "-c", programs[name]])
 
@@ -133,7 +133,7 @@ def test_items_that_fail_or_are_cut_off_cost_nothing_but_themselves(tmp_path, mo
         return {x["item"]: x["how"] for x in accelerator.read(out)}
 
     out = tmp_path / "enough"
-    assert ends(out, 300) == {"fails": "failed with exit code 3", "hangs": "cut off", "works": "whole"}
+    assert ends(out, 30) == {"fails": "failed with exit code 3", "hangs": "cut off", "works": "whole"}
     assert "## hangs\n\ncut off" in capsys.readouterr().out and "here" in (out / "log.txt").read_text()
     assert ends(tmp_path / "little", 1) == dict.fromkeys(programs, "not begun, since no time was left")
 

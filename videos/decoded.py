@@ -107,11 +107,12 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
             if matrix is None:
                 matrix = display_matrix(frame)
             width = height = FRAME_SIZE
-            shown = max(1, round(frame.width * pixel_aspect)), frame.height
-            if how.fit == "crop":
-                width, height = (-(-FRAME_SIZE * extent // min(shown)) for extent in shown)
-            elif how.fit == "pad":
-                width, height = (max(1, round(FRAME_SIZE * extent / max(shown))) for extent in shown)
+            if how.fit != "stretch":
+                shown = max(1, round(frame.width * pixel_aspect)), frame.height
+                if how.fit == "crop":
+                    width, height = (-(-FRAME_SIZE * extent // min(shown)) for extent in shown)
+                else:
+                    width, height = (max(1, round(FRAME_SIZE * extent / max(shown))) for extent in shown)
             colour = how.channels == 3 or how.luma
             # Scaled directly, colours would have half the horizontal resolution.
             if (width, height) == (frame.width, frame.height) or (colour and not is_grey(frame)):

@@ -578,19 +578,23 @@ def parse(argv: Sequence[str], program: str = "train.py", description: str = "Tr
     """Return the configuration of a command line: defaults < `--config` file < flags.
 
     Raises:
-        ConfigError: as `load`, `parse_flags` and `check_named` do.
+        ConfigError: as `parse_flags` and `for_program` do.
     """
     special, flags = parse_flags(argv, program, description, config="YAML file, e.g. configs/minerl.yml")
-    config = merged(special.get("config"), flags)
-    check_named(program, special.get("config"), flags)
-    return config
+    return for_program(program, special.get("config"), flags)
 
 
-def check_named(program: str, path: str | None, flags: Mapping[str, str]) -> None:
-    """Raise ConfigError unless a file, a flag or a wandb sweep names the data: the default is a large download."""
+def for_program(program: str, path: str | None, flags: Mapping[str, str]) -> Config:
+    """Merge as `merged` does, if a file, a flag or a wandb sweep names the data: the default is a large download.
+
+    Raises:
+        ConfigError: none does; or as `merged`.
+    """
+    config = merged(path, flags)
     if path is None and "dataset" not in flags and "WANDB_SWEEP_ID" not in os.environ:
         raise ConfigError(
             f"dataset: none is named, and the default, {Config.dataset}, is a download of gigabytes (8.2 GB decoded); "
             f"call {program} --config configs/{Config.dataset}.yml for it, or with digits that need no download "
             f"{program} --config configs/debug.yml"
         )
+    return config

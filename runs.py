@@ -66,7 +66,7 @@ class Run:
         Raises:
             ConfigError: a new training can't start from what `init_from` names, or the directory can't be written.
         """
-        newest = self.checkpoints.load_newest(make_state(model)) if self.checkpoints.steps else None
+        newest = self.checkpoints.load_newest(make_state(model, draw=False)) if self.checkpoints.steps else None
         step, state, notes = newest or (0, self.devices.from_first(initial_state(model)), {})
 
         def open_log() -> str:
@@ -164,7 +164,7 @@ def resumable(config: Config, saved: Path) -> Config:
     config = dataclasses.replace(config, rebuild_frames=False)  # done once, not at each resume or evaluation
     if not saved.exists() and not any((saved.parent / "checkpoints").glob("[0-9]*")):
         return config if config.seed is not None else dataclasses.replace(config, seed=secrets.randbelow(2**31))
-    earlier = Config(**saved_keys(saved))
+    earlier = saved_config(saved)
     if config.seed is None:
         config = dataclasses.replace(config, seed=earlier.seed)
     differing = [
@@ -234,6 +234,11 @@ def saved_keys(path: Path) -> dict[str, Any]:
     return saved
 
 
+def saved_config(path: Path) -> Config:
+    """Return the configuration in a run's config.yml; raise ConfigError as `saved_keys` does."""
+    return Config(**saved_keys(path))
+
+
 def load_config(run: Path, flags: Mapping[str, str]) -> Config:
     """Return a run's configuration, with flags in place of its values.
 
@@ -275,7 +280,7 @@ def load_state(model: Model, checkpoint: Checkpoint) -> TrainState:
         DamagedCheckpoint: the checkpoint isn't intact, or is another model's.
     """
     with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
-        state, _ = checkpoints.load(checkpoint.step, make_state(model))
+        state, _ = checkpoints.load(checkpoint.step, make_state(model, draw=False))
     return state
 
 

@@ -47,8 +47,7 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
     for key in "seq_len", "batch_size", "num_epochs", "max_steps", "beta", "init_from":
         if key in flags:
             raise ConfigError(f"{key}: each stage has its own, got {flags[key]}; leave it out, or call train.py")
-    configuration.check_named("stages.py", special.get("config"), flags)
-    whole = configuration.merged(special.get("config"), flags)
+    whole = configuration.for_program("stages.py", special.get("config"), flags)
     source = None
     for number, stage in enumerate(STAGES, 1):
         beta = None

@@ -43,13 +43,13 @@ def split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"params": params["params"]}, {name: x for name, x in params.items() if name != "params"}
 
 
-def make_state(model: Model) -> TrainState:
-    """Return the state before the first step. Nothing is compiled for it."""
+def make_state(model: Model, draw: bool = True) -> TrainState:
+    """Return the state before the first step, or without `draw` one of its shapes. Nothing is compiled for it."""
     c = model.config
     frames = model.shortest  # no parameter's shape depends on the length
     video = jax.ShapeDtypeStruct((1, frames, FRAME_SIZE, FRAME_SIZE, c.channels), jnp.float32)
     inputs = jax.eval_shape(lambda: model.draw(jax.random.split(jax.random.key(0), 1), frames))
-    params = init(model, key_for("params", c), video, inputs)
+    params = init(model, key_for("params", c), video, inputs, draw=draw)
     opt_state = jax.eval_shape(make_optimizer(model).init, split(params)[0])
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state)  # as Adam begins
     return TrainState(jnp.int32(0), jnp.int32(NEVER), params, zeros)

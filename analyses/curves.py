@@ -9,7 +9,7 @@ import numpy as np
 
 import runs
 from analyses.arguments import new_directory, parse_named, with_names
-from config import Config, ConfigError
+from config import ConfigError
 from report import plots, tables
 from report.output import FORMAT, formats, writing
 from system import logs
@@ -33,7 +33,7 @@ def curves(arguments: Sequence[str]) -> None:
     )
     figures = formats(given.get("format")).figures
     paths = [runs.find(path) for _, path in named]
-    names = with_names([name for name, _ in named], [configured(path) for path in paths])
+    names = with_names([name for name, _ in named], [runs.saved_config(path / "config.yml") for path in paths])
     found = {name: read_log(path) for name, path in zip(names, paths, strict=True)}
     for name, log in found.items():
         for line in log:
@@ -83,14 +83,10 @@ def read_log(run: Path) -> list[dict[str, float]]:
     return log
 
 
-def configured(run: Path) -> Config:
-    return Config(**runs.saved_keys(run / "config.yml"))
-
-
 def lineage(run: Path) -> list[runs.Checkpoint]:
     """Return the checkpoints that a run goes on from, the oldest first; then the run itself, without an end."""
     found = [runs.Checkpoint(run, sys.maxsize)]
-    while (source := configured(found[0].run).init_from) is not None:
+    while (source := runs.saved_config(found[0].run / "config.yml").init_from) is not None:
         try:
             found.insert(0, runs.find_checkpoint(Path(source)))
         except ConfigError as error:

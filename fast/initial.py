@@ -22,10 +22,11 @@ undrawn: ContextVar[dict[int, tuple[np.ndarray, Draw]] | None] = ContextVar("und
 """Within `init`, the arrays that initialisers returned, by id, and what will fill them."""
 
 
-def init(model: Any, key: Array, *arguments: Any) -> dict[str, Any]:
+def init(model: Any, key: Array, *arguments: Any, draw: bool = True) -> dict[str, Any]:
     """Return the variables of `model.init` for arguments of these shapes, as NumPy arrays.
 
-    The model is only traced. What its initialisers left open is drawn then, in the order of the tree.
+    The model is only traced. What its initialisers left open is drawn then, in the order of the tree, unless only the
+    shapes are wanted: without `draw` it is zeros.
     """
     variables: dict[str, Any] = {}
     draws: dict[int, tuple[np.ndarray, Draw]] = {}
@@ -34,11 +35,12 @@ def init(model: Any, key: Array, *arguments: Any) -> dict[str, Any]:
         jax.eval_shape(lambda *arguments: variables.update(model.init(key, *arguments)), *arguments)
     finally:
         undrawn.reset(token)
-    random = generator(jax.random.key_data(key))
-    for array in jax.tree.leaves(variables):
-        if id(array) in draws:
-            _, draw = draws[id(array)]
-            array[...] = draw(random, array.shape)
+    if draw:
+        random = generator(jax.random.key_data(key))
+        for array in jax.tree.leaves(variables):
+            if id(array) in draws:
+                _, values = draws[id(array)]
+                array[...] = values(random, array.shape)
     return variables
 
 

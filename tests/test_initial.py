@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, tiny_keys
 
 import config as configuration
+import runs
 import train_step
 from baselines.layers import BatchNorm
 from baselines.svg import SVG
@@ -143,6 +144,15 @@ def test_a_seed_means_the_same_bits_with_any_number_of_threads():
         )
         sums.append(done.stdout)
     assert sums[0] == sums[1] != sums[2]
+
+
+def test_what_a_checkpoint_replaces_is_not_drawn(trained, monkeypatch):
+    model = CWVAE(runs.load_config(trained, {}))
+    drawn, undrawn = train_step.make_state(model), train_step.make_state(model, draw=False)
+    assert runs.shapes(drawn) == runs.shapes(undrawn)
+    monkeypatch.setattr(initial, "generator", lambda key: {}["nothing is to be drawn"])
+    loaded = runs.load_state(model, runs.find_checkpoint(trained))
+    assert all(np.any(x) for name, x in leaves(loaded.params).items() if "kernel" in name)
 
 
 def test_nothing_is_compiled_but_keys(caplog):

@@ -183,7 +183,7 @@ def measured(setting: Setting, programs: dict[str, Program]) -> Iterator[Row]:
 def steps(setting: Setting) -> Iterator[Row]:
     """Time the training step in each arithmetic, and the textbook form."""
     programs: dict[str, Program] = {}
-    for name in "mmnist", "minerl":
+    for name in ("mmnist",) if setting.rehearse else ("mmnist", "minerl"):
         c = setting.config(name)
         half = dataclasses.replace(c, dtype="bfloat16")
         bench, of_half = Bench(c), Bench(half)
@@ -551,7 +551,7 @@ def bench_accelerator(out: Path, limit: float, rehearse: bool) -> None:
                 share = max(item.limit, spare)
             allowed = min(left, share)
             if rehearse:
-                allowed = left if item.limit else min(left, TO_SAVE + 40)
+                allowed = left if item.limit else min(left, TO_SAVE + 30)
             if allowed < (5 if item.limit else TO_SAVE + 20):
                 tell(out, name, {"what": "ended", "how": "not begun, since no time was left"})
                 continue

@@ -1,6 +1,7 @@
 """The model in textbook form: one frame, one level, one tick at a time, inputs concatenated, each gate a matmul of its own.
 
-Shares parameters and noise with the fast model and nothing else; slow, and meant to be obviously right.
+Shares parameters and noise with the fast model and nothing else; slow, and meant to be obviously right. What is compiled
+depends on few keys, so that configurations share it.
 """
 
 import math
@@ -41,23 +42,33 @@ def leaky_relu(x):
     return jnp.where(x > 0, x, 0.2 * x)
 
 
-@partial(jax.jit, static_argnums=0)
-def encode(c, p, video):
-    """Features of each level: a list over levels of lists over ticks of [B, F]."""
+@jax.jit
+def convolved(p, video):
+    """A list over frames of [B, F]."""
     B, T = video.shape[:2]
     x = video.reshape(B * T, *video.shape[2:])
     for i in range(4):
         x = leaky_relu(conv(p[f"conv_{i}"], x))
     x = x.reshape(B, T, -1)
-    per_frame = [x[:, t] for t in range(T)]
+    return [x[:, t] for t in range(T)]
+
+
+@jax.jit
+def tower(layers, x):
+    for layer in layers[:-1]:
+        x = jax.nn.relu(dense(layer, x))
+    return dense(layers[-1], x)
+
+
+def encode(c, p, video):
+    """Features of each level: a list over levels of lists over ticks of [B, F]."""
+    per_frame = convolved({name: p[name] for name in p if name.startswith("conv")}, video)
     features = [per_frame]
     for level in range(1, c.levels):
-        for i in range(c.enc_dense_layers):
-            layer = p[f"level_{level}_dense_{i}"]
-            last = i == c.enc_dense_layers - 1
-            per_frame = [dense(layer, x) if last else jax.nn.relu(dense(layer, x)) for x in per_frame]
+        if layers := [p[f"level_{level}_dense_{i}"] for i in range(c.enc_dense_layers)]:
+            per_frame = [tower(layers, x) for x in per_frame]
         ticks = c.tmp_abs_factor**level
-        features.append([sum(per_frame[start : start + ticks]) for start in range(0, T, ticks)])
+        features.append([sum(per_frame[start : start + ticks]) for start in range(0, len(per_frame), ticks)])
     return features
 
 
@@ -87,23 +98,27 @@ def gru(p, inputs, state):
     return nn.GRUCell(D, dtype=state.dtype, param_dtype=state.dtype).apply({"params": params}, state, inputs)[0]
 
 
-def stats(c, p, h):
-    return dense(p["mean"], h), jnp.log1p(jnp.exp(dense(p["stddev"], h + 0.54))) + c.cell_min_stddev
+def stats(min_stddev, p, h):
+    return dense(p["mean"], h), jnp.log1p(jnp.exp(dense(p["stddev"], h + 0.54))) + min_stddev
 
 
-@partial(jax.jit, static_argnums=0)  # compiled once, called at every tick
 def tick(c, p, z, h, context, features, noise):
     """One transition; features None: blind. Returns prior, posterior, z, h."""
+    return transition(c.cell_min_stddev, c.cell_mean_only, p, z, h, context, features, noise)
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # compiled once, called at every tick
+def transition(min_stddev, mean_only, p, z, h, context, features, noise):
     x = jax.nn.relu(dense(p["transition"], jnp.concatenate([z, context], -1)))
     h = gru(p["gru"], x, h)
-    prior = stats(c, p["prior_stats"], jax.nn.relu(dense(p["prior_hidden"], h)))
+    prior = stats(min_stddev, p["prior_stats"], jax.nn.relu(dense(p["prior_hidden"], h)))
     posterior = prior
     if features is not None:
         x = jax.nn.relu(dense(p["posterior_in"], jnp.concatenate([h, features], -1)))
         x = jax.nn.relu(dense(p["posterior_hidden"], x))
-        posterior = stats(c, p["posterior_stats"], x)
+        posterior = stats(min_stddev, p["posterior_stats"], x)
     mean, stddev = posterior
-    return prior, posterior, mean if c.cell_mean_only else mean + stddev * noise, h
+    return prior, posterior, mean if mean_only else mean + stddev * noise, h
 
 
 def reset_pattern(c, sizes):

@@ -18,7 +18,7 @@ from unittest.mock import Mock
 import jax
 import numpy as np
 import pytest
-from conftest import COMPILED, ROOT, TINY, flags, log_of
+from conftest import ROOT, TINY, flags, log_of
 from jax._src import xla_bridge
 
 import config as configuration
@@ -32,7 +32,7 @@ from system.checkpoints import Checkpoints
 
 
 def start(count, *arguments):
-    environment = os.environ | COMPILED | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
     return subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )

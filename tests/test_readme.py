@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import OPTIMIZED, ROOT
 from PIL import Image
 
 import config as configuration
@@ -98,7 +99,8 @@ def test_example(tmp_path):
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "pretrained").symlink_to(PRETRAINED)
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    command, environment = [sys.executable, "-c", program], os.environ | OPTIMIZED
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "imagined.gif") as gif:
         assert getattr(gif, "n_frames", 1) > 900  # equal ones are merged

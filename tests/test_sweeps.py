@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import COMPILED, ROOT, tiny_keys
+from conftest import ROOT, tiny_keys
 
 import config as configuration
 from config import Config
@@ -87,7 +87,6 @@ def test_it_runs_as_an_agent_starts_it(name, tmp_path):
         yaml.safe_dump({"wandb_version": 1, **{k: {"value": v} for k, v in point.items()}})
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    environment |= COMPILED
     environment |= dict(WANDB_SWEEP_ID="abc", WANDB_RUN_ID="run1", WANDB_SWEEP_PARAM_PATH=str(tmp_path / "sweep.yml"))
     program = {"${interpreter}": sys.executable, "${program}": str(ROOT / sweep["program"])}
     command = [program.get(part, part) for part in sweep["command"] if part != "${env}"]

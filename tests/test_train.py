@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import COMPILED, ROOT, TINY, flags, full_disk, log_of
+from conftest import ROOT, TINY, flags, full_disk, log_of
 
 import config as configuration
 import data
@@ -285,7 +285,7 @@ def test_learns(tmp_path):
 def run_program(program, arguments, home, **environment):
     variables = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(home)} | environment
     return subprocess.run(
-        [sys.executable, ROOT / program, *arguments], capture_output=True, text=True, cwd=home, env=variables | COMPILED
+        [sys.executable, ROOT / program, *arguments], capture_output=True, text=True, cwd=home, env=variables
     )
 
 

@@ -41,7 +41,7 @@ gc.set_threshold(100_000, 50, 50)
 
 TINY = dict(
     dataset="digits",
-    levels=3,
+    levels=2,
     tmp_abs_factor=2,
     enc_dense_layers=2,
     enc_dense_embed_size=6,

@@ -23,6 +23,7 @@ import eval as evaluation
 import noise
 import runs
 import tools
+import train
 from config import ConfigError
 from cwvae import CWVAE
 from report import output, statistics
@@ -177,7 +178,7 @@ def test_an_interrupted_evaluation_is_continued(run, monkeypatch, capsys):
         assert (whole / name).read_bytes() == (unfinished / name).read_bytes()
     # With other options, or another checkpoint, it isn't.
     (unfinished / "metrics.json").unlink()
-    other, _ = evaluate(run, *flags, "--use_obs=TTF")
+    other, _ = evaluate(run, *flags, "--use_obs=TF")
     assert other != unfinished
 
 
@@ -194,10 +195,15 @@ def test_repeatable_for_any_batch_size(run):
         np.testing.assert_allclose(value.astype(float), c[name], atol=1.01 if value.dtype == np.uint8 else 1e-3)
 
 
-def test_references_by_hand(run):
-    """Posterior, copy and random frames against numpy's mean squared error on frames put together here."""
+def test_references_by_hand(tiny):
+    """Posterior, copy and random frames against numpy's mean squared error on frames put together here.
+
+    Of a model with a level between two others: a whole training and its evaluation.
+    """
+    config = dataclasses.replace(tiny, levels=3)
+    train.train(config)
+    run = runs.directory(config)
     _, results = evaluate(run)
-    config = configuration.load(run / "config.yml")
     model = CWVAE(config)
     params = runs.load_params(model, runs.find_checkpoint(run))
     test, pool = data.windows(config, "test"), evaluation.random_frames(config)
@@ -283,7 +289,7 @@ def test_page_and_tables(run):
 
 def test_options(run):
     directory, results = evaluate(
-        run, "--no_save_grid", "--num_examples=1", "--eval_seq_len=9", "--open_loop_ctx=8", "--use_obs=TFF"
+        run, "--no_save_grid", "--num_examples=1", "--eval_seq_len=9", "--open_loop_ctx=8", "--use_obs=TF"
     )
     assert not list(directory.glob("*/*.png")) and results["predicted_frames"] == 1 and results["num_examples"] == 1
 
@@ -318,12 +324,12 @@ def test_the_named_checkpoint_is_used(run):
 
 def test_another_model_or_a_damaged_checkpoint_is_refused(run):
     for flag, message in (
-        ("--levels=2", "levels: the parameters of .* were trained with 3, got 2; leave it out"),
+        ("--levels=3", "levels: the parameters of .* were trained with 2, got 3; leave it out"),
         ("--model=svg", "model: the parameters of .* were trained with cwvae, got svg; leave it out"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluation.parse(["--logdir", str(run), flag])
-    assert evaluation.parse(["--logdir", str(run), "--levels=3"])[0].levels == 3
+    assert evaluation.parse(["--logdir", str(run), "--levels=2"])[0].levels == 2
     file = max((run / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -381,7 +387,7 @@ def test_results_elsewhere(run, tmp_path, monkeypatch, capsys):
         with pytest.raises(Interrupted):
             evaluation.evaluate(*evaluation.parse(call))
     with pytest.raises(ConfigError, match=r"out: .*b isn't empty; name a new directory"):
-        evaluation.evaluate(*evaluation.parse([*call, "--use_obs=TTF"]))
+        evaluation.evaluate(*evaluation.parse([*call, "--use_obs=TF"]))
     capsys.readouterr()
     evaluation.evaluate(*evaluation.parse(call))
     assert f"Resuming {out}" in capsys.readouterr().out and (out / "index.html").exists()

@@ -63,7 +63,7 @@ def test_a_run_and_its_files(tiny, capsys):
     assert [line["step"] for line in logged] == [2, 4, 5]
     names = ["loss", "nll_term", "kl_term"] + [
         f"avg_{kind}__level_{i}"
-        for i in range(3)
+        for i in range(2)
         for kind in ("kl_prior_posterior", "entropy_prior", "entropy_posterior")
     ]
     want = {f"{split}/{name}" for split in ("train", "validation") for name in names} | {
@@ -75,7 +75,7 @@ def test_a_run_and_its_files(tiny, capsys):
     line = logged[0]
     for split in "train", "validation":
         assert line[f"{split}/loss"] == pytest.approx(line[f"{split}/nll_term"] + line[f"{split}/kl_term"], rel=1e-5)
-        levels = sum(line[f"{split}/avg_kl_prior_posterior__level_{i}"] for i in range(3))
+        levels = sum(line[f"{split}/avg_kl_prior_posterior__level_{i}"] for i in range(2))
         assert line[f"{split}/kl_term"] == pytest.approx(levels, rel=1e-4)
     assert f"python eval.py --logdir {run}" in capsys.readouterr().out
 
@@ -171,7 +171,7 @@ def test_a_start_that_cant_work_is_refused(tiny, tmp_path):
         (dict(init_from=str(tmp_path / "nowhere")), "init_from: logdir: .*nowhere is not a directory"),
         (dict(init_from=str(source / "checkpoints" / "7")), "init_from: logdir: .*7 is not a directory"),
         (dict(init_from=str(source), cell_deter_size=6), r"init_from: .* params/cell_0/\S+ first \(.*config.yml"),
-        (dict(init_from=str(source), levels=2), r"init_from: .* params/cell_2/\S+ first \(\(.*\) there, None here\)"),
+        (dict(init_from=str(source), levels=1), r"init_from: .* params/cell_1/\S+ first \(\(.*\) there, None here\)"),
     ):
         c = dataclasses.replace(other, **keys)
         with pytest.raises(ConfigError, match=message):
@@ -324,7 +324,7 @@ def test_a_refused_start_leaves_the_live_runs_wandb_alone(tmp_path):
 
 def test_a_sweep_beats_flags_which_beat_yaml(tmp_path):
     """As wandb's agent starts a program: the sweep's values in a file, named by the environment."""
-    (tmp_path / "sweep.yml").write_text("wandb_version: 1\nlr: {value: 0.5}\nbeta: {value: [1, 0.5, 0.1]}\n")
+    (tmp_path / "sweep.yml").write_text("wandb_version: 1\nlr: {value: 0.5}\nbeta: {value: [1, 0.5]}\n")
     (tmp_path / "base.yml").write_text("lr: 0.1\ncell_embed_size: 4\nenc_dense_layers: 1\n")
     environment = dict(WANDB_SWEEP_ID="abc", WANDB_RUN_ID="run1", WANDB_SWEEP_PARAM_PATH=str(tmp_path / "sweep.yml"))
     keys = {
@@ -339,7 +339,7 @@ def test_a_sweep_beats_flags_which_beat_yaml(tmp_path):
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("logs/digits/*/config.yml")
     c = configuration.load(path)
-    assert (c.lr, c.beta, c.enc_dense_layers, c.cell_embed_size) == (0.5, (1.0, 0.5, 0.1), 2, 4)
+    assert (c.lr, c.beta, c.enc_dense_layers, c.cell_embed_size) == (0.5, (1.0, 0.5), 2, 4)
     assert path.parent.name == c.run_name
     (tmp_path / "sweep.yml").write_text("wandb_version: 1\nlevels: {value: 0}\n")
     done = run_program("train.py", arguments, tmp_path, **environment | {"WANDB_RUN_ID": "run2"})

@@ -167,7 +167,7 @@ def test_from_download_to_evaluation(tiny, server, dataset):
     import train
 
     server.files.update(contents(dataset))
-    c = for_dataset(tiny, dataset, max_steps=2, num_examples=2)
+    c = for_dataset(tiny, dataset, max_steps=2, num_examples=2, seq_len=11)  # not whole ticks of the top level
     train.train(c)
     evaluation.evaluate(*evaluation.parse(["--logdir", str(runs.directory(c)), "--no_save_grid"]))
     file = decoded.FrameFile(data.Path(c.datadir) / "frames" / f"{dataset}-train-{c.channels}")

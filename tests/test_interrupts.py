@@ -25,6 +25,7 @@ import train_step
 from config import ConfigError
 from cwvae import CWVAE
 from system.checkpoints import Checkpoints
+from system.devices import Devices
 from system.interrupts import Interrupted, Interrupts
 from system.logs import Progress
 
@@ -318,6 +319,14 @@ def test_non_finite_steps_stop_the_training(tiny, monkeypatch, capsys):
     # With the reason gone, training goes on.
     spoil = np.float32(0)
     assert int(train.train(c).step) == 9
+
+
+def test_a_state_after_a_bad_step_is_not_saved(tiny):
+    with runs.opened(tiny, Devices()) as opened:
+        _, state, _ = opened.restore(CWVAE(tiny))
+        opened.save(1, state, {})
+        opened.save(2, state.replace(first_bad=jnp.int32(2)), {})
+    assert newest(runs.directory(tiny)) == 1
 
 
 def test_a_run_that_is_refused_is_left_alone(tiny):

@@ -151,6 +151,14 @@ def test_a_signal_saves_the_last_finished_step(tmp_path, uninterrupted):
     assert_same(outcome(tmp_path), uninterrupted)
 
 
+@pytest.fixture
+def no_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGUSR1", 138), ("SIGUSR2", 140), ("SIGHUP", 129)])
 def test_a_signal_is_followed_by_at_most_two_steps(tiny, monkeypatch, capfd, name, code):
     """Steps take a quarter of a second, and are dispatched in no time."""

@@ -570,7 +570,7 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
     skipped: dict[str, str] = {}
     aside = frames_path(path).with_suffix(".frames.new")
     # With frames of 64x64, threads wait for each other's Python: two take 1.6 times as long as one.
-    large = any(found.size and math.prod(found.size) > 2 * FRAME_SIZE**2 for found in surveys.values())
+    large = any(found.size and math.prod(found.size) >= 2 * FRAME_SIZE**2 for found in surveys.values())
     threads = (os.cpu_count() or 1) if large else 1
     try:
         with (

@@ -283,6 +283,8 @@ def test_yaml_round_trip(tmp_path_factory, data):
 
 def test_keys_that_a_model_does_not_read_are_refused():
     assert Config(model="svg", svg_network="vgg", open_loop_ctx=7).block == 1
+    # SVG's training depends on it.
+    assert "open_loop_ctx" in Config().free and "open_loop_ctx" not in Config(model="svg").free
     with pytest.raises(ConfigError, match=r"levels: svg doesn't read it \(it is for cwvae\), got 2; leave it out"):
         Config(model="svg", levels=2)
     with pytest.raises(ConfigError, match=r"svg_network: cwvae doesn't read it \(it is for svg\), got 'vgg'"):

@@ -53,7 +53,8 @@ def test_batches_pad_the_last_and_start_anywhere(tiny):
     assert len(batches) == data.training_steps(c, Numbers(5)) == 4
     for step, (video, weight) in enumerate(batches):
         want = order[4 * step : 4 * step + 4]
-        assert video[: len(want)] == want and weight == [1] * len(want) + [0] * (6 - len(want))
+        assert video[: len(want)] == want == data.training_indices(c, Numbers(5), step)
+        assert weight == [1] * len(want) + [0] * (6 - len(want))
     assert weight == [1, 1, 1, 0, 0, 0]
     for start in range(5):
         assert training(c, 5, start, rows=6) == batches[start:]

@@ -239,9 +239,10 @@ def test_gradient_clipping_and_adam(tiny):
 def test_validation_does_not_depend_on_batch_size(tiny):
     model = CWVAE(tiny)
     params = train_step.make_state(model).params
-    test = data.windows(tiny, "test")
+    windows = data.windows(tiny, "test")
+    test = [windows[i] for i in range(6)]
     results = []
-    for batch_size, batches in (2, 3), (6, 1), (3, 2):
+    for batch_size, batches in (2, 3), (6, 1), (4, 2):
         c = dataclasses.replace(tiny, batch_size=batch_size, num_val_batches=batches)
         results.append(train.validate(CWVAE(c), params, test, Devices()))
     for other in results[1:]:

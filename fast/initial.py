@@ -35,12 +35,13 @@ def init(model: Any, key: Array, *arguments: Any, draw: bool = True) -> dict[str
         jax.eval_shape(lambda *arguments: variables.update(model.init(key, *arguments)), *arguments)
     finally:
         undrawn.reset(token)
-    if draw:
-        random = generator(jax.random.key_data(key))
-        for array in jax.tree.leaves(variables):
-            if id(array) in draws:
-                _, values = draws[id(array)]
-                array[...] = values(random, array.shape)
+    if not draw:
+        return variables
+    random = generator(jax.random.key_data(key))
+    for array in jax.tree.leaves(variables):
+        if id(array) in draws:
+            _, values = draws[id(array)]
+            array[...] = values(random, array.shape)
     return variables
 
 

@@ -74,7 +74,7 @@ def results(logdir):
     run = path.parent
     c = configuration.load(run / "config.yml")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        step, state, _ = checkpoints.load_newest(train_step.make_state(make_model(c)))
+        step, state, _ = checkpoints.load_newest(train_step.make_state(make_model(c), draw=False))
     return log_of(run), step, state
 
 

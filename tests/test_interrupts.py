@@ -52,7 +52,7 @@ def outcome(logdir):
     run = run_of(logdir)
     c = configuration.load(run / "config.yml")
     with Checkpoints(run / "checkpoints") as checkpoints:
-        step, state, _ = checkpoints.load_newest(train_step.make_state(CWVAE(c)))
+        step, state, _ = checkpoints.load_newest(train_step.make_state(CWVAE(c), draw=False))
     return step, state, (run / "metrics.jsonl").read_text()
 
 
@@ -96,7 +96,7 @@ def lines_logged(logdir):
 @pytest.mark.slow
 def test_random_faults_change_nothing(tmp_path, capsys):
     """Signals at random moments, while starting, training, validating, saving; and damaged checkpoints in between."""
-    keys = dict(max_steps=150 * FAULTS, save_scalars_every=10, save_model_every=7, save_named_model_every=50)
+    keys = dict(max_steps=300 * FAULTS, save_scalars_every=10, save_model_every=7, save_named_model_every=50)
     whole = start(tmp_path / "whole", **keys)
     output, _ = whole.communicate()
     assert whole.returncode == 0, output
@@ -128,7 +128,7 @@ def test_random_faults_change_nothing(tmp_path, capsys):
     output, _ = (process := start(logdir, **keys)).communicate()
     assert process.returncode == 0, output
     assert_same(outcome(logdir), outcome(tmp_path / "whole"))
-    assert sum(survived.values()) > FAULTS // 4  # where the test is held up, training may end before a fault
+    assert sum(survived.values()) > FAULTS // 2
     with capsys.disabled():
         print(f"\nfaults survived: {survived}")
 
@@ -153,6 +153,7 @@ def test_a_signal_saves_the_last_finished_step(tmp_path, uninterrupted):
 
 @pytest.fixture
 def no_nohup():
+    """SIGHUP isn't ignored, and is afterwards as it was."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -212,15 +213,13 @@ def test_the_loop_is_at_most_two_steps_ahead():
     assert finished == begun and progress.bar.n == 9
 
 
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize("start_with", [signal.SIG_DFL, signal.SIG_IGN])
 def test_nohup_is_respected(start_with):
-    before = signal.signal(signal.SIGHUP, start_with)
-    try:
-        with Interrupts():
-            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        assert ignored == (start_with == signal.SIG_IGN) and signal.getsignal(signal.SIGHUP) == start_with
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, start_with)
+    with Interrupts():
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert ignored == (start_with == signal.SIG_IGN) and signal.getsignal(signal.SIGHUP) == start_with
 
 
 def test_signals_wait_for_what_is_deferred():

@@ -118,15 +118,15 @@ def scan(tick: Callable[..., tuple[Any, Any]], params: Any, state: Any, inputs: 
     def backward(residuals: tuple, gradient: Any) -> tuple:
         pullback, layers, params, ticks = residuals
         layers = in_matmul_precision(layers)
+        transposed = [layer.kernel.T for layer in layers]  # outside of the loop
 
         def body(later: Any, slices: tuple) -> tuple[Any, Any]:
             (before, inputs, computed), (after, outputs) = slices
             after = jax.tree.map(jnp.add, after, later)
-            kernels_and_outputs = iter(zip(layers, computed, strict=True))
+            kernels_and_outputs = iter(zip(transposed, computed, strict=True))
 
             def known_output(x: Array, *_: Any) -> Array:
-                layer, output = next(kernels_and_outputs)
-                return known(x, layer.kernel, output, dtype)
+                return known(x, *next(kernels_and_outputs), dtype)
 
             with meaning(known_output):
                 _, to_state = jax.vjp(lambda before: tick(params, before, inputs[1]), before)
@@ -166,12 +166,12 @@ def prepare(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def known(x: Array, kernel: Array, output: Array, dtype: Any) -> Array:
+def known(x: Array, transposed: Array, output: Array, dtype: Any) -> Array:
     """Return `output`, computed before as dot(x, kernel, dtype) plus a constant. A gradient goes to x alone."""
     return output
 
 
 known.defvjp(
-    lambda x, kernel, output, dtype: (output, kernel),
-    lambda dtype, kernel, gradient: (dot(gradient, kernel.T, dtype), None, None),
+    lambda x, transposed, output, dtype: (output, transposed),
+    lambda dtype, transposed, gradient: (dot(gradient, transposed, dtype), None, None),
 )

@@ -229,7 +229,7 @@ class Encoder(nn.Module):
         c = self.config
         B, T, *frame_shape = video.shape
         x = video.astype(multiply_in(c) or video.dtype).reshape(B * T, *frame_shape)
-        x = frame_by_frame(Encoder._convolutions, self, x, c.filters * c.channels_mult).reshape(B, T, self.feature_size)
+        x = self._convolutions(x).reshape(B, T, self.feature_size)
         features = [x]
         for level in range(1, c.levels):
             sizes = [self.feature_size, *[c.enc_dense_embed_size] * (c.enc_dense_layers - 1), self.feature_size]
@@ -248,12 +248,20 @@ class Encoder(nn.Module):
 
     def _convolutions(self, x: Array) -> Array:
         """[N, H, W, C] -> [N, 2, 2, 8 filters]"""
-        channels = self.config.channels
+        c = self.config
+        base, channels = c.filters * c.channels_mult, c.channels
+        layers = []
         for i, multiple in enumerate((1, 2, 4, 8)):  # 64 -> 31 -> 14 -> 6 -> 2
-            outputs = self.config.filters * self.config.channels_mult * multiple
-            x = nn.leaky_relu(Convolution(channels, outputs, 4, name=f"conv_{i}")(x), 0.2)
-            channels = outputs
-        return x
+            layers.append(Convolution(channels, multiple * base, 4, name=f"conv_{i}").layer(x.dtype, len(x)))
+            channels = multiple * base
+
+        def convolutions(x: Array) -> Array:
+            for layer in layers:
+                x = nn.leaky_relu(layer(x), 0.2)
+            return x
+
+        x = x[:, :62, :62]  # no layer reads further: 62 -> 30 -> 14
+        return frame_by_frame(convolutions, x, base)
 
 
 def sum_blocks(x: Array, size: int) -> Array:
@@ -278,18 +286,25 @@ class Decoder(nn.Module):
         # The first two layers have most of the weights: all frames go through them at once.
         x = Dense(F, channels, name="dense")(x).reshape(-1, 1, 1, channels)
         x = nn.leaky_relu(Convolution(channels, 4 * base, 5, transposed=True, name="conv_0")(x), 0.2)
-        x = frame_by_frame(Decoder._frames, self, x, base)
+        x = self._frames(x)
         return x.reshape(B, T, *x.shape[1:]).astype(output.dtype)
 
     def _frames(self, x: Array) -> Array:
         """[N, 5, 5, 4 filters] -> [N, H, W, C]"""
         c = self.config
         base, channels = c.filters * c.channels_mult, x.shape[-1]
+        layers = []
         for i, (size, outputs) in enumerate(((5, 2 * base), (6, base), (6, c.channels)), 1):  # 5 -> 13 -> 30 -> 64
-            x = Convolution(channels, outputs, size, transposed=True, name=f"conv_{i}")(x)
-            x = nn.leaky_relu(x, 0.2) if i < 3 else jnp.tanh(x)
+            convolution = Convolution(channels, outputs, size, transposed=True, name=f"conv_{i}")
+            layers.append(convolution.layer(x.dtype, len(x)))
             channels = outputs
-        return x
+
+        def convolutions(x: Array) -> Array:
+            for layer in layers[:-1]:
+                x = nn.leaky_relu(layer(x), 0.2)
+            return jnp.tanh(layers[-1](x))
+
+        return frame_by_frame(convolutions, x, base)
 
 
 def floats(video: Array) -> Array:

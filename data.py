@@ -18,6 +18,7 @@ import config as configuration
 import tools
 from config import FRAME_SIZE, Config, ConfigError
 from fast.backend import on_cpu
+from system.files import require_utf8
 from system.interrupts import Interrupts, exit_codes
 from videos import decoded, digits
 
@@ -122,6 +123,8 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
 
     # Checksums say that published videos are whole.
     how = decoded.Decoding(c.channels, partial=True)
+    if c.rebuild_frames or not decoded.index_path(path).exists():
+        require_utf8("datadir", datadir.absolute())  # TFDS needs it; refused before anything is written there
     return decoded.frame_file(path, prepared, how, rebuild=c.rebuild_frames)
 
 

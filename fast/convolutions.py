@@ -8,29 +8,65 @@ A large image x [N, H, W, C] and a small one y [N, H', W', O] belong to a kernel
     weights   kernel[a, b] = sum over i, j of x[2 i + a, 2 j + b].T @ y[i, j]
 
 On accelerators XLA finds them by itself. On CPUs its gather is fast, but its scatter is slow, and what it derives
-from these two for the gradients is tens of times slower in places. So there each sum has a form of its own.
+from these two for the gradients is tens of times slower in places. So there each sum has a form of its own, and with
+many channels and frames one with fewer multiplications (fast/toom_cook.py).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array
 
+from fast import toom_cook
 from fast.backend import on_cpu
 
 CHUNK = 800
 """Frames times channels (of the largest layer's output) that go through the convolutions together on a CPU."""
 
 FEW = 4
-"""Up to so many channels of the large image, `weights` takes patches of it."""
+"""Up to so many channels, an image is small beside its patches, and a layer that reads it is computed again for its
+gradient."""
+
+MANY_CHANNELS = 64
+MANY_FRAMES = 64
+"""From these on, fewer multiplications pay for their additions and for preparing the kernel."""
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 # ---------------------------------------------------------------------------------------------- layers
+
+
+def layer(kernel: Array, transposed: bool, frames: int = 1) -> Callable[[Array], Array]:
+    """Return `conv` or `conv_transpose` with a kernel, for so many frames in all.
+
+    What prepares the kernel is computed here, outside of loops over frames.
+    """
+    direct = conv_transpose if transposed else conv
+    size, _, C, O = kernel.shape  # noqa: E741
+    large, small = (O, C) if transposed else (C, O)
+    channels = min(4 * large, small)
+    if not on_cpu() or kernel.dtype == jnp.bfloat16 or channels < MANY_CHANNELS or frames < MANY_FRAMES:
+        return lambda x: direct(x, kernel)
+
+    taps = -(-size // 2)
+    paired = pairs_of_kernel(kernel.swapaxes(2, 3) if transposed else kernel)
+    prepared = toom_cook.at_points(paired)
+    if not transposed:
+        return lambda x: toom_cook.convolve(pairs(x, [(n - size) // 2 + taps for n in x.shape[1:3]]), prepared)
+    reverse = toom_cook.at_points(paired[::-1, ::-1].swapaxes(2, 3))  # XLA leaves out whichever isn't used
+
+    def function(y: Array) -> Array:
+        H, W = y.shape[1:3]
+        if -(-H // taps) < -(-(H + taps - 1) // taps):
+            x = toom_cook.spread(y, prepared)
+        else:  # as few tiles, and fewer additions
+            around = (taps - 1, taps - 1)
+            x = toom_cook.convolve(jnp.pad(y, ((0, 0), around, around, (0, 0))), reverse)
+        return pixels(x)[:, : 2 * (H - 1) + size, : 2 * (W - 1) + size]
+
+    return function
 
 
 def conv(x: Array, kernel: Array) -> Array:
@@ -43,7 +79,10 @@ def conv_transpose(x: Array, kernel: Array) -> Array:
     N, H, W, C = x.shape
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if H == W == 1:
-        return (x.reshape(N, C) @ kernel.transpose(2, 0, 1, 3).reshape(C, -1)).reshape(N, size, size, outputs)
+        x, kernel = x.reshape(N, C), kernel.reshape(-1, C, outputs)
+        if on_cpu():  # where transposing the kernel takes longer than multiplying by it
+            return jnp.stack([x @ tap for tap in toom_cook.slices(kernel)], 1).reshape(N, size, size, outputs)
+        return (x @ kernel.swapaxes(0, 1).reshape(C, -1)).reshape(N, size, size, outputs)
     return scatter_with_gradients(x, kernel) if on_cpu() else dilated(x, kernel)
 
 
@@ -95,18 +134,24 @@ def scatter(x: Array, kernel: Array) -> Array:
     """Scatter [N, H, W, C] with kernel [size, size, C, O] on a CPU.
 
     For an even size, a convolution of stride 1 makes 2x2 pixels of the output at each place (sub-pixels): no zero
-    is multiplied. An odd size would need a kernel padded with zeros, which costs as much.
+    is multiplied. An odd size would need a kernel padded with zeros, which costs as much. For few outputs, a matmul
+    makes a plane [N, H, W] of each tap and output, and sums of shifted planes are sub-pixels.
     """
     N, H, W, C = x.shape
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if size % 2:
         return dilated(x, kernel)
     taps = size // 2
-    kernel = kernel.reshape(taps, 2, taps, 2, C, outputs)[::-1, :, ::-1]
-    kernel = kernel.transpose(0, 2, 4, 1, 3, 5).reshape(taps, taps, C, 4 * outputs)
-    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), [(taps - 1,) * 2] * 2, dimension_numbers=LAYOUT)
-    H, W = y.shape[1:3]
-    return y.reshape(N, H, W, 2, 2, outputs).transpose(0, 1, 3, 2, 4, 5).reshape(N, 2 * H, 2 * W, outputs)
+    if outputs <= FEW:
+        planes = kernel.swapaxes(2, 3).reshape(-1, C) @ x.reshape(-1, C).T
+        planes = planes.reshape(taps, 2, taps, 2, outputs, N, H, W)
+        shifted = jnp.zeros((2, 2, outputs, N, H + taps - 1, W + taps - 1), x.dtype)
+        for a in range(taps):
+            for b in range(taps):
+                shifted += jnp.pad(planes[a, :, b], [(0, 0)] * 4 + [(a, taps - 1 - a), (b, taps - 1 - b)])
+        return pixels(shifted.transpose(3, 4, 5, 0, 1, 2).reshape(N, H + taps - 1, W + taps - 1, 4 * outputs))
+    kernel = pairs_of_kernel(kernel.swapaxes(2, 3))[::-1, ::-1].swapaxes(2, 3)
+    return pixels(jax.lax.conv_general_dilated(x, kernel, (1, 1), [(taps - 1,) * 2] * 2, dimension_numbers=LAYOUT))
 
 
 def weights(x: Array, y: Array, size: int) -> Array:
@@ -117,15 +162,14 @@ def weights(x: Array, y: Array, size: int) -> Array:
     many taps each way), the taps of a row are shifts of the smaller y, side by side, and each row of taps is a matmul
     of its own. Patches remain if x has few channels, and for odd sizes, which have no pairs.
     """
-    N, H, W, O = y.shape  # noqa: E741
+    _, H, W, O = y.shape  # noqa: E741
     C, taps = x.shape[-1], size // 2
     if size % 2:
         patches = [x[:, a : a + 2 * H - 1 : 2, b : b + 2 * W - 1 : 2] for a in range(size) for b in range(size)]
         kernel = y.reshape(-1, O).T @ jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
         return kernel.T.reshape(size, size, C, O)
     rows, columns = H + taps - 1, W + taps - 1
-    x = x[:, : 2 * rows, : 2 * columns].reshape(N, rows, 2, columns, 2, C)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(N, rows, columns, 4 * C)
+    x = pairs(x, [rows, columns])
     if C <= FEW:
         patches = [x[:, a : a + H, b : b + W] for a in range(taps) for b in range(taps)]
         kernel = y.reshape(-1, O).T @ jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
@@ -136,22 +180,44 @@ def weights(x: Array, y: Array, size: int) -> Array:
     return kernel.reshape(taps, taps, O, 2, 2, C).transpose(0, 3, 1, 4, 5, 2).reshape(size, size, C, O)
 
 
+def pairs(x: Array, extents: Sequence[int]) -> Array:
+    """Make pairs of rows and columns channels: [N, H, W, C] -> [N, *extents, 4 C], cut or filled up with zeros."""
+    (N, _, _, C), (rows, columns) = x.shape, extents
+    x = x[:, : 2 * rows, : 2 * columns]
+    x = jnp.pad(x, ((0, 0), (0, 2 * rows - x.shape[1]), (0, 2 * columns - x.shape[2]), (0, 0)))
+    return x.reshape(N, rows, 2, columns, 2, C).transpose(0, 1, 3, 2, 4, 5).reshape(N, rows, columns, 4 * C)
+
+
+def pixels(x: Array) -> Array:
+    """Undo `pairs`: [N, H, W, 4 C] -> [N, 2 H, 2 W, C]."""
+    N, H, W, C = x.shape
+    return x.reshape(N, H, W, 2, 2, C // 4).transpose(0, 1, 3, 2, 4, 5).reshape(N, 2 * H, 2 * W, C // 4)
+
+
+def pairs_of_kernel(kernel: Array) -> Array:
+    """[size, size, C, O] -> [taps, taps, 4 C, O], which does with `pairs` what the kernel does; taps = size / 2, up."""
+    taps = -(-kernel.shape[0] // 2)
+    C, O = kernel.shape[2:]  # noqa: E741
+    kernel = jnp.pad(kernel, ((0, kernel.shape[0] % 2), (0, kernel.shape[1] % 2), (0, 0), (0, 0)))
+    return kernel.reshape(taps, 2, taps, 2, C, O).transpose(0, 2, 1, 3, 4, 5).reshape(taps, taps, 4 * C, O)
+
+
 # ---------------------------------------------------------------------------------------------- frames
 
 
-def frame_by_frame(function: Callable[[Any, Array], Array], module: nn.Module, x: Array, channels: int) -> Array:
-    """Return function(module, x) for frames x [N, ...], none of which matters to another.
+def frame_by_frame(function: Callable[[Array], Array], x: Array, channels: int) -> Array:
+    """Return function(x) for frames x [N, ...], none of which matters to another.
 
     On CPUs in chunks that fit into the caches: the fewer `channels` the largest layer has, the more frames. For the
-    gradient only the layers' outputs are kept.
+    gradient only what is named "convolved" is kept.
     """
     N = x.shape[0]
     count = -(-N * channels // CHUNK)
-    if not on_cpu() or count == 1 or module.is_initializing():
-        return function(module, x)
+    if not on_cpu() or count == 1:
+        return function(x)
     size = -(-N // count)
     x = jnp.pad(x, [(0, count * size - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, size, *x.shape[1:])
     keep = jax.checkpoint_policies.save_only_these_names("convolved")
-    body = nn.remat(lambda module, carry, x: (carry, function(module, x)), prevent_cse=False, policy=keep)
-    _, y = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})(module, (), x)
+    body = jax.checkpoint(lambda carry, x: (carry, function(x)), prevent_cse=False, policy=keep)
+    _, y = jax.lax.scan(body, (), x)
     return y.reshape(count * size, *y.shape[2:])[:N]

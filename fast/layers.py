@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from fast.convolutions import conv, conv_transpose
+from fast import convolutions
 from fast.initial import lecun_normal, zeros
 
 
@@ -48,12 +48,21 @@ class Convolution(nn.Module):
     size: int
     transposed: bool = False
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
+        return self.layer(x.dtype)(x)
+
+    @nn.compact
+    def layer(self, dtype: Any, frames: int = 1) -> Callable[[Array], Array]:
+        """Return the layer as a function of x; see `fast.convolutions.layer`."""
         kernel = self.param("kernel", lecun_normal, (self.size, self.size, self.inputs, self.outputs))
         bias = self.param("bias", zeros, (self.outputs,))
-        y = (conv_transpose if self.transposed else conv)(x, kernel.astype(x.dtype)) + bias
-        return checkpoint_name(y.astype(x.dtype), "convolved")
+        convolve = convolutions.layer(kernel.astype(dtype), self.transposed, frames)
+
+        def function(x: Array) -> Array:
+            y = (convolve(x) + bias).astype(x.dtype)
+            return y if self.inputs <= convolutions.FEW else checkpoint_name(y, "convolved")
+
+        return function
 
 
 Linear = Callable[[Array, Array, Array, Array | None, Any], Array]

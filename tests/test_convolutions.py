@@ -1,5 +1,8 @@
 """Each form of the convolutions against the textbook's, values and gradients, on the shapes of all layers."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,13 +51,26 @@ def value_and_gradients(function, x, kernel, gradient):
     return y, *gradients(gradient)
 
 
+def by_few_multiplications(transposed: bool):
+    return lambda x, kernel: convolutions.layer(kernel, transposed, convolutions.MANY_FRAMES)(x)
+
+
 @pytest.mark.parametrize(
-    "filters, channels, cpu", [(1, 1, True), (2, 3, True), (2, 3, False), (8, 1, True), (32, 3, True)]
+    "filters, channels, cpu, frames",
+    [
+        *((1, 1, True, 1), (2, 3, True, 1), (2, 3, False, 1), (8, 1, True, 1), (32, 3, True, 1)),
+        *((2, 3, True, convolutions.MANY_FRAMES), (2, 3, False, convolutions.MANY_FRAMES)),
+        (32, 3, True, convolutions.MANY_FRAMES),
+    ],
 )
-def test_layers_equal_the_textbook(monkeypatch, filters, channels, cpu):
+def test_layers_equal_the_textbook(monkeypatch, filters, channels, cpu, frames):
     monkeypatch.setattr(convolutions, "on_cpu", lambda: cpu)
+    if filters == 2:
+        monkeypatch.setattr(convolutions, "MANY_CHANNELS", 1)
     for layer in layers(filters, channels):
-        forms = convolutions.conv_transpose if layer[0] else convolutions.conv
+        if layer[1] == 1 and frames > 1:
+            continue  # one pixel is a Dense layer's
+        forms = lambda x, kernel, layer=layer: convolutions.layer(kernel, layer[0], frames)(x)  # noqa: E731
         x, kernel, gradient = operands(*layer, np.float32)
         want = jax.jit(lambda *args, layer=layer: value_and_gradients(textbook(layer[0]), *args))(x, kernel, gradient)
         got = jax.jit(lambda *args, forms=forms: value_and_gradients(forms, *args))(x, kernel, gradient)
@@ -73,11 +89,15 @@ def test_by_hand():
             np.testing.assert_allclose(convolutions.conv_transpose(x, kernel), by_hand, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (jnp.bfloat16, 0.02)])
-def test_other_precisions(dtype, tolerance):
+def test_other_precisions(monkeypatch, dtype, tolerance, many):
+    monkeypatch.setattr(convolutions, "MANY_CHANNELS", 1)
     with jax.enable_x64(True):
         for layer in SMALL:
             forms = convolutions.conv_transpose if layer[0] else convolutions.conv
+            if many:
+                forms = by_few_multiplications(layer[0])
             exact = operands(*layer, np.float64)
             got = value_and_gradients(forms, *(x.astype(dtype) for x in exact))
             rounded = [x.astype(dtype).astype(np.float64) for x in exact]
@@ -105,3 +125,33 @@ def test_transformations(transposed):
     jitted = jax.jit(lambda: gradients(forms))
     for a, b in zip(jitted(), jitted(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "transposed, H, size, C, O, products",
+    [
+        (False, 31, 4, 32, 64, 49 * 9 * 128 * 64),
+        (False, 14, 4, 64, 128, 9 * 9 * 256 * 128),
+        (False, 6, 4, 128, 256, 9 * 512 * 256),
+        (True, 5, 5, 128, 64, 4 * 25 * 128 * 256),
+        (True, 13, 6, 64, 32, 25 * 25 * 64 * 128),
+    ],
+)
+def test_fewer_multiplications(transposed, H, size, C, O, products):  # noqa: E741
+    """The published layers multiply as often as the algorithm has to: forward, and once more for each gradient."""
+    N, out = convolutions.MANY_FRAMES, 2 * (H - 1) + size if transposed else (H - size) // 2 + 1
+    shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((N, H, H, C), (size, size, C, O), (N, out, out, O))]
+
+    def multiplications(function, *shapes) -> int:
+        program = jax.jit(function).lower(*shapes).as_text()
+        assert "stablehlo.convolution" not in program
+        pattern = r"dot_general .*contracting_dims = \[(.)\].*: \(tensor<(.*)xf32>, .*\) -> tensor<(.*)xf32>"
+        dots = re.findall(pattern, program)
+        assert len(dots) == program.count("dot_general")
+        return sum(int(a.split("x")[int(axis)]) * math.prod(map(int, y.split("x"))) for axis, a, y in dots)
+
+    forms = by_few_multiplications(transposed)
+    assert multiplications(forms, *shapes[:2]) == N * products
+    assert multiplications(lambda *args: value_and_gradients(forms, *args), *shapes) == 3 * N * products
+    few = convolutions.layer(jnp.zeros(shapes[1].shape), transposed, N - 1)
+    assert "stablehlo.convolution" in jax.jit(few).lower(shapes[0]).as_text()

@@ -63,6 +63,7 @@ class Compiled:
 
 GRID = [
     dict(T=11, levels=3, tmp_abs_factor=2, chunk=4),
+    dict(T=11, levels=1, tmp_abs_factor=1, chunk=4, few_multiplications=True),
     dict(T=11, levels=3, tmp_abs_factor=2, backend="gpu"),
     dict(T=11, levels=1, tmp_abs_factor=1, enc_dense_layers=0),
     dict(T=11, levels=1, tmp_abs_factor=6, action_size=2),
@@ -85,6 +86,9 @@ def test_equals_the_textbook_form(case, monkeypatch):
     """Every output, term and gradient, in double precision."""
     case = dict(case)
     monkeypatch.setattr(convolutions, "CHUNK", case.pop("chunk", convolutions.CHUNK))
+    if case.pop("few_multiplications", False):
+        monkeypatch.setattr(convolutions, "MANY_CHANNELS", 1)
+        monkeypatch.setattr(convolutions, "MANY_FRAMES", 1)
     backend = case.pop("backend", "cpu")  # whose forms are used; they are computed here all the same
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     with jax.enable_x64(True):
@@ -223,8 +227,21 @@ def test_parameter_counts_of_the_published_configurations(name, channels, sizes,
     assert shapes["cell_1/posterior_stats/stddev/kernel"] == (E, S)
 
 
-def test_shapes_of_all_layers():
+def test_shapes_of_all_layers(monkeypatch):
+    of_convolutions = []
+
+    def recorded(*args, prepare=convolutions.layer):
+        layer = prepare(*args)
+
+        def function(x):
+            of_convolutions.append(layer(x).shape)
+            return layer(x)
+
+        return function
+
+    monkeypatch.setattr(convolutions, "layer", recorded)
     c, model, params, video, inputs = make(T=7, levels=3, tmp_abs_factor=2, filters=2)
+    of_convolutions.clear()
     _, seen = model.module.apply(params, video, inputs, capture_intermediates=True)
     shapes = {
         "/".join(k.key for k in path if hasattr(k, "key")): x.shape
@@ -232,10 +249,8 @@ def test_shapes_of_all_layers():
     }
     by_layer = {name.removesuffix("/__call__"): shape for name, shape in shapes.items()}
     N = 2 * 7
-    for i, (size, channels) in enumerate([(31, 2), (14, 4), (6, 8), (2, 16)]):
-        assert by_layer[f"encoder/conv_{i}"] == (N, size, size, channels)
-    for i, (size, channels) in enumerate([(5, 8), (13, 4), (30, 2), (64, 1)]):
-        assert by_layer[f"decoder/conv_{i}"] == (N, size, size, channels)
+    sizes = [(30, 2), (14, 4), (6, 8), (2, 16), (5, 8), (13, 4), (30, 2), (64, 1)]  # encoder, decoder
+    assert of_convolutions == [(N, size, size, channels) for size, channels in sizes]
     assert by_layer["decoder/dense"] == (N, 1024)
     assert by_layer["encoder/level_1_dense_0"] == (2, 7, 6)
     features = model.module.apply(params, video, method=lambda m, v: m.encoder(v))

@@ -1061,7 +1061,8 @@ def test_names_that_are_not_utf8(folder, tmp_path):
     assert done.stderr.startswith(f"error: datadir: {tmp_path}/{escaped}/train is missing; put ")
 
 
-def test_folders_where_libraries_need_utf8(tiny, server, tmp_path):
+def test_folders_where_libraries_need_utf8(tiny, server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"^logdir: .*caf\\udce9.* isn't UTF-8, as it has to be"):
         Checkpoints(tmp_path / OTHER_BYTES)
     refused(dataclasses.replace(for_dataset(tiny, "mazes"), datadir=OTHER_BYTES), r"^datadir: .* isn't UTF-8")

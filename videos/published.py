@@ -25,7 +25,6 @@ from tensorflow_datasets.core.download import checksums, resource
 from tqdm import tqdm
 
 from config import ConfigError
-from system.files import require_utf8
 from videos.decoded import Video, one_process
 
 ANSWER_SECONDS = 10
@@ -231,11 +230,9 @@ def prepare(dataset: str, datadir: Path, again: bool = False) -> Published:
         again: prepare it again if the zips, all of which are there, aren't those that it was prepared from.
 
     Raises:
-        ConfigError: the source can't be reached or sent something else; one line that names URL and folder. Or the
-            directory's path isn't UTF-8.
+        ConfigError: the source can't be reached or sent something else; one line that names URL and folder.
     """
     cls = BUILDERS[dataset]
-    require_utf8("datadir", datadir.absolute())
     try:
         builder = prepared(cls, datadir)
         if builder is not None and not again:

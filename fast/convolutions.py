@@ -80,7 +80,7 @@ def conv_transpose(x: Array, kernel: Array) -> Array:
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if H == W == 1:
         x, kernel = x.reshape(N, C), kernel.reshape(-1, C, outputs)
-        if on_cpu():  # where transposing the kernel takes longer than multiplying by it
+        if on_cpu() and outputs >= MANY_CHANNELS:  # transposing the kernel takes longer than multiplying by it
             return jnp.stack([x @ tap for tap in toom_cook.slices(kernel)], 1).reshape(N, size, size, outputs)
         return (x @ kernel.swapaxes(0, 1).reshape(C, -1)).reshape(N, size, size, outputs)
     return scatter_with_gradients(x, kernel) if on_cpu() else dilated(x, kernel)

@@ -251,17 +251,11 @@ class Encoder(nn.Module):
         c = self.config
         base, channels = c.filters * c.channels_mult, c.channels
         layers = []
-        for i, multiple in enumerate((1, 2, 4, 8)):  # 64 -> 31 -> 14 -> 6 -> 2
+        x = x[:, :62, :62]  # what the layers read of 64
+        for i, multiple in enumerate((1, 2, 4, 8)):  # 62 -> 30 -> 14 -> 6 -> 2
             layers.append(Convolution(channels, multiple * base, 4, name=f"conv_{i}").layer(x.dtype, len(x)))
             channels = multiple * base
-
-        def convolutions(x: Array) -> Array:
-            for layer in layers:
-                x = nn.leaky_relu(layer(x), 0.2)
-            return x
-
-        x = x[:, :62, :62]  # no layer reads further: 62 -> 30 -> 14
-        return frame_by_frame(convolutions, x, base)
+        return frame_by_frame(partial(leaky, layers), x, base)
 
 
 def sum_blocks(x: Array, size: int) -> Array:
@@ -285,7 +279,7 @@ class Decoder(nn.Module):
         x = output.astype(multiply_in(c) or output.dtype).reshape(B * T, F)
         # The first two layers have most of the weights: all frames go through them at once.
         x = Dense(F, channels, name="dense")(x).reshape(-1, 1, 1, channels)
-        x = nn.leaky_relu(Convolution(channels, 4 * base, 5, transposed=True, name="conv_0")(x), 0.2)
+        x = leaky([Convolution(channels, 4 * base, 5, transposed=True, name="conv_0")], x)
         x = self._frames(x)
         return x.reshape(B, T, *x.shape[1:]).astype(output.dtype)
 
@@ -298,13 +292,15 @@ class Decoder(nn.Module):
             convolution = Convolution(channels, outputs, size, transposed=True, name=f"conv_{i}")
             layers.append(convolution.layer(x.dtype, len(x)))
             channels = outputs
+        *hidden, last = layers
+        return frame_by_frame(lambda x: jnp.tanh(last(leaky(hidden, x))), x, base)
 
-        def convolutions(x: Array) -> Array:
-            for layer in layers[:-1]:
-                x = nn.leaky_relu(layer(x), 0.2)
-            return jnp.tanh(layers[-1](x))
 
-        return frame_by_frame(convolutions, x, base)
+def leaky(layers: Sequence[Callable[[Array], Array]], x: Array) -> Array:
+    """Apply layers to x, each with a leaky ReLU behind it."""
+    for layer in layers:
+        x = nn.leaky_relu(layer(x), 0.2)
+    return x
 
 
 def floats(video: Array) -> Array:

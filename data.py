@@ -79,6 +79,7 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
     c = config
     datadir = Path(c.datadir)
     path = datadir / "frames" / f"{c.dataset}-{split}-{c.channels}"
+    kept = not c.rebuild_frames and decoded.index_path(path).exists()
     if c.dataset == "videos":
         how = decoded.Decoding(c.channels, c.fit, luma=True, partial=c.partial_videos, fps=c.fps)
         changed = [key for key in OF_VIDEOS if getattr(c, key) != getattr(Config, key)]
@@ -87,7 +88,7 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
         if c.split and any((datadir / name).is_dir() for name in ("train", "test")):
             raise ConfigError(f"split: {datadir} has train or test already, got {c.split}; leave it out")
         # After decoding, the folder may go.
-        if not c.rebuild_frames and decoded.index_path(path).exists() and not folder.exists():
+        if kept and not folder.exists():
             file = decoded.FrameFile(path)
             if file.origin.split(", ")[2:] != keys.split(", ")[1:]:
                 raise ConfigError(
@@ -123,7 +124,7 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
 
     # Checksums say that published videos are whole.
     how = decoded.Decoding(c.channels, partial=True)
-    if c.rebuild_frames or not decoded.index_path(path).exists():
+    if not kept:
         require_utf8("datadir", datadir.absolute())  # TFDS needs it; refused before anything is written there
     return decoded.frame_file(path, prepared, how, rebuild=c.rebuild_frames)
 

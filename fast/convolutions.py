@@ -50,8 +50,8 @@ def layer(kernel: Array, transposed: bool, frames: int = 1) -> Callable[[Array],
     if not on_cpu() or kernel.dtype == jnp.bfloat16 or channels < MANY_CHANNELS or frames < MANY_FRAMES:
         return lambda x: direct(x, kernel)
 
-    taps = -(-size // 2)
     paired = pairs_of_kernel(kernel.swapaxes(2, 3) if transposed else kernel)
+    taps = len(paired)
     prepared = toom_cook.at_points(paired)
     if not transposed:
         return lambda x: toom_cook.convolve(pairs(x, [(n - size) // 2 + taps for n in x.shape[1:3]]), prepared)
@@ -196,9 +196,9 @@ def pixels(x: Array) -> Array:
 
 def pairs_of_kernel(kernel: Array) -> Array:
     """[size, size, C, O] -> [taps, taps, 4 C, O], which does with `pairs` what the kernel does; taps = size / 2, up."""
-    taps = -(-kernel.shape[0] // 2)
-    C, O = kernel.shape[2:]  # noqa: E741
-    kernel = jnp.pad(kernel, ((0, kernel.shape[0] % 2), (0, kernel.shape[1] % 2), (0, 0), (0, 0)))
+    size, _, C, O = kernel.shape  # noqa: E741
+    taps, odd = -(-size // 2), size % 2
+    kernel = jnp.pad(kernel, ((0, odd), (0, odd), (0, 0), (0, 0)))
     return kernel.reshape(taps, 2, taps, 2, C, O).transpose(0, 2, 1, 3, 4, 5).reshape(taps, taps, 4 * C, O)
 
 

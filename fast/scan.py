@@ -167,7 +167,7 @@ def prepare(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def known(x: Array, transposed: Array, output: Array, dtype: Any) -> Array:
-    """Return `output`, computed before as dot(x, kernel, dtype) plus a constant. A gradient goes to x alone."""
+    """Return `output`, computed before as dot(x, transposed.T, dtype) plus a constant. A gradient goes to x alone."""
     return output
 
 

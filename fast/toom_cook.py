@@ -75,6 +75,7 @@ def weights(x: Array, y: Array) -> Points:
 
 def convolve_backward(operands: tuple[Array, Points], gradient: Array) -> tuple[Array, Points]:
     x, kernel = operands
+    # Both cut the gradient into the same tiles, which XLA computes once.
     return spread(gradient, kernel), weights(x, gradient)
 
 

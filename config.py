@@ -101,6 +101,14 @@ class Config:
     channels_mult: int = option(
         1, "multiplies the number of convolution channels", at_least=1, models=CWVAE, shapes=True
     )
+    action_size: int | None = option(
+        None,
+        "entries of the actions that level 0 takes as context; null: as many as the data has; 0: none",
+        at_least=0,
+        later=True,
+        shapes=True,
+        models=CWVAE,
+    )
     filters: int = option(
         32,
         "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many (for vta: as many)",
@@ -161,7 +169,7 @@ class Config:
     dataset: str = option(
         "mmnist",
         "minerl, mazes, mmnist, kth; digits (embedded: no download); mnist (moving digits from MNIST's idx files in "
-        "datadir); videos (files below datadir/train and datadir/test)",
+        "datadir); videos (files below datadir/train and datadir/test); episodes (npz files there, with actions)",
     )
     datadir: str = option("datasets", "directory of the datasets", free=True)
     rebuild_frames: bool = option(
@@ -169,13 +177,13 @@ class Config:
     )
     fit: str = option(
         "crop",
-        "crop, pad or stretch videos that aren't square (dataset videos)",
+        "crop, pad or stretch frames that aren't square (datasets videos, episodes)",
         named=True,
         later=True,
     )
     split: float | None = option(
         None,
-        "share of the files that train, by their names, if datadir has no train and test (dataset videos)",
+        "share of the files that train, by their names, if datadir has no train and test (datasets videos, episodes)",
         above=0,
         named=True,
         later=True,
@@ -187,6 +195,20 @@ class Config:
         None,
         "take this many frames per second, by their times (dataset videos); null: each",
         above=0,
+        named=True,
+        later=True,
+    )
+    action_leads: bool = option(
+        True,
+        "action[t] led to image[t], and an episode's first action is a dummy; false: it is taken at image[t] and leads "
+        "to the next one (dataset episodes)",
+        named=True,
+        later=True,
+    )
+    num_actions: int | None = option(
+        None,
+        "how many actions there are, if they are numbers from 0 (dataset episodes)",
+        at_least=1,
         named=True,
         later=True,
     )
@@ -308,6 +330,10 @@ class Config:
         if self.channels not in CHANNELS[self.dataset]:
             known = " or ".join(map(str, CHANNELS[self.dataset]))
             raise ConfigError(f"channels: {self.dataset} has {known}, got {self.channels}; set --channels {known}")
+        if self.dataset == "episodes" and self.model != "cwvae":
+            raise ConfigError(
+                f"dataset: {self.model} takes no actions, got episodes; set --model cwvae, or --dataset videos"
+            )
         if len(self.digit_speed) != 2 or self.digit_speed[0] > self.digit_speed[1]:
             raise ConfigError(f"digit_speed: needs the slowest and the fastest speed, got {list(self.digit_speed)}")
         if self.kl_grad_post_perc is not None and self.kl_grad_post_perc > 1:
@@ -396,7 +422,16 @@ def read_by(model: str) -> set[str]:
     return {field.name for field in fields if not field.metadata["models"] or model in field.metadata["models"]}
 
 
-CHANNELS = {"minerl": (3,), "mazes": (3,), "mmnist": (1,), "kth": (1,), "digits": (1,), "mnist": (1,), "videos": (1, 3)}
+CHANNELS = {
+    "minerl": (3,),
+    "mazes": (3,),
+    "mmnist": (1,),
+    "kth": (1,),
+    "digits": (1,),
+    "mnist": (1,),
+    "videos": (1, 3),
+    "episodes": (1, 3),
+}
 """The datasets, and the colour channels each can have."""
 
 

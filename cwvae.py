@@ -323,20 +323,21 @@ class State:
 class CWVAE(nn.Module):
     """The Clockwork VAE: an encoder, a chain of states per level, a decoder (Figure 3, Equations 3 and 4).
 
-    With `action_size` > 0, the inputs' actions [B, T, action_size] are part of the context of level 0.
+    With `config.action_size` > 0, the inputs' actions [B, T, action_size] are part of the context of level 0: each
+    action is the one that led to its frame.
     """
 
     config: Config
-    action_size: int = 0
 
     def setup(self) -> None:
         c = self.config
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         output_size = c.cell_stoch_size + c.cell_deter_size
+        context_sizes = [output_size + (c.action_size or 0), *[output_size] * (c.levels - 1)]
         self.cells = [
-            RSSMCell(c, output_size + self.action_size * (level == 0), self.encoder.feature_size, name=f"cell_{level}")
-            for level in range(c.levels)
+            RSSMCell(c, size, self.encoder.feature_size, name=f"cell_{level}")
+            for level, size in enumerate(context_sizes)
         ]
 
     @property
@@ -400,15 +401,24 @@ class CWVAE(nn.Module):
         for level, T_l in reversed(list(enumerate(ticks(c, T)))):
             assert inputs[level].noise.shape == (B, T_l, c.cell_stoch_size), (level, inputs[level].noise.shape, T_l)
             context = context[:, :T_l]
-            if level == 0 and self.action_size:
-                if inputs[0].actions is None:
-                    raise ValueError(f"actions: this model needs [B, T, {self.action_size}], got None")
-                context = jnp.concatenate([context, inputs[0].actions], -1)
+            if level == 0:
+                context = self.with_actions(context, inputs[0].actions)
             rollout, last = self.cells[level](state.levels[level], context, features[level], inputs[level])
             context = jnp.repeat(rollout.output, c.tmp_abs_factor, axis=1)
             rollouts.insert(0, rollout)
             states.insert(0, last)
         return tuple(rollouts), State(tuple(states), T % c.block == 0)
+
+    def with_actions(self, context: Array, actions: Array | None) -> Array:
+        """Append actions [B, T, A], if the model takes any, to the context of level 0 [B, T, S + D].
+
+        Raises:
+            ValueError: it takes others, or none.
+        """
+        size, shape = self.config.action_size or 0, None if actions is None else actions.shape
+        if size != (shape[-1] if shape else 0):
+            raise ValueError(f"actions: this model takes {f'[B, T, {size}]' if size else 'none'}, got {shape}")
+        return context if actions is None else jnp.concatenate([context, actions], -1)
 
     def initial_state(self, batch: int) -> State:
         """Return zeros at every level."""

@@ -42,6 +42,7 @@ class Batch(NamedTuple):
 
     video: Any  # uint8 [B, T, H, W, C], on the host or on devices
     weight: Any  # float32 [B]
+    actions: Any = None  # float32 [B, T, A]: each led to its frame; None of datasets without
 
 
 def windows(config: Config, split: str) -> Windows:

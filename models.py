@@ -27,8 +27,9 @@ class Model(Protocol):
     def shortest(self) -> int:
         """The frames that `init` needs."""
 
-    def draw(self, keys: Array, frames: int, context: int = 0) -> Any:
-        """Return the noise of so many frames, from one PRNG key per sequence [B]; the first `context` are observed."""
+    def draw(self, keys: Array, frames: int, context: int = 0, actions: Any = None) -> Any:
+        """Return the noise of so many frames, from one PRNG key per sequence [B], and their actions [B, T, A], if any;
+        the first `context` frames are observed."""
 
     def part(self, inputs: Any, start: int, stop: int) -> Any:
         """Return what belongs to the frames from `start` to `stop`, with zeros behind the end."""

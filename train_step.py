@@ -48,7 +48,8 @@ def make_state(model: Model, draw: bool = True) -> TrainState:
     c = model.config
     frames = model.shortest  # no parameter's shape depends on the length
     video = jax.ShapeDtypeStruct((1, frames, FRAME_SIZE, FRAME_SIZE, c.channels), jnp.float32)
-    inputs = jax.eval_shape(lambda: model.draw(jax.random.split(jax.random.key(0), 1), frames))
+    actions = jnp.zeros((1, frames, c.action_size)) if c.action_size else None
+    inputs = jax.eval_shape(lambda: model.draw(jax.random.split(jax.random.key(0), 1), frames, actions=actions))
     params = init(model, key_for("params", c), video, inputs, draw=draw)
     opt_state = jax.eval_shape(make_optimizer(model).init, split(params)[0])
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state)  # as Adam begins
@@ -69,7 +70,7 @@ def make_train_step(model: Model) -> partial[tuple[TrainState, dict[str, Array]]
         b, T = batch.video.shape[:2]
         first = jax.lax.axis_index("data") * b
         key = jax.random.fold_in(jax.random.wrap_key_data(seed), state.step)
-        inputs = model.draw(sequence_keys(key, first, b), T)
+        inputs = model.draw(sequence_keys(key, first, b), T, actions=batch.actions)
         training = Training(state.step, batch.weight, "data")
         params, averages = split(state.params)
 

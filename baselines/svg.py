@@ -297,7 +297,7 @@ class SVG(nn.Module):
         """A frame that is given and one that is predicted."""
         return 2
 
-    def draw(self, keys: Array, frames: int, context: int = 0) -> Array:
+    def draw(self, keys: Array, frames: int, context: int = 0, actions: None = None) -> Array:
         """Return standard normal noise [B, T, S], from one key per sequence [B]."""
         return jax.vmap(lambda key: jax.random.normal(key, (frames, self.config.cell_stoch_size)))(keys)
 

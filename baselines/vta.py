@@ -367,7 +367,7 @@ class VTA(nn.Module):
         """One frame that is modelled, with those before and after."""
         return 2 * self.config.vta_init_size + 1
 
-    def draw(self, keys: Array, frames: int, context: int = 0) -> Inputs:
+    def draw(self, keys: Array, frames: int, context: int = 0, actions: None = None) -> Inputs:
         """Draw the noise of so many frames, from one PRNG key per sequence [B]."""
         S = self.config.cell_stoch_size
 

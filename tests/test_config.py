@@ -97,7 +97,7 @@ def test_flags(arguments, key, value):
         (["--cell_type", "LSTM"], "cell_type: must be one of RSSMCell, got 'LSTM'"),
         (
             ["--dataset", "mazed"],
-            "dataset: must be one of minerl, mazes, mmnist, kth, digits, mnist, videos, got 'mazed'; did you mean 'mazes'?",
+            "dataset: must be one of minerl, mazes, mmnist, kth, digits, mnist, videos, episodes, got 'mazed'; did you mean 'mazes'?",
         ),
         (["--dataset", "minerl"], "channels: minerl has 3, got 1; set --channels 3"),
         (["--dataset", "videos", "--channels", "2"], "channels: videos has 1 or 3, got 2; set --channels 1 or 3"),

@@ -25,10 +25,10 @@ from noise import Inputs, draw, keep_patterns, part, ticks
 TINY_MODEL = {key: TINY[key] for key in TINY if key.startswith(("cell", "enc", "filters", "dataset"))}
 
 
-def make(T, B=2, action_size=0, dtype=np.float32, **keys):
+def make(T, B=2, dtype=np.float32, **keys):
     """A model, random parameters (biases too), a video, noise and actions."""
     c = Config(**{**TINY_MODEL, "open_loop_ctx": keys.get("tmp_abs_factor", 6) ** (keys.get("levels", 3) - 1), **keys})
-    model = CWVAE(c, action_size)
+    model, action_size = CWVAE(c), c.action_size
     random = np.random.default_rng(0)
     video = random.uniform(size=(B, T, 64, 64, c.channels)).astype(dtype)
     drawn = draw(c, jax.random.split(jax.random.key(0), B), T)

@@ -3,11 +3,12 @@
 A dataset split is a random-access sequence of windows, each uint8 [T, 64, 64, C].
 """
 
+import dataclasses
 import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ from config import FRAME_SIZE, Config, ConfigError
 from fast.backend import on_cpu
 from system.files import require_utf8
 from system.interrupts import Interrupts, exit_codes
-from videos import decoded, digits
+from videos import decoded, digits, episodes
 
 
 class Windows(Protocol):
@@ -37,12 +38,19 @@ THREADS = 2
 """How many read batches ahead."""
 
 
+class Window(NamedTuple):
+    """Frames and their actions."""
+
+    video: np.ndarray  # uint8 [T, 64, 64, C]
+    actions: np.ndarray | None  # float32 [T, A]: each led to its frame; None without any
+
+
 class Batch(NamedTuple):
     """Windows and what each counts: rows of weight 0 are padding."""
 
     video: Any  # uint8 [B, T, H, W, C], on the host or on devices
     weight: Any  # float32 [B]
-    actions: Any = None  # float32 [B, T, A]: each led to its frame; None of datasets without
+    actions: Any = None  # float32 [B, T, A], see Window
 
 
 def windows(config: Config, split: str) -> Windows:
@@ -53,6 +61,10 @@ def windows(config: Config, split: str) -> Windows:
     """
     c = config
     length = c.seq_len if split == "train" else c.eval_seq_len
+    if c.dataset == "episodes":
+        return VideoWindows(with_actions(c, frame_file(c, split)), length, split, c.action_size != 0)
+    if c.action_size:
+        raise ConfigError(f"action_size: {c.dataset} has no actions, got {c.action_size}; leave it out")
     if c.dataset == "digits":
         images, labels = digits.of_scikit_learn, digits.labels_of_scikit_learn
         return digits.MovingDigits(images, labels, split, length or 1000, c.num_digits, c.digit_speed)
@@ -62,6 +74,38 @@ def windows(config: Config, split: str) -> Windows:
         )
         return digits.MovingDigits(idx_images, idx_labels, split, length or 1000, c.num_digits, c.digit_speed)
     return VideoWindows(frame_file(c, split), length, split)
+
+
+def with_actions(config: Config, file: decoded.FrameFile) -> decoded.FrameFile:
+    """Return a file of episodes; raise ConfigError unless it has the actions that the configuration asks for."""
+    asked, there = config.action_size, file.action_size
+    if asked != 0 and not there:
+        raise ConfigError(
+            f"action_size: the episodes of {file.path} have no action; set --action_size 0 to train on frames alone"
+        )
+    if asked and asked != there:
+        raise ConfigError(
+            f"action_size: the episodes of {file.path} have actions of {there} entries, got {asked}; name others"
+        )
+    return file
+
+
+def with_action_size(config: Config, train: Windows) -> Config:
+    """Return the configuration with the size of the data's actions, where it leaves that to the data."""
+    if config.action_size is not None or not isinstance(train, VideoWindows) or not train.action_size:
+        return config
+    return dataclasses.replace(config, action_size=train.action_size)
+
+
+def window(source: Windows, index: int) -> Window:
+    """Return a window with its actions, if it has any."""
+    return source.window(index) if isinstance(source, VideoWindows) else Window(source[index], None)
+
+
+def stacked(source: Windows, indices: Iterable[int]) -> Window:
+    """Return some windows together, [B, T, ...]."""
+    videos, actions = zip(*(window(source, index) for index in indices), strict=True)
+    return Window(np.stack(videos), None if actions[0] is None else np.stack(actions))
 
 
 def for_devices(train: Windows) -> tuple[Windows, Callable[[Batch], Batch]]:
@@ -81,9 +125,10 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
     datadir = Path(c.datadir)
     path = datadir / "frames" / f"{c.dataset}-{split}-{c.channels}"
     kept = not c.rebuild_frames and decoded.index_path(path).exists()
-    if c.dataset == "videos":
+    if c.dataset in OF_FILES:
+        names = OF_FILES[c.dataset]
         how = decoded.Decoding(c.channels, c.fit, luma=True, partial=c.partial_videos, fps=c.fps)
-        changed = [key for key in OF_VIDEOS if getattr(c, key) != getattr(Config, key)]
+        changed = [key for key in names if getattr(c, key) != getattr(Config, key)]
         keys = "".join(f", {key} {getattr(c, key)}" for key in changed)
         folder = datadir if c.split else datadir / split
         if c.split and any((datadir / name).is_dir() for name in ("train", "test")):
@@ -93,12 +138,17 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
             file = decoded.FrameFile(path)
             if file.origin.split(", ")[2:] != keys.split(", ")[1:]:
                 raise ConfigError(
-                    f"{', '.join(OF_VIDEOS)}: {path}.* was decoded with other ones; set them as then, or put the "
-                    f"videos back into {folder}"
+                    f"{', '.join(names)}: {path}.* was decoded with other ones; set them as then, or put the "
+                    f"files back into {folder}"
                 )
             return file
+        own = functools.partial(belongs, c, split)
         try:
-            videos = decoded.Folder(folder, keys, functools.partial(belongs, c, split))
+            videos = (
+                decoded.Folder(folder, keys, own)
+                if c.dataset == "videos"
+                else episodes.Episodes(folder, episodes.Meaning(c.action_leads, c.num_actions), keys, own)
+            )
         except ConfigError as error:
             if c.split:
                 raise ConfigError(f"{error}, or set another split, so that some are {split} videos") from error
@@ -106,7 +156,7 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
 
         def found() -> decoded.Videos:
             if videos.ignored:
-                print(f"Ignored in {folder}, since they aren't videos: {decoded.listed(videos.ignored)}")
+                print(f"Ignored in {folder}, since they aren't {c.dataset}: {decoded.listed(videos.ignored)}")
             return videos
 
         return decoded.frame_file(path, found, how, videos.origin, c.rebuild_frames)
@@ -130,8 +180,11 @@ def frame_file(config: Config, split: str) -> decoded.FrameFile:
     return decoded.frame_file(path, prepared, how, rebuild=c.rebuild_frames)
 
 
-OF_VIDEOS = ("fit", "split", "partial_videos", "fps")
-"""Keys that say which videos of a folder are decoded, and how."""
+OF_FILES = {
+    "videos": ("fit", "split", "partial_videos", "fps"),
+    "episodes": ("fit", "split", "action_leads", "num_actions"),
+}
+"""Datasets whose files are the user's own, and the keys that say which of them are decoded, and how."""
 
 
 def belongs(config: Config, split: str, path: Path) -> bool:
@@ -147,13 +200,14 @@ def belongs(config: Config, split: str, path: Path) -> bool:
 class VideoWindows:
     """The windows of decoded videos: as many as fit into each, from its first frame; with `length` 0, whole videos."""
 
-    def __init__(self, file: decoded.FrameFile, length: int, split: str):
+    def __init__(self, file: decoded.FrameFile, length: int, split: str, with_actions: bool = False):
         """Divide the videos into windows.
 
         Raises:
             ConfigError: no video is as long as a window, or whole videos differ in length.
         """
         self.file = file
+        self.actions = file.actions if with_actions else None
         if not length and len(set(file.lengths)) > 1:
             raise ConfigError(
                 f"eval_seq_len: 0 takes whole videos, but the {split} videos have {min(file.lengths)} to "
@@ -177,17 +231,27 @@ class VideoWindows:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Return a window, uint8 [T, 64, 64, C]."""
-        return self._frames(self.starts[index])
+        """Return a window's frames, uint8 [T, 64, 64, C]."""
+        return self._cut(self.starts[index]).video
 
-    def anywhere(self, index: int, random: np.random.Generator) -> np.ndarray:
+    def window(self, index: int) -> Window:
+        """Return a window with its actions, if there are any."""
+        return self._cut(self.starts[index])
+
+    def anywhere(self, index: int, random: np.random.Generator) -> Window:
         """Return a window of the same video as window `index`, from a random frame on."""
         video = self.video[index]
         slack = self.file.lengths[video] - self.length
-        return self._frames(self.file.starts[video] + random.integers(slack + 1))
+        return self._cut(self.file.starts[video] + random.integers(slack + 1))
 
-    def _frames(self, start: int) -> np.ndarray:
-        return self.file.frames[start : start + self.length]
+    def _cut(self, start: int) -> Window:
+        place = slice(start, start + self.length)
+        return Window(self.file.frames[place], None if self.actions is None else self.actions[place])
+
+    @property
+    def action_size(self) -> int:
+        """The entries of an action, 0 without any."""
+        return 0 if self.actions is None else self.actions.shape[1]
 
 
 def training_order(config: Config, train: Windows) -> grain.MapDataset:
@@ -211,11 +275,11 @@ def training_steps(config: Config, train: Windows) -> int:
 
 
 def training_sequences(config: Config, train: Windows) -> grain.MapDataset:
-    """Return the windows in the order of training, uint8 [T, 64, 64, C] each."""
+    """Return the windows in the order of training, a Window each."""
     order = training_order(config, train)
     if config.random_start and isinstance(train, VideoWindows):
         return order.random_map(train.anywhere)
-    return order.map(train.__getitem__)
+    return order.map(functools.partial(window, train))
 
 
 def training_batches(config: Config, train: Windows, start: int, rows: int, own: slice = ALL) -> Iterator[Batch]:
@@ -230,7 +294,7 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Read the first `count` windows in their order, in batches padded to `rows` rows, from batch number `first` on."""
     count = min(count, len(test))
-    order = grain.MapDataset.source(test)[:count]
+    order = grain.MapDataset.range(count).map(functools.partial(window, test))
     return batches(order, batch_size, range(first, -(-count // batch_size)), rows, own)
 
 
@@ -239,15 +303,19 @@ def batches(order: grain.MapDataset, batch_size: int, steps: range, rows: int, o
 
     Batch n holds the windows from n * batch_size on.
     """
-    shape = order[0].shape
+    first: Window = order[0]
     mine = range(rows)[own]
 
     def batch(step: int) -> Batch:
-        video = np.empty((len(mine), *shape), np.uint8)
         count = min(batch_size, len(order) - step * batch_size)
+        video = np.zeros((len(mine), *first.video.shape), np.uint8)
+        actions = None if first.actions is None else np.zeros((len(mine), *first.actions.shape), np.float32)
         for i, row in enumerate(mine):
-            video[i] = order[step * batch_size + row] if row < count else 0
-        return Batch(video, (np.array(mine) < count).astype(np.float32))
+            if row < count:
+                video[i], own = order[step * batch_size + row]
+                if actions is not None:
+                    actions[i] = own
+        return Batch(video, (np.array(mine) < count).astype(np.float32), actions)
 
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * THREADS)
     return iter(grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options))
@@ -285,6 +353,8 @@ def look(config: Config) -> None:
             if reasons:
                 print(f"{split:<6} skipped: {decoded.listed(reasons, 20)}")
         describe(split, source)
+        if isinstance(source, VideoWindows) and source.actions is not None:
+            describe_actions(split, source.actions)
     train = sources["train"]
     chosen = spread(train, 8)
     sheet, animation = (Path(c.datadir) / f"{c.dataset}.{suffix}" for suffix in ("png", "gif"))
@@ -351,6 +421,21 @@ def describe(split: str, source: Windows) -> None:
     ):
         if hurts:
             print(f"{split:<6} Warning: {why}")
+
+
+LARGE = 10
+"""Actions are used as they are; larger ones swamp the states beside them."""
+
+
+def describe_actions(split: str, actions: np.ndarray) -> None:
+    """Print the range of actions [N, A]."""
+    low, high = actions.min(0), actions.max(0)
+    ranges = [f"{a:.4g} to {b:.4g}" for a, b in zip(low, high, strict=True)]
+    print(f"{split:<6} actions of {len(ranges)} entries, from {decoded.listed(ranges, 20)}")
+    for entry in np.flatnonzero(low == high):
+        print(f"{split:<6} Warning: entry {entry} of the actions is always {low[entry]:.4g}")
+    if max(-low.min(), high.max()) > LARGE:
+        print(f"{split:<6} Warning: actions are used as they are; divide them in the files, so that they reach about 1")
 
 
 def main() -> None:

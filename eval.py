@@ -125,13 +125,21 @@ def measure(
 
 
 def predict(
-    model: Model, params: Any, video: np.ndarray, keys: Array, place: Callable[[Any], Any] = jnp.asarray
+    model: Model,
+    params: Any,
+    video: np.ndarray,
+    keys: Array,
+    place: Callable[[Any], Any] = jnp.asarray,
+    actions: np.ndarray | None = None,
 ) -> Prediction:
-    """Predict the frames of video uint8 [B, T, H, W, C] after its context, and compare them with it."""
+    """Predict the frames of video uint8 [B, T, H, W, C] after its context, and compare them with it.
+
+    A model that takes actions is given those of all frames, [B, T, A].
+    """
     frames = []
 
     def chunks() -> Iterator[dict[str, Array]]:
-        for chunk in rollout.predict(model, params, video, keys, place):
+        for chunk in rollout.predict(model, params, video, keys, place, actions):
             frames.append(tools.to_uint8(chunk))
             yield {"prediction": chunk}
 
@@ -147,16 +155,18 @@ def references(
     first: int,
     pool: np.ndarray | None,
     place: Callable[[Any], Any] = jnp.asarray,
+    actions: np.ndarray | None = None,
 ) -> dict[str, Metrics]:
     """Return the metrics of what stands in for the frames after the context, see `statistics.REFERENCES`.
 
     Args:
-        model, params: what reconstructs.
+        model, params: what reconstructs, and predicts under shuffled actions.
         video: uint8 [B, T, H, W, C].
         keys: of the predictions, so that the context's states are the same.
         first: the first sequence's number, which with the row decides which random frames it gets.
         pool: of `random_frames`.
         place: puts frames on the devices.
+        actions: [B, T, A], if the model takes any.
     """
     context = model.config.open_loop_ctx
     future, last = video[:, context:], place(video[:, context - 1 : context])
@@ -166,13 +176,25 @@ def references(
 
     def chunks() -> Iterator[dict[str, Array]]:
         start = 0
-        for chunk in rollout.reconstruct(model, params, video, keys, place):
+        for chunk in rollout.reconstruct(model, params, video, keys, place, actions):
             stop = start + chunk.shape[1]
             random = {} if pool is None else {"random": place(pool[numbers[:, start:stop]])}
             yield {"posterior": chunk, "copy": last} | random
             start = stop
 
-    return measure(future, chunks(), place)
+    found = measure(future, chunks(), place)
+    if actions is not None:
+        others = shuffled(actions, context, first)
+        found["shuffled"] = predict(model, params, video, keys, place, others).metrics
+    return found
+
+
+def shuffled(actions: np.ndarray, context: int, first: int) -> np.ndarray:
+    """Return actions [B, T, A] with those after the context in a random order, which sequence number `first` + row
+    determines."""
+    randoms = (np.random.default_rng([2, first + row]) for row in range(len(actions)))
+    futures = [random.permutation(own[context:]) for random, own in zip(randoms, actions, strict=True)]
+    return np.concatenate([actions[:, :context], np.stack(futures)], axis=1)
 
 
 def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:
@@ -319,10 +341,11 @@ def predict_all(
         for number, batch in enumerate(batches, done // batch_size):
             first = number * batch_size + own.start
             keys = example_keys(c, first, len(batch.video), 0)
-            samples = Samples(c.num_samples, references(model, params, batch.video, keys, first, pool, devices.put))
+            compared = references(model, params, batch.video, keys, first, pool, devices.put, batch.actions)
+            samples = Samples(c.num_samples, compared)
             for sample in range(c.num_samples):
                 keys = example_keys(c, first, len(batch.video), sample)
-                prediction = predict(model, params, batch.video, keys, devices.put)
+                prediction = predict(model, params, batch.video, keys, devices.put, batch.actions)
                 if lpips:
                     distances = perceptual.lpips(lpips, batch.video[:, c.open_loop_ctx :], prediction.frames)
                     prediction.metrics["perceptual"] = {"lpips": distances}

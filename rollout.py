@@ -32,11 +32,18 @@ def chunks(config: Config, frames: int, chunk: int | None, first: int = 0) -> It
 
 
 def elbo(
-    model: Model, params: Any, video: Any, keys: Array, chunk: int | None = None, place: Place = jnp.asarray
+    model: Model,
+    params: Any,
+    video: Any,
+    keys: Array,
+    chunk: int | None = None,
+    place: Place = jnp.asarray,
+    actions: Any = None,
 ) -> dict[str, Array]:
-    """Return the terms of `CWVAE.elbo` for video [B, T, H, W, C], with noise from one PRNG key per sequence [B]."""
+    """Return the terms of `CWVAE.elbo` for video [B, T, H, W, C] and actions [B, T, A], if the model takes any, with
+    noise from one PRNG key per sequence [B]."""
     c, T = model.config, video.shape[1]
-    inputs, state, total = model.draw(keys, T), None, None
+    inputs, state, total = model.draw(keys, T, actions=actions), None, None
     for start, stop in chunks(c, T, chunk):
         terms, state = apply(
             model, "elbo", params, place(video[:, start:stop]), model.part(inputs, start, stop), state=state
@@ -54,6 +61,7 @@ def observe(
     use_obs: str | None = None,
     chunk: int | None = None,
     place: Place = jnp.asarray,
+    actions: Any = None,
 ) -> Iterator[tuple[LevelRollout, ...]]:
     """Infer the states behind all frames of a video; arguments as in `open_loop`, which draws the same noise.
 
@@ -61,7 +69,7 @@ def observe(
         Each level's rollout over the ticks of a chunk.
     """
     c, T = model.config, video.shape[1]
-    inputs, state = model.draw(keys, T), None
+    inputs, state = model.draw(keys, T, actions=actions), None
     for start, stop in chunks(c, T, chunk):
         rollouts, state = apply(
             model,
@@ -75,11 +83,13 @@ def observe(
         yield rollouts
 
 
-def reconstruct(model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
+def reconstruct(
+    model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
+) -> Iterator[Array]:
     """Yield the frames of a video after its context, which `predict` predicts, in chunks of time, as decoded from a
     posterior that sees them all. The noise of the context is that of `predict`."""
     c, T, context = model.config, video.shape[1], model.config.open_loop_ctx
-    inputs = model.draw(keys, T)
+    inputs = model.draw(keys, T, actions=actions)
     state = last_state(model, params, place(video[:, :context]), model.part(inputs, 0, context), None)
     for start, stop in chunks(c, T, None, context):
         seen = place(video[:, start:stop])
@@ -103,6 +113,7 @@ def open_loop(
     use_obs: str | None = None,
     chunk: int | None = None,
     place: Place = jnp.asarray,
+    actions: Any = None,
 ) -> OpenLoop:
     """Predict from context frames: filter them, then follow the prior at all levels (Section 3).
 
@@ -115,12 +126,13 @@ def open_loop(
         use_obs: the levels that see the context, see `CWVAE.observe`.
         chunk: frames predicted at a time, a multiple of k**(L-1).
         place: puts the context on the devices.
+        actions: [B, T + frames, A] for a model that takes them, those of the context and of what follows.
 
     Raises:
         ValueError: the context isn't a multiple of k**(L-1) frames.
     """
     T = context.shape[1]
-    inputs = model.draw(keys, T + frames, context=T)
+    inputs = model.draw(keys, T + frames, context=T, actions=actions)
     reconstruction, state = filter_frames(model, params, place(context), model.part(inputs, 0, T), use_obs)
     return OpenLoop(reconstruction, imagine(model, params, inputs, state, T, frames, chunk))
 
@@ -135,13 +147,15 @@ def imagine(
         yield predicted[:, : start + frames - first]
 
 
-def predict(model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray) -> Iterator[Array]:
+def predict(
+    model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
+) -> Iterator[Array]:
     """Yield one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), in chunks of time.
 
     As `open_loop` predicts them, but nothing of the context is decoded.
     """
     c, T = model.config, model.config.open_loop_ctx
-    inputs = model.draw(keys, video.shape[1], context=T)
+    inputs = model.draw(keys, video.shape[1], context=T, actions=actions)
     state = last_state(model, params, place(video[:, :T]), model.part(inputs, 0, T), c.use_obs)
     return imagine(model, params, inputs, state, T, video.shape[1] - T, None)
 

@@ -44,6 +44,7 @@ def train(config: Config) -> TrainState:
         config = Config(**json.loads(devices.first_decides(lambda: with_sweep(config).to_json())))
         check_videos(config)
         train_set, test_set = data.windows(config, "train"), data.windows(config, "test")
+        config = data.with_action_size(config, train_set)
         with runs.opened(config, devices) as run, interrupts.held_at_exit():
             c, model = run.config, make_model(run.config)
             steps = data.training_steps(c, train_set)
@@ -120,7 +121,7 @@ def validate(model: Model, params: Any, test: data.Windows, devices: Devices) ->
     batches = data.eval_batches(test, c.batch_size, c.num_val_batches * c.batch_size, rows, own)
     for number, batch in enumerate(batches):
         keys = sequence_keys(key, number * c.batch_size + own.start, own.stop - own.start)
-        terms = rollout.elbo(model, params, batch.video, keys, place=devices.put)
+        terms = rollout.elbo(model, params, batch.video, keys, place=devices.put, actions=batch.actions)
         terms, weight = devices.gather((terms, batch.weight))
         _, metrics = cwvae.objective(c, terms, weight, batch.video.shape[1])
         totals.append((weight.sum(), jax.device_get(metrics)))
@@ -134,8 +135,7 @@ def save_videos(model: Model, params: Any, run: Run, step: int, **windows: data.
         path = run.video(split, step)
         if run.log is None or path.exists():
             continue
-        videos = np.stack([source[i] for i in range(min(4, len(source)))])
-        shown = open_loop_video(model, params, videos)
+        shown = open_loop_video(model, params, data.stacked(source, range(min(4, len(source)))))
         try:
             path.parent.mkdir(exist_ok=True)
             tools.save_gif(shown, path)
@@ -145,12 +145,12 @@ def save_videos(model: Model, params: Any, run: Run, step: int, **windows: data.
         run.log.gif(step, f"{split}/open_loop", path)
 
 
-def open_loop_video(model: Model, params: Any, video: np.ndarray) -> np.ndarray:
-    """Return truth, prediction and error of videos uint8 [B, T, H, W, C], side by side, uint8 [T, H', W', 3]."""
-    c = model.config
+def open_loop_video(model: Model, params: Any, windows: data.Window) -> np.ndarray:
+    """Return truth, prediction and error of windows [B, T, ...], side by side, uint8 [T, H', W', 3]."""
+    c, (video, actions) = model.config, windows
     T, context = video.shape[1], c.open_loop_ctx
     keys = sequence_keys(key_for("videos", c), 0, len(video))
-    seen = rollout.open_loop(model, params, video[:, :context], keys, T - context, c.use_obs)
+    seen = rollout.open_loop(model, params, video[:, :context], keys, T - context, c.use_obs, actions=actions)
     frames = [np.asarray(tools.to_uint8(chunk)) for chunk in (seen.reconstruction, *seen.prediction)]
     return tools.triptych(video, np.concatenate(frames, axis=1), context)
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -14,6 +15,7 @@ from analyses.arguments import directory_for, parse_models, single, whole
 from analyses.worker import Worker
 from config import ConfigError
 from cwvae import CWVAE
+from data import Window
 from noise import Inputs, draw
 from report import plots
 from system.files import replace_arrays
@@ -33,7 +35,8 @@ def blind(arguments: Sequence[str]) -> None:
         raise ConfigError(f"model: blind is about the levels of cwvae, got a run of {run.config.model}")
     number, blind_context = whole(given, "example", 0, at_least=0), whole(given, "blind_ctx", 8)
     worker = Worker(run)
-    video = worker.sequence(number)
+    window = worker.sequence(number)
+    video = window.video
     if blind_context >= len(video):
         raise ConfigError(f"blind_ctx: must be less than the sequence's {len(video)} frames, got {blind_context}")
     directory = directory_for("blind", models, given)
@@ -42,7 +45,7 @@ def blind(arguments: Sequence[str]) -> None:
         hidden = [str(level) for level, letter in enumerate(use_obs) if letter == "F"]
         name = f"blind {' '.join(hidden)}" if hidden else "sees all"
         context[name] = run.config.open_loop_ctx if use_obs[-1] == "T" else blind_context
-        rows[name] = predict_blind(worker, number, video, context[name], "".join(use_obs))
+        rows[name] = predict_blind(worker, number, window, context[name], "".join(use_obs))
     times = np.unique(np.linspace(0, len(video) - 1, 16).astype(int))
     plots.save_rows(rows, directory / "blind.png", times, context)
     tools.save_gif(tools.side_by_side(rows, context), directory / "blind.gif")
@@ -51,9 +54,11 @@ def blind(arguments: Sequence[str]) -> None:
     print(f"Results: {directory}")
 
 
-def predict_blind(worker: Worker, number: int, video: np.ndarray, context: int, use_obs: str) -> np.ndarray:
-    """Reconstruct and predict a test sequence uint8 [T, H, W, C], with the same noise for each `use_obs`."""
-    inputs = draw(worker.config, worker.keys(number, 1), len(video), context)
+def predict_blind(worker: Worker, number: int, window: Window, context: int, use_obs: str) -> np.ndarray:
+    """Reconstruct and predict a test sequence, uint8 [T, H, W, C], with the same noise for each `use_obs`."""
+    video, actions = window
+    led = None if actions is None else jnp.asarray(actions)[None]
+    inputs = draw(worker.config, worker.keys(number, 1), len(video), context, led)
     frames = observe_and_imagine(worker.model, worker.params, video[None, :context], inputs, use_obs)
     return np.asarray(tools.to_uint8(frames))[0]
 

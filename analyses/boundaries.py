@@ -22,7 +22,7 @@ def boundaries(arguments: Sequence[str]) -> None:
         raise ConfigError(f"model: boundaries is about those of vta, got a run of {run.config.model}")
     number = whole(given, "example", 0, at_least=0)
     worker = Worker(run)
-    video, context = worker.sequence(number), run.config.open_loop_ctx
+    video, context = worker.sequence(number).video, run.config.open_loop_ctx
     directory = directory_for("boundaries", models, given)
     rows, probabilities = {"truth": video}, {}
     for name, seen in ("posterior", len(video)), ("prediction", context):

@@ -56,15 +56,15 @@ def digits(arguments: Sequence[str]) -> None:
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     for run, worker in zip(models, workers, strict=True):
         context = run.config.open_loop_ctx
-        for first, valid, video in worker.batches():
-            truth = video[:valid, context:]
+        for first, valid, batch in worker.batches():
+            truth = batch.video[:valid, context:]
             labels = np.stack([test_set.digits_in(first + row) for row in range(valid)])
             shown: dict[str, Iterable[np.ndarray]] = {
-                run.name: (worker.predictions(video, first, i)[:valid] for i in range(run.config.num_samples)),
-                f"{run.name}, {POSTERIOR}": [worker.reconstructions(video, first)[:valid]],
+                run.name: (worker.predictions(batch, first, i)[:valid] for i in range(run.config.num_samples)),
+                f"{run.name}, {POSTERIOR}": [worker.reconstructions(batch, first)[:valid]],
             }
             if run is models[-1]:
-                shown |= {TRUTH: [truth], COPY: [video[:valid, context - 1 : context]]}
+                shown |= {TRUTH: [truth], COPY: [batch.video[:valid, context - 1 : context]]}
             read_all = functools.partial(readouts, read, labels, places.centers(truth), place_by_chance)
             for name, samples in shown.items():
                 mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *map(read_all, samples))

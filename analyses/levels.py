@@ -67,11 +67,12 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
     latents.mkdir()
     totals: list[dict[str, np.ndarray]] = []
     ticks: list[int] = []
-    for first, valid, video in worker.batches():
+    for first, valid, batch in worker.batches():
         terms, parts = [], []
-        keys = worker.keys(first, len(video))
+        keys = worker.keys(first, len(batch.video))
+        video, actions = (x if x is None else x[:, :frames] for x in (batch.video, batch.actions))
         for chunk in rollout.observe(
-            worker.model, worker.params, video[:, :frames], keys, c.use_obs, place=worker.devices.put
+            worker.model, worker.params, video, keys, c.use_obs, place=worker.devices.put, actions=actions
         ):
             terms.append(level_terms(chunk))
             parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32), chunk))

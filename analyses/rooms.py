@@ -30,9 +30,10 @@ def rooms(arguments: Sequence[str]) -> None:
     for run, worker in zip(models, workers, strict=True):
         context = run.config.open_loop_ctx
         own, upper = found.setdefault(run.name, []), found.setdefault(f"{run.name}, {POSTERIOR}", [])
-        for first, valid, video in worker.batches():
-            samples = [worker.predictions(video, first, sample) for sample in range(run.config.num_samples)]
-            reconstruction = worker.reconstructions(video, first)
+        for first, valid, batch in worker.batches():
+            video = batch.video
+            samples = [worker.predictions(batch, first, sample) for sample in range(run.config.num_samples)]
+            reconstruction = worker.reconstructions(batch, first)
             for row in range(valid):
                 own.append(read_rooms(video[row], [frames[row] for frames in samples], context))
                 upper.append(read_rooms(video[row], [reconstruction[row]], context))

@@ -29,37 +29,36 @@ class Worker:
         self.params = runs.load_params(self.model, run.checkpoint)
         self.count = min(run.config.num_examples, len(self.test))
 
-    def sequence(self, number: int) -> np.ndarray:
-        """Return a test sequence's frames, uint8 [T, H, W, C]; raise ConfigError if there is none of that number."""
+    def sequence(self, number: int) -> data.Window:
+        """Return a test sequence; raise ConfigError if there is none of that number."""
         if number >= len(self.test):
             raise ConfigError(f"example: there are {len(self.test)} test sequences; name one from 0, got {number}")
-        return self.test[number]
+        return data.window(self.test, number)
 
-    def batches(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield the first sequence's number, how many there are, and their frames uint8 [rows, T, H, W, C]; the rows
-        behind these are padding."""
+    def batches(self) -> Iterator[tuple[int, int, data.Batch]]:
+        """Yield the first sequence's number, how many there are, and their batch; the rows behind these are padding."""
         size = min(self.config.batch_size, self.count)
         batches = data.eval_batches(self.test, size, self.count, self.devices.rows(size))
         with tqdm(total=self.count, desc=self.name, unit="sequence", dynamic_ncols=True) as bar:
             for number, batch in enumerate(batches):
                 valid = int(batch.weight.sum())
-                yield number * size, valid, batch.video
+                yield number * size, valid, batch
                 bar.update(valid)
 
     def keys(self, first: int, rows: int, sample: int = 0) -> Array:
         """Return the keys that eval.py uses, so that samples are the same."""
         return example_keys(self.config, first, rows, sample)
 
-    def predictions(self, video: np.ndarray, first: int, sample: int) -> np.ndarray:
+    def predictions(self, batch: data.Batch, first: int, sample: int) -> np.ndarray:
         """Return the frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
-        keys = self.keys(first, len(video), sample)
-        chunks = rollout.predict(self.model, self.params, video, keys, self.devices.put)
+        keys = self.keys(first, len(batch.video), sample)
+        chunks = rollout.predict(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
         return joined(chunks)
 
-    def reconstructions(self, video: np.ndarray, first: int) -> np.ndarray:
+    def reconstructions(self, batch: data.Batch, first: int) -> np.ndarray:
         """Return the same frames as the posterior, which sees them, reconstructs them: the bound of predictions."""
-        keys = self.keys(first, len(video))
-        chunks = rollout.reconstruct(self.model, self.params, video, keys, self.devices.put)
+        keys = self.keys(first, len(batch.video))
+        chunks = rollout.reconstruct(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
         return joined(chunks)
 
 

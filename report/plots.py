@@ -19,6 +19,7 @@ REFERENCE_STYLES: dict[str, dict[str, Any]] = {
     REFERENCES["posterior"]: {"color": "#1b7f4d", "linestyle": (0, (5, 2))},
     REFERENCES["copy"]: {"color": "#9a6a00", "linestyle": (0, (1, 1.5))},
     REFERENCES["random"]: {"color": "#7a4fa3", "linestyle": (0, (5, 1.5, 1, 1.5))},
+    REFERENCES["shuffled"]: {"color": "#5b6770", "linestyle": (0, (3, 1))},
 }
 COLORS = ("#1f5fbf", "#d1352b", "#e88a00", "#0fa3b1", "#c2419a", "#6b6b6b", "#4c8c1a", "#7d4b32")
 

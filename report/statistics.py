@@ -12,10 +12,13 @@ REFERENCES = {
     "posterior": "posterior reconstruction",
     "copy": "last context frame",
     "random": "random training frame",
+    "shuffled": "shuffled actions",
 }
 """What predictions are compared with. posterior: the model's reconstruction of the very frames that are to be
 predicted, from a posterior that sees them: its upper bound. copy: the last context frame, forever. random: another
-training frame at each step, the quality of a prediction that has lost the video (the paper's Figure 1)."""
+training frame at each step, the quality of a prediction that has lost the video (the paper's Figure 1). shuffled: the
+model's prediction under the actions after the context in another order, where it takes actions: what it is worse by,
+actions tell."""
 
 
 METRICS = {"ssim": "SSIM", "psnr": "PSNR (dB)"}

@@ -96,7 +96,7 @@ def lines_logged(logdir):
 @pytest.mark.slow
 def test_random_faults_change_nothing(tmp_path, capsys):
     """Signals at random moments, while starting, training, validating, saving; and damaged checkpoints in between."""
-    keys = dict(max_steps=300 * FAULTS, save_scalars_every=10, save_model_every=7, save_named_model_every=50)
+    keys = dict(max_steps=100 * FAULTS, save_scalars_every=10, save_model_every=7, save_named_model_every=50)
     whole = start(tmp_path / "whole", **keys)
     output, _ = whole.communicate()
     assert whole.returncode == 0, output

@@ -325,7 +325,7 @@ def test_resumed_training_is_the_same_and_can_be_evaluated(tmp_path):
     video = np.stack([test[0], test[1]])
     changed = video.copy()
     changed[:, c.open_loop_ctx :] = 255 - changed[:, c.open_loop_ctx :]
-    a, b = (train.open_loop_video(model, params, v) for v in (video, changed))
+    a, b = (train.open_loop_video(model, params, data.Window(v, None)) for v in (video, changed))
     np.testing.assert_array_equal(a[:, :, 68 : 2 * 68], b[:, :, 68 : 2 * 68])
 
 

@@ -257,7 +257,7 @@ def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
     video = np.stack([test[0], test[1]])
     changed = video.copy()
     changed[:, tiny.open_loop_ctx :] = 255 - changed[:, tiny.open_loop_ctx :]
-    a, b = train.open_loop_video(model, params, video), train.open_loop_video(model, params, changed)
+    a, b = (train.open_loop_video(model, params, data.Window(v, None)) for v in (video, changed))
     assert a.shape == (12, 2 * 68, 3 * 68, 3)
     np.testing.assert_array_equal(a[:, :, 68 : 2 * 68], b[:, :, 68 : 2 * 68])
     np.testing.assert_array_equal(a[5, 2:66, 2:66, 0], video[0, 5, ..., 0])

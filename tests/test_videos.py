@@ -1266,12 +1266,12 @@ def test_random_starts(folder):
     train = data.windows(c, "train")
     order = data.training_sequences(c, train)
     first_video = [train.file.frames[s : s + 10].tobytes() for s in range(16)]
-    found = [first_video.index(w) for i in range(len(order)) if (w := order[i].tobytes()) in first_video]
+    found = [first_video.index(w) for i in range(len(order)) if (w := order[i].video.tobytes()) in first_video]
     assert len(found) == 80 and set(found) >= set(range(1, 15)) and max(found) == 15
     again = data.training_sequences(c, train)
-    assert all(np.array_equal(order[i], again[i]) for i in (0, 5, 100))
+    assert all(np.array_equal(order[i].video, again[i].video) for i in (0, 5, 100))
     plain = data.training_sequences(dataclasses.replace(c, random_start=False), train)
-    assert {plain[i].tobytes() for i in range(12)} == {train[i].tobytes() for i in range(12)}
+    assert {plain[i].video.tobytes() for i in range(12)} == {train[i].tobytes() for i in range(12)}
 
 
 # ---------------------------------------------------------------------------------------------- MNIST, and looking

@@ -1,7 +1,7 @@
 """Videos of any kind -> one memory-mapped file of uint8 frames per split, decoded once.
 
 A frame file is two files: `<name>.frames`, the frames of all videos one after another, and `<name>.json`, its index.
-The index is written last: if it exists, the frames are complete.
+The index is written last: if it exists, the frames are complete. Where there are actions, they are in `<name>.actions`.
 """
 
 import collections
@@ -17,11 +17,12 @@ import re
 import shutil
 import tempfile
 import threading
+import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 import filelock
 import numpy as np
@@ -34,11 +35,21 @@ if TYPE_CHECKING:
     import av  # slow to import, and not there where nothing is decoded: each function that needs it imports it
 
 
+class Clip(NamedTuple):
+    """Some frames of an array `image` in .npz."""
+
+    path: Path
+    first: int
+    stop: int
+
+
 class Video(NamedTuple):
-    """An encoded video: a file's path, or its contents."""
+    """An encoded video: a file's path, its contents, or a part of it."""
 
     name: str
-    content: Path | bytes
+    content: Path | bytes | Clip
+    actions: np.ndarray | None = None
+    """float32 [T, A], each led to its frame; None where there are none."""
 
 
 class Videos(Protocol):
@@ -197,11 +208,11 @@ def upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return pixels[:: -1 if yy < 0 else 1, :: -1 if xx < 0 else 1]
 
 
-def is_array(content: Path | bytes) -> TypeGuard[Path]:
-    return isinstance(content, Path) and content.suffix.lower() in (".npy", ".npz")
+def is_array(content: Path | bytes | Clip) -> TypeGuard[Path | Clip]:
+    return isinstance(content, Clip) or (isinstance(content, Path) and content.suffix.lower() in (".npy", ".npz"))
 
 
-def open_container(content: Path | bytes) -> Any:
+def open_container(content: Path | bytes | Clip) -> Any:
     import av
 
     return av.open(io.BytesIO(content) if isinstance(content, bytes) else str(content), mode="r")
@@ -222,7 +233,7 @@ def video_stream(container: Any) -> Any:
     return max(streams, key=lambda s: (s.frames != 1, bool(s.disposition & Disposition.default), s.width * s.height))
 
 
-def file_frames(content: Path | bytes, how: Decoding) -> Iterator[tuple["av.VideoFrame", Fraction]]:
+def file_frames(content: Path | bytes | Clip, how: Decoding) -> Iterator[tuple["av.VideoFrame", Fraction]]:
     """Decode the frames of a file as they are, each with the aspect ratio (width : height) of its pixels.
 
     Raises:
@@ -326,29 +337,33 @@ def announced_end(container: Any, stream: Any) -> Fraction | None:
     return None
 
 
-def array_frames(path: Path) -> Iterator[tuple["av.VideoFrame", Fraction]]:
+def array_frames(content: Path | Clip) -> Iterator[tuple["av.VideoFrame", Fraction]]:
     """Read the frames of an array, as `file_frames` does those of a video."""
     import av
 
-    for frame in read_array(path):
+    for frame in read_array(content):
         colour = np.repeat(frame, 3, -1) if frame.shape[-1] == 1 else np.ascontiguousarray(frame)
         yield av.VideoFrame.from_ndarray(colour, "rgb24"), Fraction(1)
 
 
-def read_array(path: Path) -> np.ndarray:
-    """Read a video from .npy or the only array in .npz, uint8 [T, H, W, 1 or 3].
+def read_array(content: Path | Clip) -> np.ndarray:
+    """Read a video from .npy, the only array in .npz, or a part of one in .npz, uint8 [T, H, W, 1 or 3].
 
     Raises:
         Unreadable: it is something else.
     """
+    path = content.path if isinstance(content, Clip) else content
     try:
         if path.suffix.lower() == ".npy":
             loaded = np.load(path, mmap_mode="r")
         else:
             with path.open("rb") as opened, np.load(opened) as file:  # opened here: NumPy leaves a damaged one open
-                if len(file.files) != 1:
+                if isinstance(content, Clip):
+                    loaded = np.asarray(file["image"])[content.first : content.stop]
+                elif len(file.files) == 1:
+                    loaded = np.asarray(file[file.files[0]])
+                else:
                     raise Unreadable(f"it holds {len(file.files)} arrays instead of one")
-                loaded = np.asarray(file[file.files[0]])
     except Unreadable:
         raise
     except Exception as error:  # whatever NumPy and zipfile meet in a damaged file
@@ -356,6 +371,19 @@ def read_array(path: Path) -> np.ndarray:
     if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.shape[-1] not in (1, 3) or not loaded.size:
         raise Unreadable(f"it is {loaded.dtype} {list(loaded.shape)} instead of uint8 [T, H, W, 1 or 3]")
     return loaded
+
+
+def image_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape of an array `image` in .npz, without reading it.
+
+    Raises:
+        KeyError: there is none.
+        ValueError, OSError, zipfile.BadZipFile: the file is damaged.
+    """
+    with zipfile.ZipFile(path) as file, file.open("image.npy") as member:
+        of_version = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, _ = of_version[np.lib.format.read_magic(member)](member)
+    return shape
 
 
 class Survey(NamedTuple):
@@ -374,6 +402,10 @@ def survey(video: Video, fps: float | None = None) -> Survey:
     import av
 
     try:
+        if isinstance(video.content, Clip):
+            clip = video.content
+            _, height, width, _ = image_shape(clip.path)
+            return Survey(clip.stop - clip.first, size=(width, height))
         if is_array(video.content):
             frames, height, width, _ = read_array(video.content).shape
             return Survey(frames, size=(width, height))
@@ -418,6 +450,14 @@ class FrameFile:
             if frames_path(path).stat().st_size != np.prod(shape):
                 raise ValueError
             self.frames = np.memmap(frames_path(path), np.uint8, "r", shape=shape)
+            self.action_size: int = index.get("action_size", 0)
+            self.actions: np.ndarray | None = None
+            """float32 [N, A], memory-mapped: each led to its frame. None where there are none."""
+            if self.action_size:
+                of_actions = (index["frames"], self.action_size)
+                if actions_path(path).stat().st_size != 4 * math.prod(of_actions):
+                    raise ValueError
+                self.actions = np.memmap(actions_path(path), np.float32, "r", shape=of_actions)
         except PermissionError as error:
             raise ConfigError(f"datadir: {error.filename} can't be read ({error.strerror}); permit it") from error
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -435,6 +475,10 @@ class FrameFile:
 
 def frames_path(path: Path) -> Path:
     return path.with_name(path.name + ".frames")
+
+
+def actions_path(path: Path) -> Path:
+    return path.with_name(path.name + ".actions")
 
 
 def index_path(path: Path) -> Path:
@@ -530,10 +574,12 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         ConfigError: too little space, or none of the videos can be decoded.
     """
     frame_bytes = FRAME_SIZE * FRAME_SIZE * how.channels
-    surveys = {}
+    surveys, actions = {}, {}
     for i in range(len(videos)):
         video = videos[i]
         surveys[video.name] = survey(video, how.fps)
+        if video.actions is not None:
+            actions[video.name] = video.actions
     expected = sum(found.frames for found in surveys.values())
     free = shutil.disk_usage(path.parent).free
     needed = expected * frame_bytes
@@ -610,6 +656,9 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         os.replace(aside, frames_path(path))
     finally:
         aside.unlink(missing_ok=True)
+    led = np.concatenate([actions[name] for name, _ in kept]) if actions else np.zeros((0, 0), np.float32)
+    if actions:
+        replace_file(actions_path(path), led.tobytes())
     index: dict[str, Any] = {
         "origin": videos.origin,
         "channels": how.channels,
@@ -617,6 +666,7 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
         "videos": kept,
         "rates": [surveys[name].rate for name, _ in kept],
         "sizes": [surveys[name].size for name, _ in kept],
+        "action_size": led.shape[1],
         "skipped": skipped,
     }
     index = json.loads(json.dumps(index))
@@ -644,6 +694,8 @@ SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".we
 class Folder(Sequence[Video]):
     """The videos below a folder, in the order of their paths."""
 
+    SUFFIXES: ClassVar[Collection[str]] = SUFFIXES
+
     def __init__(self, folder: Path, keys: str = "", belongs: Callable[[Path], bool] = lambda path: True):
         """Find the videos.
 
@@ -655,7 +707,7 @@ class Folder(Sequence[Video]):
         Raises:
             ConfigError: the folder is missing, can't be read, or holds no videos.
         """
-        wanted = f"put {', '.join(sorted(SUFFIXES))} files there"
+        wanted = f"put {', '.join(sorted(self.SUFFIXES))} files there"
         if not folder.is_dir():
             raise ConfigError(f"datadir: {folder} is missing; {wanted}")
         self.folder, self.keys = folder, keys
@@ -663,8 +715,8 @@ class Folder(Sequence[Video]):
             paths = sorted(path for path in files_below(folder) if belongs(path.relative_to(folder)))
         except OSError as error:
             raise ConfigError(f"datadir: {error.filename} can't be read ({error.strerror}); permit it") from error
-        self.paths = [path for path in paths if is_video(path)]
-        self.ignored = [str(path.relative_to(folder)) for path in paths if not is_video(path)]
+        self.paths = [path for path in paths if is_video(path, self.SUFFIXES)]
+        self.ignored = [str(path.relative_to(folder)) for path in paths if not is_video(path, self.SUFFIXES)]
         if not self.paths:
             found = f" (but {listed(self.ignored)})" if self.ignored else ""
             raise ConfigError(f"datadir: {folder} holds no videos{found}; {wanted}")
@@ -701,6 +753,6 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
             yield path
 
 
-def is_video(path: Path) -> bool:
+def is_video(path: Path, suffixes: Collection[str] = SUFFIXES) -> bool:
     """Return whether a path is a file with a video's suffix, and not macOS's metadata of one (`._name`)."""
-    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith("._")
+    return path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith("._")

@@ -1,0 +1,154 @@
+"""Episodes: frames with the actions that led to them, an npz file each, as replay buffers of world models are kept.
+
+A file holds `image`, uint8 [T, H, W, 1 or 3], and `action`, [T, A] or whole numbers [T]. Where `is_first`, bool [T], is
+true, another episode begins. Other arrays aren't read.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from config import ConfigError
+from videos.decoded import Clip, Folder, Video, image_shape, listed
+
+
+class Meaning(NamedTuple):
+    """What a file doesn't say of its actions: the configuration's keys of these names."""
+
+    action_leads: bool = True
+    num_actions: int | None = None
+
+
+class Episodes(Folder):
+    """The episodes below a folder, in the order of their files' paths. Only decoding reads the files."""
+
+    SUFFIXES = (".npz",)
+
+    def __init__(self, folder: Path, meaning: Meaning, keys: str, belongs: Callable[[Path], bool]):
+        """Find the files; `folder`, `keys` and `belongs` are as those of `Folder`."""
+        super().__init__(folder, keys, belongs)
+        self.meaning = meaning
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.videos[index]
+
+    @cached_property
+    def videos(self) -> list[Video]:
+        """The episodes with their actions. Files that can't be read are among them, for decoding to say so.
+
+        Raises:
+            ConfigError: actions are missing, of another length or size than the others, or not numbers.
+        """
+        found: list[Video] = []
+        others: set[str] = set()
+        sizes: dict[int, Path] = {}
+        for path in self.paths:
+            name = str(path.relative_to(self.folder))
+            try:
+                file = read(path, self.meaning)
+            except OSError:
+                found.append(Video(name, path))
+                continue
+            others |= set(file.others)
+            sizes.setdefault(0 if file.actions is None else file.actions.shape[1], path)
+            if len(sizes) > 1:
+                (there, where), (here, _) = sizes.items()
+                raise ConfigError(
+                    f"datadir: {path} has {here} entries of an action, {where} has {there}; put files that are alike "
+                    f"into {self.folder}"
+                )
+            for first, stop in zip(file.firsts, [*file.firsts[1:], file.frames], strict=True):
+                own = None if file.actions is None else file.actions[first:stop]
+                part = name if len(file.firsts) == 1 else f"{name}[{first}:{stop}]"
+                found.append(Video(part, Clip(path, first, stop), own))
+        if others:
+            print(f"Not used of the episodes in {self.folder}: {listed(sorted(others))}")
+        return found
+
+
+class File(NamedTuple):
+    """What a file says but for its frames."""
+
+    frames: int
+    firsts: list[int]  # where its episodes begin
+    actions: np.ndarray | None  # float32 [T, A]: each led to its frame, zeros where an episode begins
+    others: list[str]
+
+
+def read(path: Path, meaning: Meaning) -> File:
+    """Read all that is needed of an episode file but its frames.
+
+    Raises:
+        ConfigError: it isn't what it should be.
+        OSError: it is damaged.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened) as file:  # opened here: NumPy leaves a damaged one open
+            keys, small = file.files, {key: file[key] for key in ("action", "is_first") if key in file.files}
+        frames = image_shape(path)[0] if "image" in keys else 0
+    except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise OSError from error
+    if not frames:
+        raise ConfigError(f"datadir: {path} has no image; an episode needs image, uint8 [T, H, W, 1 or 3], and action")
+    is_first = np.asarray(small.get("is_first", np.arange(frames) == 0), bool).reshape(-1)
+    if len(is_first) != frames:
+        raise ConfigError(
+            f"datadir: {path} has {len(is_first)} entries of is_first for {frames} frames; mend or remove it"
+        )
+    firsts = sorted({0, *np.flatnonzero(is_first).tolist()})
+    actions = led_to_frames(small["action"], is_first, meaning, path) if "action" in small else None
+    return File(frames, firsts, actions, [key for key in keys if key not in ("image", "action", "is_first")])
+
+
+def led_to_frames(actions: np.ndarray, is_first: np.ndarray, meaning: Meaning, path: Path) -> np.ndarray:
+    """Return a file's actions, float32 [T, A], each of which led to its frame, with zeros where an episode begins.
+
+    Raises:
+        ConfigError: they can't be that.
+    """
+    leads, T, count = meaning.action_leads, len(is_first), len(actions) if actions.ndim else 0
+    if count != T and (leads or count != T - 1):
+        hint = ", or set --action_leads false if each is taken at its frame" if count == T - 1 else ""
+        raise ConfigError(f"datadir: {path} has {count} actions for {T} frames; mend or remove it{hint}")
+    if not np.issubdtype(actions.dtype, np.number) and actions.dtype != bool:
+        raise ConfigError(f"datadir: {path} has actions of type {actions.dtype}; they must be numbers")
+    if actions.ndim == 1 and np.issubdtype(actions.dtype, np.integer):
+        dummies = is_first if leads else np.zeros(count, bool)
+        actions = one_hot(actions, dummies, meaning.num_actions, path)
+    elif meaning.num_actions is not None:
+        raise ConfigError(
+            f"num_actions: {path} has actions {actions.dtype} {list(actions.shape)}, which aren't whole numbers [T]; "
+            "leave it out"
+        )
+    actions = actions.reshape(count, -1).astype(np.float32)
+    if not leads:
+        before = np.zeros((1, actions.shape[1]), np.float32)
+        actions = np.concatenate([before, actions[: T - 1]])
+    actions[is_first] = 0
+    bad = np.flatnonzero(~np.isfinite(actions).all(1))
+    if len(bad):
+        raise ConfigError(f"datadir: {path} has actions that aren't finite, frame {bad[0]} first; mend or remove it")
+    return actions
+
+
+def one_hot(numbers: np.ndarray, dummy: np.ndarray, count: int | None, path: Path) -> np.ndarray:
+    """Return [T] as [T, count]; zeros where it is a dummy."""
+    used = numbers[~dummy]
+    low, high = (int(used.min()), int(used.max())) if len(used) else (0, 0)
+    if count is None:
+        raise ConfigError(
+            f"num_actions: {path} has actions that are numbers, up to {high}; set how many actions there are"
+        )
+    if low < 0 or high >= count:
+        raise ConfigError(
+            f"num_actions: {path} has an action {low if low < 0 else high}; they count from 0 to {count - 1}"
+        )
+    return (numbers[:, None] == np.arange(count)) & ~dummy[:, None]

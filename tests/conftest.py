@@ -101,6 +101,7 @@ def compile_once():
         keys = [
             *("logdir", "datadir", "wandb", "num_epochs", "max_steps", "save_model_every", "save_scalars_every"),
             *("save_named_model_every", "save_gifs", "num_examples", "num_samples", "no_save_grid"),
+            *("num_digits", "digit_speed", "random_start", "rebuild_frames"),
         ]
         default = Config()
         shared = {key: getattr(default, key) for key in keys} | {"dataset": "videos"}

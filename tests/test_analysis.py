@@ -257,7 +257,7 @@ def test_perfect_predictions_reach_the_ceiling(run, monkeypatch):
     """Planted: predictions are the truth."""
     monkeypatch.setattr(digits, "train_digit_reader", lambda train: lambda frames: fake_counts(frames))
     monkeypatch.setattr(digits, "clean_accuracy", lambda read, test: (0.98, 10))
-    monkeypatch.setattr(Worker, "predictions", lambda self, video, first, sample: video[:, 4:])
+    monkeypatch.setattr(Worker, "predictions", lambda self, batch, first, sample: batch.video[:, 4:])
     results = json.loads((call("digits", run) / "digits.json").read_text())
     assert results["lines"]["digits"] == results["lines"]["true frames"]
 
@@ -265,15 +265,15 @@ def test_perfect_predictions_reach_the_ceiling(run, monkeypatch):
 def test_places_of_a_digit(run, monkeypatch, capsys):
     """Planted: of 8 frames, one sample shows the truth in the first 5 and nothing then; the other in all but the last."""
 
-    def predictions(self, video, first, sample):
-        frames = video[:, 4:].copy()
+    def predictions(self, batch, first, sample):
+        frames = batch.video[:, 4:].copy()
         frames[:, (5, 7)[sample] :] = 0
         return frames
 
     monkeypatch.setattr(digits, "train_digit_reader", lambda train: lambda frames: np.zeros((len(frames), 10)))
     monkeypatch.setattr(digits, "clean_accuracy", lambda read, test: (0.98, 10))
     monkeypatch.setattr(Worker, "predictions", predictions)
-    monkeypatch.setattr(Worker, "reconstructions", lambda self, video, first: video[:, 4:])
+    monkeypatch.setattr(Worker, "reconstructions", lambda self, batch, first: batch.video[:, 4:])
     directory = call("digits", run, "--num_digits=1", "--num_samples=2")
     results = json.loads((directory / "place.json").read_text())
     own, chance, copy = "digits", results["chance"], "last context frame"
@@ -327,7 +327,7 @@ def test_rooms(run, monkeypatch, tmp_path):
     np.testing.assert_allclose(copy["curve"]["value"], [1] * 20 + [0] * 40)
     assert results["lines"]["mazes"]["average"]["value"] < 0.6
     assert results["sequences"]["last context frame"]["to the hallway"]["value"] == 0
-    monkeypatch.setattr(Worker, "predictions", lambda self, video, first, sample: video[:, 20:])
+    monkeypatch.setattr(Worker, "predictions", lambda self, batch, first, sample: batch.video[:, 20:])
     results = json.loads(
         (call("rooms", f"oracle={run}", f"--out={tmp_path / 'rooms'}").joinpath("rooms.json")).read_text()
     )
@@ -344,7 +344,7 @@ def test_rooms(run, monkeypatch, tmp_path):
 def write_evaluation(directory, seed, quality=0.0, **keys):
     """What eval.py writes, of planted curves."""
     random = np.random.default_rng(seed)
-    names = ["prediction", *statistics.REFERENCES.values()]
+    names = ["prediction", *(statistics.REFERENCES[key] for key in ("posterior", "copy", "random"))]
     lines = {
         protocol: {
             metric: {name: statistics.summary(quality + random.uniform(0, 0.01, size=(4, 12))) for name in names}

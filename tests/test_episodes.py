@@ -327,7 +327,7 @@ def brightness(folder, count, seed):
 def test_actions_are_learned_unless_they_are_of_another_frame(tmp_path):
     brightness(tmp_path / "train", 20, 0)
     brightness(tmp_path / "test", 4, 1)
-    shape = dict(levels=1, cell_stoch_size=2, cell_deter_size=16, cell_embed_size=16, filters=2, eval_seq_len=4)
+    shape = dict(levels=1, cell_stoch_size=2, cell_deter_size=32, cell_embed_size=32, seq_len=4, eval_seq_len=4)
     training = dict(max_steps=200, batch_size=8, lr=1e-2, dec_stddev=0.3, save_scalars_every=200)
     files = dict(dataset="episodes", datadir=str(tmp_path), rebuild_frames=True)
     keys = TINY | shape | training | files | dict(open_loop_ctx=1)

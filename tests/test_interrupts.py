@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import OPTIMIZED, ROOT, flags, log_of
+from conftest import ROOT, flags, log_of
 
 import config as configuration
 import cwvae
@@ -38,7 +38,6 @@ def start(logdir, **keys):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | OPTIMIZED,
     )
 
 

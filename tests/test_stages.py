@@ -17,14 +17,14 @@ def arguments(tmp_path, **keys):
 
 
 def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
-    first = stages.Stage(seq_len=4, batch_size=4, max_steps=2, lr=1.0, top_beta=0.03)
-    monkeypatch.setattr(stages, "STAGES", (first, stages.Stage(seq_len=8, batch_size=2, max_steps=3, lr=0.5)))
+    first = stages.Stage(seq_len=4, batch_size=4, max_steps=2, lr=0.5, top_beta=0.03)
+    monkeypatch.setattr(stages, "STAGES", (first, stages.Stage(seq_len=8, batch_size=2, max_steps=3, lr=1.0)))
     configs, states = [], []
     for c in stages.configurations(arguments(tmp_path)):
         configs.append(c)
         states.append(parameters(train.train(c)))
     a, b = configs
-    assert [(c.seq_len, c.batch_size, c.max_steps, c.lr) for c in configs] == [(4, 4, 2, 1e-3), (8, 2, 3, 5e-4)]
+    assert [(c.seq_len, c.batch_size, c.max_steps, c.lr) for c in configs] == [(4, 4, 2, 5e-4), (8, 2, 3, 1e-3)]
     assert a.init_from is None and b.init_from == str(runs.directory(a))
     assert runs.find(tmp_path / "logs") == runs.directory(b)  # what eval.py --logdir logs takes
     again = [parameters(train.train(c)) for c in stages.configurations(arguments(tmp_path))]

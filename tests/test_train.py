@@ -147,7 +147,7 @@ def test_training_in_stages(tiny, tmp_path):
     """A second stage has the first one's parameters, and nothing else of it; later it stands on its own."""
     first = train.train(dataclasses.replace(tiny, max_steps=2))
     source = runs.directory(tiny)
-    c = dataclasses.replace(tiny, dec_stddev=0.5, seq_len=12, init_from=str(source), save_model_every=1)
+    c = dataclasses.replace(tiny, digit_speed=(1, 3), init_from=str(source), save_model_every=1)
     state = runs.initial_state(CWVAE(c))
     assert_same(parameters(state).params, parameters(first).params)
     assert state.step == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
@@ -325,11 +325,13 @@ def test_a_refused_start_leaves_the_live_runs_wandb_alone(tmp_path):
 
 def test_a_sweep_beats_flags_which_beat_yaml(tmp_path):
     """As wandb's agent starts a program: the sweep's values in a file, named by the environment."""
-    (tmp_path / "sweep.yml").write_text("wandb_version: 1\nlr: {value: 0.5}\nbeta: {value: [1, 0.5]}\n")
-    (tmp_path / "base.yml").write_text("lr: 0.1\ncell_embed_size: 4\nenc_dense_layers: 1\n")
+    (tmp_path / "sweep.yml").write_text("wandb_version: 1\nnum_digits: {value: 3}\ndigit_speed: {value: [1, 5.5]}\n")
+    (tmp_path / "base.yml").write_text("num_digits: 1\ncell_embed_size: 4\nenc_dense_layers: 1\n")
     environment = dict(WANDB_SWEEP_ID="abc", WANDB_RUN_ID="run1", WANDB_SWEEP_PARAM_PATH=str(tmp_path / "sweep.yml"))
     keys = {
-        key: value for key, value in flag_dict(lr=0.2, wandb="offline", max_steps=1).items() if key != "cell_embed_size"
+        key: value
+        for key, value in flag_dict(num_digits=2, wandb="offline", max_steps=1).items()
+        if key != "cell_embed_size"
     }
     arguments = [
         "--config=base.yml",
@@ -340,7 +342,7 @@ def test_a_sweep_beats_flags_which_beat_yaml(tmp_path):
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("logs/digits/*/config.yml")
     c = configuration.load(path)
-    assert (c.lr, c.beta, c.enc_dense_layers, c.cell_embed_size) == (0.5, (1.0, 0.5), 2, 4)
+    assert (c.num_digits, c.digit_speed, c.enc_dense_layers, c.cell_embed_size) == (3, (1.0, 5.5), 2, 4)
     assert path.parent.name == c.run_name
     (tmp_path / "sweep.yml").write_text("wandb_version: 1\nlevels: {value: 0}\n")
     done = run_program("train.py", arguments, tmp_path, **environment | {"WANDB_RUN_ID": "run2"})

@@ -1,0 +1,391 @@
+"""Record episodes from an environment, for `dataset: episodes`: python record.py --env dot --steps 100 ...
+
+docs/data.md describes environments, policies and files.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.resource_tracker
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import config as configuration
+from config import FRAME_SIZE, ConfigError
+from system.files import replace_file
+from videos import environments
+from videos.decoded import one_process
+from videos.environments import ActionSpace, Environment
+
+STICKY = 0.9
+"""The probability that the policy of that name takes its last action again."""
+
+KEYS = ("image", "action", "reward", "is_first", "is_last", "is_terminal")
+
+Policy = Callable[[Mapping[str, Any]], Any]
+"""What is observed -> action."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What every episode of a recording has in common."""
+
+    env: str
+    policy: str = "random"
+    seed: int = 0
+    steps: int | None = None
+
+
+# ---------------------------------------------------------------------------------------------- an episode
+
+
+def record_episode(recording: Recording, split: str, number: int) -> dict[str, np.ndarray]:
+    """Record an episode, which depends on the arguments alone.
+
+    Args:
+        recording: what to record.
+        split: train or test.
+        number: which episode of the split.
+
+    Returns:
+        image: uint8 [T, 64, 64, C].
+        action: float32 [T, A]; each led to its image, and the first one is zeros.
+        reward: float32 [T], which came with the image.
+        is_first, is_last, is_terminal: bool [T].
+        And the environment's other observations [T, ...], under their names.
+
+    Raises:
+        ConfigError: the environment or the policy fails.
+    """
+    sequence = np.random.SeedSequence([recording.seed, ("train", "test").index(split), number])
+    env_seed, policy_seed, common_seed = (int(word) >> 1 for word in sequence.generate_state(3))
+    random.seed(common_seed)  # some environments draw from these
+    np.random.seed(common_seed)  # noqa: NPY002
+    try:
+        environment = environments.make(recording.env, env_seed)
+        with contextlib.closing(environment):
+            if not environment.limited and recording.steps is None:
+                raise ConfigError(
+                    f"steps: {recording.env} has no limit of its own; set --steps, the frames of an episode"
+                )
+            return play(environment, make_policy(recording.policy, environment.space, policy_seed), recording.steps)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever an environment or a policy meets
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}, at {place.filename}:{place.lineno}"
+        raise ConfigError(
+            f"env: {recording.env}, with policy {recording.policy}, fails in episode {number} of {split} ({what})"
+        ) from None
+
+
+def play(environment: Environment, policy: Policy, steps: int | None) -> dict[str, np.ndarray]:
+    """Return the episode of a policy, of at most so many frames, as `record_episode` does."""
+    step = environment.reset()
+    frames, others, rewards = [to_frame(step.frame)], [copied(step.others)], [0.0]
+    actions = [np.zeros(environment.space.size, np.float32)]
+    while not step.last and len(frames) != steps:
+        action = np.asarray(policy({**others[-1], "image": frames[-1]}))
+        actions.append(environment.space.vector(action))
+        step = environment.step(action)
+        frames.append(to_frame(step.frame))
+        others.append(copied(step.others))
+        rewards.append(float(step.reward))
+    last = np.arange(len(frames)) == len(frames) - 1
+    episode = {
+        "image": np.stack(frames),
+        "action": np.stack(actions),
+        "reward": np.array(rewards, np.float32),
+        "is_first": np.arange(len(frames)) == 0,
+        "is_last": last,
+        "is_terminal": last & bool(step.terminal),
+    }
+    for name in others[0]:
+        with contextlib.suppress(KeyError, ValueError):  # another shape, or missing, at other times
+            episode[name] = np.stack([observed[name] for observed in others])
+    return episode
+
+
+def to_frame(frame: Any) -> np.ndarray:
+    """Return a frame as uint8 [64, 64, C]. One of another size is scaled by area, and distorted if it isn't square.
+
+    Raises:
+        ConfigError: it is something else than uint8 [H, W], [H, W, 1] or [H, W, 3].
+    """
+    pixels = np.array(frame)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        raise ConfigError(
+            f"env: a frame has to be uint8 [H, W, 1 or 3], got {pixels.dtype} {list(pixels.shape)}; name another"
+        )
+    size = (FRAME_SIZE, FRAME_SIZE)
+    if pixels.shape[:2] == size:
+        return pixels
+    channels = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(pixels[..., i])).resize(size, Image.Resampling.BOX))
+        for i in range(pixels.shape[2])
+    ]
+    return np.stack(channels, -1)
+
+
+def copied(others: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Copy those observations that are arrays of numbers or text, each under a name that nothing else in a file has."""
+    kept = {}
+    for name, value in others.items():
+        with contextlib.suppress(ValueError):  # a list of arrays of several shapes
+            array = np.array(value)
+            if array.dtype.kind in "biufU":
+                taken = *KEYS, "file", "allow_pickle"  # the last ones are parameters of NumPy's savez
+                kept[f"obs_{name}" if name in taken else str(name)] = array
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------- policies
+
+
+def make_policy(name: str, space: ActionSpace, seed: int) -> Policy:
+    """Make the policy for an episode: random, sticky or module:function.
+
+    Raises:
+        ConfigError: there is no such module or function.
+    """
+    if name in ("random", "sticky"):
+        generator, last = np.random.default_rng(seed), None
+
+        def policy(observed: Mapping[str, Any]) -> np.ndarray:
+            nonlocal last
+            if last is None or name == "random" or generator.random() >= STICKY:
+                last = space.draw(generator)
+            return last
+
+        return policy
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"policy: {error}; name random, sticky, or a module:function that can be imported") from None
+    return make(space, seed)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def work(connection: Any, recording: Recording) -> None:
+    """Record what is asked for through a connection, a split and a number at a time, until it is closed.
+
+    Sends split, number, the episode as a compressed NPZ, how many frames it has, and the versions of the environment's
+    packages; or a ConfigError.
+    """
+    sys.path.append(os.getcwd())  # where modules of policies and environments are
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            split, number = connection.recv()
+            buffer = io.BytesIO()
+            try:
+                episode = record_episode(recording, split, number)
+            except ConfigError as error:
+                connection.send(error)
+                return
+            arrays: Any = episode
+            np.savez_compressed(buffer, **arrays)
+            found = environments.versions(recording.env)
+            connection.send((split, number, buffer.getvalue(), len(episode["image"]), found))
+
+
+def recorded(
+    recording: Recording, tasks: Sequence[tuple[str, int]], processes: int
+) -> Generator[tuple[str, int, bytes, int, dict[str, str]]]:
+    """Yield what `work` sends for tasks, splits with numbers, from so many processes, as it comes.
+
+    Raises:
+        ConfigError: an episode can't be recorded, or a process ended, as those do that a library crashes.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Any, Any] = {}
+    left = iter(tasks)
+    os.environ["PYTHONHASHSEED"] = "0"  # of these processes: sets of strings have the same order in all of them
+    try:
+        with signals_blocked():
+            for _, task in zip(range(processes), left, strict=False):
+                theirs: Any
+                connection, theirs = context.Pipe()
+                workers[connection] = context.Process(target=work, args=(theirs, recording), daemon=True)
+                workers[connection].start()
+                theirs.close()
+                connection.send(task)
+        busy = set(workers)
+        while busy:
+            ready: list[Any] = multiprocessing.connection.wait(list(busy))
+            for connection in ready:
+                try:
+                    result = connection.recv()
+                except (EOFError, ConnectionError):
+                    workers[connection].join()
+                    code = workers[connection].exitcode
+                    raise ConfigError(f"env: a process with {recording.env} ended, exit code {code}") from None
+                if isinstance(result, ConfigError):
+                    raise result
+                for task in left:
+                    connection.send(task)
+                    break
+                else:
+                    busy.remove(connection)
+                yield result
+    finally:
+        for process in workers.values():
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Receive signals after the block, and in processes that it starts never: the program ends these."""
+    multiprocessing.resource_tracker.ensure_running()  # starting it would unblock them
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ---------------------------------------------------------------------------------------------- a recording
+
+
+class Amount(NamedTuple):
+    """How many episodes each split is to have, and how many processes record them."""
+
+    episodes: dict[str, int]
+    processes: int
+
+
+def parse(argv: Sequence[str]) -> tuple[Recording, Amount, Path]:
+    """Return what a command line asks for, and the folder for it.
+
+    Raises:
+        ConfigError: a flag is unknown, missing, or has a value that can't be.
+    """
+    given, _ = configuration.parse_flags(
+        argv,
+        "record.py",
+        "Record episodes from an environment, for --dataset episodes.",
+        keys=False,
+        env=environments.NAMES,
+        episodes="how many for training, in DATADIR/train",
+        test_episodes="how many for testing, in DATADIR/test (default: a tenth of --episodes, at least 1)",
+        datadir="folder for the files",
+        steps="frames after which an episode ends, if the environment doesn't end it (default: its own limit)",
+        policy=f"random; sticky, which repeats its last action with probability {STICKY}; or module:function, which "
+        "makes one (default: random)",
+        seed="all that is random follows from it (default: 0)",
+        processes="how many record at once (default: one per CPU core)",
+    )
+    for key in "env", "episodes", "datadir":
+        if key not in given:
+            raise ConfigError(f"command line: --{key} is missing; python record.py --help lists the flags")
+    steps = whole(given, "steps", 2, 2) if "steps" in given else None
+    recording = Recording(given["env"], given.get("policy", "random"), whole(given, "seed", 0, 0), steps)
+    if recording.policy not in ("random", "sticky") and not all(recording.policy.partition(":")):
+        raise ConfigError(f"policy: must be random, sticky or module:function, got {recording.policy!r}")
+    train = whole(given, "episodes", 1, 1)
+    episodes = {"train": train, "test": whole(given, "test_episodes", max(1, train // 10), 0)}
+    return recording, Amount(episodes, whole(given, "processes", os.cpu_count() or 1, 1)), Path(given["datadir"])
+
+
+def whole(given: Mapping[str, str], key: str, default: int, at_least: int) -> int:
+    """Return a flag that is a whole number."""
+    text = given.get(key, str(default))
+    if not text.isdecimal() or int(text) < at_least:
+        raise ConfigError(f"{key}: must be a whole number of at least {at_least}, got {text!r}")
+    return int(text)
+
+
+def record(recording: Recording, amount: Amount, datadir: Path) -> None:
+    """Record the episodes that are missing in a folder.
+
+    Raises:
+        ConfigError: it holds something else; or as `recorded` does.
+    """
+    datadir.mkdir(parents=True, exist_ok=True)
+    with one_process(datadir / "recording.lock", f"recording to {datadir}"):
+        check(datadir, asdict(recording))
+        paths = {
+            (split, number): datadir / split / f"episode_{number:06}.npz"
+            for split, count in amount.episodes.items()
+            for number in range(count)
+        }
+        tasks = [task for task, path in paths.items() if not path.exists()]
+        frames, begin = 0, time.monotonic()
+        with (
+            contextlib.closing(recorded(recording, tasks, min(amount.processes, len(tasks)))) as results,
+            tqdm(
+                total=len(paths),
+                initial=len(paths) - len(tasks),
+                unit="episode",
+                dynamic_ncols=True,
+                mininterval=0.5 if sys.stderr.isatty() else 30,
+            ) as bar,
+        ):
+            for split, number, content, count, packages in results:
+                check(datadir, asdict(recording) | {"packages": packages}, write=True)
+                path = paths[split, number]
+                path.parent.mkdir(exist_ok=True)
+                replace_file(path, content)
+                frames += count
+                bar.set_postfix_str(f"{frames / (time.monotonic() - begin):.3g} frames/s", refresh=False)
+                bar.update()
+    counts = ", ".join(f"{count:,} episodes in {split}" for split, count in amount.episodes.items())
+    print(f"{datadir}: {counts}; {frames:,} frames were recorded now")
+
+
+def check(datadir: Path, asked: Mapping[str, Any], write: bool = False) -> None:
+    """Compare what is asked for with what a folder was recorded with, if anything; write this down if told to.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    path = datadir / "recording.json"
+    if path.exists():
+        try:
+            recording = json.loads(path.read_text())
+            differing = [key for key in asked if recording[key] != asked[key]]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"datadir: {path} is damaged; choose another folder") from None
+        for key in differing:
+            remedy = "install these again" if key == "packages" else f"set --{key} to that"
+            raise ConfigError(
+                f"{key}: {datadir} was recorded with {json.dumps(recording[key])}, got {json.dumps(asked[key])}; "
+                f"{remedy}, or choose another --datadir"
+            )
+    elif any(datadir.glob("train/*")) or any(datadir.glob("test/*")):
+        raise ConfigError(f"datadir: {datadir} holds other files in train or test; choose another folder")
+    elif write:
+        replace_file(path, json.dumps(asked, indent=1).encode())
+
+
+def main() -> None:
+    from system.interrupts import Interrupts, exit_codes  # loads JAX, which the processes above don't need
+
+    with exit_codes(), Interrupts():
+        record(*parse(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

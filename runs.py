@@ -273,6 +273,27 @@ def find_checkpoint(logdir: Path) -> Checkpoint:
     return Checkpoint(path, max(steps))
 
 
+class Loaded(NamedTuple):
+    """A trained model."""
+
+    model: Model
+    params: Any
+    config: Config
+
+
+def load(logdir: Path | str) -> Loaded:
+    """Load a trained model from a run directory, one of its checkpoints, or a root directory of one run.
+
+    Raises:
+        ConfigError: as `find_checkpoint` and `load_config`.
+        DamagedCheckpoint: as `load_state`.
+    """
+    checkpoint = find_checkpoint(Path(logdir))
+    config = load_config(checkpoint.run, {})
+    model = make_model(config)
+    return Loaded(model, load_params(model, checkpoint), config)
+
+
 def load_state(model: Model, checkpoint: Checkpoint) -> TrainState:
     """Return what a checkpoint holds, as numpy arrays.
 

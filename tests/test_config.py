@@ -119,13 +119,13 @@ def test_flags(arguments, key, value):
         (
             ["--config", "debug"],
             f"debug: no such file; name a YAML file, as {os.path.relpath(ROOT / 'configs' / 'debug.yml')}; "
-            "there are debug, digits, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
+            "there are debug, digits, dot, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
             "svg/mmnist, svg/small, vta/digits, vta/kth, vta/mazes, vta/minerl, vta/mmnist, vta/small",
         ),
         (
             ["--config", "mnist.yml"],
             f"mnist.yml: no such file; name a YAML file, as {os.path.relpath(ROOT / 'configs' / 'mmnist.yml')}; "
-            "there are debug, digits, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
+            "there are debug, digits, dot, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
             "svg/mmnist, svg/small, vta/digits, vta/kth, vta/mazes, vta/minerl, vta/mmnist, vta/small",
         ),
         (["--config", str(ROOT)], f"{ROOT}: can't be read (Is a directory); name a YAML file"),
@@ -211,12 +211,12 @@ def test_shipped_configurations(name):
     c = configuration.load(path)
     last = name.split("/")[-1]
     if last != "debug":
-        assert c.dataset == ("digits" if last in ("small", "long") else last)
+        assert c.dataset == {"small": "digits", "long": "digits", "dot": "episodes"}.get(last, last)
     if "/" in name:
         assert c.model == name.split("/")[0]
-    elif name != "debug":
+    elif name not in ("debug", "dot"):
         assert (c.levels, c.tmp_abs_factor, c.seq_len) == (3, 6, 100)
-    if name not in ("debug", "small", "long") and c.model == "cwvae":
+    if name not in ("debug", "dot", "small", "long") and c.model == "cwvae":
         assert (c.batch_size, c.enc_dense_layers) == (50, 3)
     header = path.read_text().split("\n\n")[0]
     program = "stages.py" if name == "long" else "train.py"

@@ -1,0 +1,212 @@
+"""A trained Clockwork VAE in an agent's loop: observe a frame at a time, imagine many futures at once.
+
+Within a tick of an upper level its posterior isn't known yet, since it sees all frames of the tick. So a level follows
+its posterior in the ticks that have ended and its prior in the one that is in progress; level 0 has seen every frame.
+Whenever a tick of the top level ends, what is believed is what `CWVAE.observe` infers.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from config import ConfigError
+from cwvae import CWVAE, LevelState, floats
+from models import Model
+from noise import draw, sequence_keys
+
+
+@flax.struct.dataclass
+class Belief:
+    """What a model believes after some frames of B sequences. N = k**(L-1): the frames of a tick of the top level."""
+
+    frame: Array  # int32 [], frames so far
+    levels: tuple[LevelState, ...]  # now, [B, ...]
+    begin: tuple[LevelState, ...]  # where the top level's tick in progress began
+    features: tuple[Array, ...]  # of each frame since then, for each level, [B, N, F]
+    actions: Array | None  # those that led to these frames, [B, N, A]
+    keys: Array  # PRNG keys [B]
+
+
+class WorldModel:
+    """A model and its parameters, step by step. What it computes is compiled once, however many frames there are."""
+
+    def __init__(self, model: Model, params: Any):
+        """Take what `runs.load` returns.
+
+        Raises:
+            ConfigError: the model is none of Clockwork VAE, or resets its states.
+        """
+        if not isinstance(model, CWVAE):
+            raise ConfigError(f"model: step by step only cwvae can be used, got {model.config.model}")
+        if model.config.cell_reset_state:
+            raise ConfigError("cell_reset_state: step by step states aren't reset, got True; use CWVAE.observe")
+        self.model, self.params = model, params
+
+    def start(self, batch: int = 1, seed: int = 0) -> Belief:
+        """Return what is believed of `batch` sequences before their first frames."""
+        c, begin = self.model.config, self.model.initial_state(batch).levels
+        size = 2 * 2 * 8 * c.filters * c.channels_mult
+        return Belief(
+            frame=jnp.int32(0),
+            levels=begin,
+            begin=begin,
+            features=(jnp.zeros((batch, c.block, size)),) * c.levels,
+            actions=jnp.zeros((batch, c.block, c.action_size)) if c.action_size else None,
+            keys=sequence_keys(jax.random.key(seed), 0, batch),
+        )
+
+    def observe(self, belief: Belief, frame: Any, action: Any = None) -> Belief:
+        """Return what is believed after a further frame.
+
+        Args:
+            belief: of `start` or an earlier call.
+            frame: [B, H, W, C], uint8 or floats in [0, 1].
+            action: [B, A], which led to the frame; zeros for the first one. None for models without actions.
+
+        Raises:
+            ValueError: there are other actions than the model takes.
+        """
+        return observe(self.model, self.params, belief, jnp.asarray(frame), self._checked(action))
+
+    def imagine(self, belief: Belief, actions: Any = None, frames: int = 0) -> LevelState:
+        """Follow the prior from a belief.
+
+        Args:
+            belief: of as many sequences as there are to imagine, or of one, from which all start.
+            actions: [B, T, A], those that are to lead to the T frames.
+            frames: T, of models without actions.
+
+        Returns:
+            The states of level 0, [B, T, ...] each, a sample.
+
+        Raises:
+            ValueError: there are other actions than the model takes.
+        """
+        actions = self._checked(actions)
+        return imagine(self.model, self.params, belief, actions, frames if actions is None else actions.shape[1])
+
+    def decode(self, state: LevelState) -> Array:
+        """Return the frames [..., H, W, C] of states of level 0 [..., S] and [..., D]; floats, not clipped."""
+        return decode(self.model, self.params, state)
+
+    def _checked(self, actions: Any) -> Array | None:
+        size, shape = self.model.config.action_size or 0, None if actions is None else actions.shape
+        if size != (shape[-1] if shape else 0):
+            raise ValueError(f"actions: this model takes {f'{size} entries' if size else 'none'}, got {shape}")
+        return None if actions is None else jnp.asarray(actions, jnp.float32)
+
+
+def tick(cell: Any, state: LevelState, context: Array, features: Array | None, noise: Array) -> LevelState:
+    """Return a level's state after a tick, [B, ...]."""
+    unbound, params = cell.clone(parent=None), {"params": cell.variables["params"]}
+    following: LevelState = unbound.apply(params, state, context, features, noise, None, method="tick")[0]
+    return following
+
+
+def output(state: LevelState) -> Array:
+    return jnp.concatenate(state, -1)
+
+
+@partial(jax.jit, static_argnums=0)
+def observe(model: CWVAE, params: Any, belief: Belief, frame: Array, action: Array | None) -> Belief:
+    """See `WorldModel.observe`. Ticks since `begin` are inferred again: those that ended change what is below them."""
+    c, N = model.config, model.config.block
+    place = belief.frame % N
+    count = place + 1
+
+    def put(buffer: Array, now: Any) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, now[:, None], place, 1)
+
+    def infer(model: CWVAE) -> tuple[tuple[LevelState, ...], tuple[Array, ...], Array | None]:
+        # Features are sums over the frames of a tick, so those of single frames can be summed later.
+        features = tuple(
+            put(buffer, of_frame[:, 0])
+            for buffer, of_frame in zip(belief.features, model.encoder(floats(frame[:, None])), strict=True)
+        )
+        actions = None if belief.actions is None else put(belief.actions, action)
+        B = len(frame)
+        inputs = draw(c, jax.vmap(lambda key: jax.random.fold_in(key, belief.frame // N))(belief.keys), N)
+        context = jnp.zeros((B, N, c.cell_stoch_size + c.cell_deter_size))
+        levels: list[LevelState] = []
+        for level in reversed(range(c.levels)):
+            span = c.tmp_abs_factor**level
+            summed = features[level].reshape(B, N // span, span, -1).sum(2)
+            context = context[:, : N // span]
+            if level == 0:
+                context = model.with_actions(context, actions)
+
+            def body(state: LevelState, inputs: Any, cell: Any = model.cells[level]) -> tuple[LevelState, LevelState]:
+                ended, context, features, noise = inputs
+                prior = tick(cell, state, context, None, noise)
+                posterior = tick(cell, state, context, features, noise)
+                state = jax.tree.map(lambda p, q: jnp.where(ended, q, p), prior, posterior)
+                return state, state
+
+            ended = jnp.arange(N // span) < count // span
+            by_time = jax.tree.map(lambda x: x.swapaxes(0, 1), (context, summed, inputs[level].noise))
+            _, states = jax.lax.scan(body, belief.begin[level], (ended, *by_time))
+            levels.insert(0, jax.tree.map(lambda x, span=span: x[place // span], states))
+            context = jnp.repeat(output(states).swapaxes(0, 1), c.tmp_abs_factor, axis=1)
+        return tuple(levels), features, actions
+
+    found: Any = model.apply(params, method=infer)
+    levels, features, actions = found
+    begin = jax.tree.map(lambda old, new: jnp.where(count == N, new, old), belief.begin, levels)
+    return Belief(belief.frame + 1, levels, begin, features, actions, belief.keys)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def imagine(model: CWVAE, params: Any, belief: Belief, actions: Array | None, frames: int) -> LevelState:
+    """See `WorldModel.imagine`."""
+    c, N = model.config, model.config.block
+    B = len(belief.keys) if actions is None else len(actions)
+    keys, levels = belief.keys, belief.levels
+    if len(keys) != B:
+        keys = sequence_keys(keys[0], 0, B)
+        levels = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape[1:])), levels)
+    first = belief.frame // N
+    # Noise of all ticks of the top level that the frames may be in, [ticks, B, S] for each level.
+    blocks = [
+        draw(c, jax.vmap(lambda key, i=i: jax.random.fold_in(key, first + i))(keys), N)
+        for i in range(-(-frames // N) + 1)
+    ]
+    noise = [jnp.concatenate([block[level].noise for block in blocks], 1).swapaxes(0, 1) for level in range(c.levels)]
+
+    def follow(model: CWVAE) -> LevelState:
+        def body(levels: tuple[LevelState, ...], inputs: Any) -> tuple[tuple[LevelState, ...], LevelState]:
+            time, action = inputs
+            context, following = jnp.zeros((B, c.cell_stoch_size + c.cell_deter_size)), list(levels)
+            for level in reversed(range(c.levels)):
+                span = c.tmp_abs_factor**level
+                if level == 0:
+                    context = model.with_actions(context, action)
+                now = noise[level][time // span - first * (N // span)]
+                following[level] = jax.lax.cond(
+                    time % span == 0,
+                    partial(tick, model.cells[level], context=context, features=None, noise=now),
+                    lambda state: state,
+                    levels[level],
+                )
+                context = output(following[level])
+            return tuple(following), following[0]
+
+        times = belief.frame + jnp.arange(frames)
+        _, states = jax.lax.scan(body, levels, (times, None if actions is None else actions.swapaxes(0, 1)))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1), states)
+
+    found: Any = model.apply(params, method=follow)
+    states: LevelState = found
+    return states
+
+
+@partial(jax.jit, static_argnums=0)
+def decode(model: CWVAE, params: Any, state: LevelState) -> Array:
+    """See `WorldModel.decode`."""
+    x = output(state)
+    frames: Any = model.apply(params, x.reshape(1, -1, x.shape[-1]), method=lambda model, x: model.decoder(x))
+    shaped: Array = frames.reshape(*x.shape[:-1], *frames.shape[2:])
+    return shaped

@@ -253,7 +253,7 @@ class Encoder(nn.Module):
         layers = []
         x = x[:, :62, :62]  # what the layers read of 64
         for i, multiple in enumerate((1, 2, 4, 8)):  # 62 -> 30 -> 14 -> 6 -> 2
-            layers.append(Convolution(channels, multiple * base, 4, name=f"conv_{i}").layer(x.dtype, len(x)))
+            layers.append(Convolution(channels, multiple * base, 4, name=f"conv_{i}").layer(x.dtype, x.shape[0]))
             channels = multiple * base
         return frame_by_frame(partial(leaky, layers), x, base)
 
@@ -290,7 +290,7 @@ class Decoder(nn.Module):
         layers = []
         for i, (size, outputs) in enumerate(((5, 2 * base), (6, base), (6, c.channels)), 1):  # 5 -> 13 -> 30 -> 64
             convolution = Convolution(channels, outputs, size, transposed=True, name=f"conv_{i}")
-            layers.append(convolution.layer(x.dtype, len(x)))
+            layers.append(convolution.layer(x.dtype, x.shape[0]))
             channels = outputs
         *hidden, last = layers
         return frame_by_frame(lambda x: jnp.tanh(last(leaky(hidden, x))), x, base)

@@ -1,8 +1,24 @@
 """The one switch between the forms that are fast on CPUs and those that are fast on accelerators."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import jax
+
+exporting: ContextVar[bool] = ContextVar("exporting", default=False)
 
 
 def on_cpu() -> bool:
-    """Return whether the model runs on a CPU."""
-    return jax.default_backend() == "cpu"
+    """Return whether the model runs on a CPU and nowhere else."""
+    return jax.default_backend() == "cpu" and not exporting.get()
+
+
+@contextmanager
+def any_backend() -> Iterator[None]:
+    """Trace what is inside for all backends, in the accelerators' forms: the CPU's need the number of frames."""
+    token = exporting.set(True)
+    try:
+        yield
+    finally:
+        exporting.reset(token)

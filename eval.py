@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
         argv,
         "eval.py",
         "Evaluate a Clockwork VAE.",
-        logdir="run directory, one of its checkpoints, or a root directory of one run",
+        logdir="run directory, one of its checkpoints, a root directory of one run, or a .safetensors file",
         out="new directory for the results (default: one below the run's); an interrupted evaluation there is resumed",
         format=FORMAT,
         videos="whose videos are written: shown (the examples on the page) or all (default: shown)",
@@ -66,6 +66,8 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     configuration.choose("videos", videos, ["shown", "all"])
     out, lpips, fvd = (Path(special[key]) if key in special else None for key in ("out", "lpips", "fvd"))
     checkpoint = runs.find_checkpoint(Path(special["logdir"]))
+    if out is None and checkpoint.alone:
+        raise ConfigError(f"out: {checkpoint.run} has no run's directory; name a new one for the results with --out")
     output = Output(out, formats(special.get("format")), videos == "all", lpips, fvd)
     return runs.load_config(checkpoint.run, flags), checkpoint, output
 

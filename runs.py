@@ -9,6 +9,8 @@
     checkpoints/<step>   the newest two, and one each save_named_model_every steps forever
     nonfinite/           what helps to find out why a loss wasn't finite
     eval_<time>/         an evaluation
+
+A .safetensors file (see system/weights.py) stands for a run with one checkpoint wherever one is named to be read.
 """
 
 import contextlib
@@ -20,12 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
-import jax
+import numpy as np
 
 import config as configuration
 from config import Config, ConfigError
 from models import Model, make_model
-from system import logs
+from system import logs, weights
 from system.checkpoints import Checkpoints
 from system.devices import Devices
 from system.files import replace_file
@@ -186,8 +188,13 @@ def resumable(config: Config, saved: Path) -> Config:
 class Checkpoint(NamedTuple):
     """Where a checkpoint lies."""
 
-    run: Path  # holds config.yml
+    run: Path  # holds config.yml; or a .safetensors file
     step: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is a file by itself, without a run's directory."""
+        return self.run.suffix == weights.SUFFIX and not self.run.is_dir()
 
 
 def find(logdir: Path) -> Path:
@@ -198,8 +205,8 @@ def find(logdir: Path) -> Path:
     """
     if not logdir.is_dir():
         raise ConfigError(
-            f"logdir: {logdir} is not a directory; name a run directory, one of its checkpoints, or a --logdir of "
-            "train.py"
+            f"logdir: {logdir} is not a directory; name a run directory, one of its checkpoints, a --logdir of "
+            f"train.py, or a {weights.SUFFIX} file"
         )
     own = logdir / "config.yml"
     found = [logdir] if own.exists() else sorted(p.parent for i in (1, 2) for p in logdir.glob("*/" * i + "config.yml"))
@@ -211,11 +218,13 @@ def find(logdir: Path) -> Path:
 
 
 def saved_keys(path: Path) -> dict[str, Any]:
-    """Return the keys in a run's config.yml.
+    """Return the keys in a run's config.yml, or in a .safetensors file.
 
     Raises:
         ConfigError: it can't be read, or lacks keys, as an empty or a truncated one does.
     """
+    if path.suffix == weights.SUFFIX:
+        return configuration.typed(weights.read_notes(path)["config"], str(path))
     remedy = (
         "restore the file, or write it again with the run's keys and seed (an eval_*/evaluation.yml beside it has "
         "them; a checkpoint holds parameters and steps, and no keys)"
@@ -243,27 +252,34 @@ def load_config(run: Path, flags: Mapping[str, str]) -> Config:
     """Return a run's configuration, with flags in place of its values.
 
     Raises:
-        ConfigError: a flag would change the parameters' shapes; or as `saved_keys` and `config.merged`.
+        ConfigError: a flag would change the parameters' shapes; or as `saved_keys`, `config.typed` and `Config`.
     """
-    path = run / "config.yml"
+    path = config_file(run)
     saved = saved_keys(path)
     for key, value in configuration.typed(flags, "command line").items():
         there = saved.get(key, getattr(Config, key))
         if key in configuration.marked("shapes") and value != there:
             raise ConfigError(f"{key}: the parameters of {run} were trained with {there}, got {value}; leave it out")
-    c = configuration.merged(path, flags)
+    c = Config(**saved | configuration.typed(flags, "command line"))
     for key in vars(c):
         if key not in saved and key not in flags and key in configuration.read_by(c.model):
             print(f"{path} is older than the key {key}; using its default, {getattr(c, key)}")
     return c
 
 
+def config_file(run: Path) -> Path:
+    """Return the file that holds the configuration of what `Checkpoint.run` names."""
+    return run if Checkpoint(run, 0).alone else run / "config.yml"
+
+
 def find_checkpoint(logdir: Path) -> Checkpoint:
     """Return the checkpoint that `logdir` names: one itself, a run's newest, or that of the only run below it.
 
     Raises:
-        ConfigError: there is none, or more than one run.
+        ConfigError: there is none, or more than one run; or as `weights.read_notes`.
     """
+    if Checkpoint(logdir, 0).alone:
+        return Checkpoint(logdir, weights.read_notes(logdir)["step"])
     if logdir.is_dir() and logdir.name.isdigit() and logdir.parent.name == "checkpoints":
         return Checkpoint(logdir.parent.parent, int(logdir.name))
     path = find(logdir)
@@ -295,13 +311,17 @@ def load(logdir: Path | str) -> Loaded:
 
 
 def load_state(model: Model, checkpoint: Checkpoint) -> TrainState:
-    """Return what a checkpoint holds, as numpy arrays.
+    """Return what a checkpoint holds, as numpy arrays; of a file, Adam's averages are zeros.
 
     Raises:
         DamagedCheckpoint: the checkpoint isn't intact, or is another model's.
     """
+    empty = make_state(model, draw=False)
+    if checkpoint.alone:
+        step: Any = np.int32(checkpoint.step)
+        return dataclasses.replace(empty, step=step, params=weights.load(checkpoint.run, empty.params))
     with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
-        state, _ = checkpoints.load(checkpoint.step, make_state(model, draw=False))
+        state, _ = checkpoints.load(checkpoint.step, empty)
     return state
 
 
@@ -330,12 +350,11 @@ def initial_state(model: Model) -> TrainState:
         if there.get(name) != here.get(name):
             raise ConfigError(
                 f"init_from: {source} has parameters of other shapes, {name} first ({there.get(name)} there, "
-                f"{here.get(name)} here); set the model's keys as in {checkpoint.run / 'config.yml'}"
+                f"{here.get(name)} here); set the model's keys as in {config_file(checkpoint.run)}"
             )
     return dataclasses.replace(state, params=params)
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a pytree's leaves by their paths."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    return {name: leaf.shape for name, leaf in weights.named(tree).items()}

@@ -101,7 +101,7 @@ def new_directory(command: str, out: str | None, run: Path | None = None) -> Pat
     """
     if out is None:
         if run is None:
-            raise ConfigError("out: name a new directory for the results of several runs with --out")
+            raise ConfigError("out: name a new directory for the results of several runs, or of a file, with --out")
         with writing(run):
             return dated_directory(run, command)
     directory = Path(out)
@@ -130,7 +130,8 @@ def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -
 
 
 def directory_for(command: str, models: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
-    return new_directory(command, given.get("out"), models[0].checkpoint.run if len(models) == 1 else None)
+    own = len(models) == 1 and not models[0].checkpoint.alone
+    return new_directory(command, given.get("out"), models[0].checkpoint.run if own else None)
 
 
 def same_readout(a: TrainedModel, b: TrainedModel, keys: Sequence[str]) -> None:

@@ -88,7 +88,10 @@ def lineage(run: Path) -> list[runs.Checkpoint]:
     found = [runs.Checkpoint(run, sys.maxsize)]
     while (source := runs.saved_config(found[0].run / "config.yml").init_from) is not None:
         try:
-            found.insert(0, runs.find_checkpoint(Path(source)))
+            start = runs.find_checkpoint(Path(source))
+            if start.alone:
+                raise ConfigError("a file has no log")
+            found.insert(0, start)
         except ConfigError as error:
             print(f"{found[0].run} starts from {source}, whose steps are left out ({error})")
             break

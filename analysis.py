@@ -6,7 +6,7 @@ Of trained models, with the keys of the configuration as in eval.py:
     boundaries  where segments begin, as VTA finds and predicts it
     digits      which digits are in the predicted frames, read by a classifier (Figure 5b); of one, also where
     rooms       which rooms the predicted videos visit, read from their colours (Figure 5a)
-    export      writes a small copy of a run, to share
+    export      writes a model to be used elsewhere: a small run, a file of parameters, programs
 Of what train.py and eval.py wrote:
     perceptual  adds LPIPS and FVD to finished evaluations, with the networks' files
     compare     quality over distance of several models on one dataset (Figure 1)

@@ -391,7 +391,9 @@ def test_compare(tmp_path, capsys):
     assert len(rows) == 2 * 2 * (3 * 2 + 2) * (12 + 2)
     with pytest.raises(ConfigError, match="isn't empty; name a new directory"):
         call("compare", *paths, f"--out={out}")
-    with pytest.raises(ConfigError, match="name a new directory for the results of several runs with --out"):
+    with pytest.raises(
+        ConfigError, match="name a new directory for the results of several runs, or of a file, with --out"
+    ):
         call("compare", *paths)
 
 

@@ -227,7 +227,9 @@ class Config:
 
     # TRAINING
     init_from: str | None = option(
-        None, "start from the parameters of this run or checkpoint; null: from random ones", later=True
+        None,
+        "start from the parameters of this run, checkpoint or .safetensors file; null: from random ones",
+        later=True,
     )
     lr: float = option(3e-4, "learning rate of Adam", above=0)
     batch_size: int = option(50, "sequences in a batch, over all devices", at_least=1)

@@ -298,14 +298,14 @@ class Loaded(NamedTuple):
 
 
 def load(logdir: Path | str) -> Loaded:
-    """Load a trained model from a run directory, one of its checkpoints, or a root directory of one run.
+    """Load a trained model; `logdir` is as for `find_checkpoint`.
 
     Raises:
-        ConfigError: as `find_checkpoint` and `load_config`.
+        ConfigError: as `find_checkpoint` and `saved_config`.
         DamagedCheckpoint: as `load_state`.
     """
     checkpoint = find_checkpoint(Path(logdir))
-    config = load_config(checkpoint.run, {})
+    config = saved_config(config_file(checkpoint.run))
     model = make_model(config)
     return Loaded(model, load_params(model, checkpoint), config)
 

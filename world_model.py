@@ -11,9 +11,10 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from config import ConfigError
+from config import FRAME_SIZE, ConfigError
 from cwvae import CWVAE, LevelState, floats
 from models import Model
 from noise import draw, sequence_keys
@@ -68,9 +69,13 @@ class WorldModel:
             action: [B, A], which led to the frame; zeros for the first one. None for models without actions.
 
         Raises:
-            ValueError: there are other actions than the model takes.
+            ValueError: a shape is another.
         """
-        return observe(self.model, self.params, belief, jnp.asarray(frame), self._checked(action))
+        B = len(belief.keys)
+        shape, wanted = np.shape(frame), (B, FRAME_SIZE, FRAME_SIZE, self.model.config.channels)
+        if shape != wanted:
+            raise ValueError(f"frame: must be {list(wanted)}, got {shape}")
+        return observe(self.model, self.params, belief, jnp.asarray(frame), self._checked(action, B))
 
     def imagine(self, belief: Belief, actions: Any = None, frames: int = 0) -> LevelState:
         """Follow the prior from a belief.
@@ -84,19 +89,32 @@ class WorldModel:
             The states of level 0, [B, T, ...] each, a sample.
 
         Raises:
-            ValueError: there are other actions than the model takes.
+            ValueError: a shape is another, or there is nothing to imagine.
         """
-        actions = self._checked(actions)
-        return imagine(self.model, self.params, belief, actions, frames if actions is None else actions.shape[1])
+        B = len(belief.keys)
+        actions = self._checked(actions, "B" if B == 1 else B, "T")
+        frames = frames if actions is None else actions.shape[1]
+        if frames < 1:
+            raise ValueError(f"frames: must be at least 1, got {frames}")
+        return imagine(self.model, self.params, belief, actions, frames)
 
     def decode(self, state: LevelState) -> Array:
         """Return the frames [..., H, W, C] of states of level 0 [..., S] and [..., D]; floats, not clipped."""
         return decode(self.model, self.params, state)
 
-    def _checked(self, actions: Any) -> Array | None:
-        size, shape = self.model.config.action_size or 0, None if actions is None else actions.shape
-        if size != (shape[-1] if shape else 0):
-            raise ValueError(f"actions: this model takes {f'{size} entries' if size else 'none'}, got {shape}")
+    def _checked(self, actions: Any, *axes: int | str) -> Array | None:
+        """Return actions [*axes, A] as floats, None for a model without; a letter stands for any number."""
+        size, shape = self.model.config.action_size or 0, None if actions is None else np.shape(actions)
+        wanted = (*axes, size) if size else None
+        if shape is None or wanted is None:
+            fits = shape == wanted
+        else:
+            fits = len(shape) == len(wanted) and all(
+                isinstance(axis, str) or axis == n for axis, n in zip(wanted, shape, strict=True)
+            )
+        if not fits:
+            text = f"must be [{', '.join(map(str, wanted))}]" if wanted else "this model takes none"
+            raise ValueError(f"actions: {text}, got {shape}")
         return None if actions is None else jnp.asarray(actions, jnp.float32)
 
 
@@ -105,6 +123,11 @@ def tick(cell: Any, state: LevelState, context: Array, features: Array | None, n
     unbound, params = cell.clone(parent=None), {"params": cell.variables["params"]}
     following: LevelState = unbound.apply(params, state, context, features, noise, None, method="tick")[0]
     return following
+
+
+def tick_keys(keys: Array, top: Array) -> Array:
+    """Return the keys [B] of the noise within tick number `top` of the top level."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, top))(keys)
 
 
 def output(state: LevelState) -> Array:
@@ -129,7 +152,7 @@ def observe(model: CWVAE, params: Any, belief: Belief, frame: Array, action: Arr
         )
         actions = None if belief.actions is None else put(belief.actions, action)
         B = len(frame)
-        inputs = draw(c, jax.vmap(lambda key: jax.random.fold_in(key, belief.frame // N))(belief.keys), N)
+        inputs = draw(c, tick_keys(belief.keys, belief.frame // N), N)
         context = jnp.zeros((B, N, c.cell_stoch_size + c.cell_deter_size))
         levels: list[LevelState] = []
         for level in reversed(range(c.levels)):
@@ -169,12 +192,11 @@ def imagine(model: CWVAE, params: Any, belief: Belief, actions: Array | None, fr
         keys = sequence_keys(keys[0], 0, B)
         levels = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape[1:])), levels)
     first = belief.frame // N
-    # Noise of all ticks of the top level that the frames may be in, [ticks, B, S] for each level.
-    blocks = [
-        draw(c, jax.vmap(lambda key, i=i: jax.random.fold_in(key, first + i))(keys), N)
-        for i in range(-(-frames // N) + 1)
-    ]
-    noise = [jnp.concatenate([block[level].noise for block in blocks], 1).swapaxes(0, 1) for level in range(c.levels)]
+    # Noise of all ticks of the top level that the frames may be in, [ticks, B, S] for each level: drawn at once, since
+    # one by one takes long to compile.
+    tops = first + jnp.arange(-(-frames // N) + 1)
+    drawn = jax.vmap(lambda top: draw(c, tick_keys(keys, top), N))(tops)
+    noise = [x.noise.swapaxes(1, 2).reshape(-1, B, c.cell_stoch_size) for x in drawn]
 
     def follow(model: CWVAE) -> LevelState:
         def body(levels: tuple[LevelState, ...], inputs: Any) -> tuple[tuple[LevelState, ...], LevelState]:

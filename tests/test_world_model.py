@@ -7,17 +7,20 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from conftest import ROOT, TINY
 from test_cwvae import make
 
+import config as configuration
 import noise
+import runs
 import world_model
 from analyses.blind import observe_and_imagine
 from config import Config, ConfigError
 from models import make_model
 from noise import Inputs
-from world_model import WorldModel
+from world_model import WorldModel, output
 
 
 def whole_noise(c, keys, frames):
@@ -33,48 +36,67 @@ def whole_noise(c, keys, frames):
 CASES = [
     dict(levels=3, tmp_abs_factor=2, action_size=2),
     dict(levels=2, tmp_abs_factor=3, enc_dense_layers=0, cell_mean_only=True),
+    dict(levels=2, tmp_abs_factor=1),
     dict(levels=1, tmp_abs_factor=4, action_size=1),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}{v}" for k, v in case.items()))
-def test_equals_whole_sequences(case):
-    """After the frames of two ticks of the top level and one more, and for some frames from there on."""
-    block, B, H = case["tmp_abs_factor"] ** (case["levels"] - 1), 2, 3
-    T = 2 * block + 1 + H
-    c, compiled, params, video, _ = make(T=T, B=B, **case)
-    model = compiled.module
-    actions = np.random.default_rng(1).normal(size=(B, T, c.action_size)).astype(np.float32) if c.action_size else None
-    world = WorldModel(model, params)
+def test_equals_the_textbook_form(case):
+    """After each number of frames up to two ticks of the top level and one more, and for some from there on."""
+    k, L, B, H = case["tmp_abs_factor"], case["levels"], 2, 3
+    N = 2 * k ** (L - 1) + 1
+    c, compiled, params, video, _ = make(T=N + H, B=B, **case)
+    actions = np.random.default_rng(1).normal(size=(B, N + H, 2))[..., : c.action_size] if c.action_size else None
+    world = WorldModel(compiled.module, params)
     belief = world.start(B, seed=3)
-    whole = whole_noise(c, belief.keys, T)
-    observed, imagined = world_model.observe._cache_size(), world_model.imagine._cache_size()
-    for n in range(1, T - H + 1):
-        belief = world.observe(belief, video[:, n - 1], None if actions is None else actions[:, n - 1])
-        if n not in (1, block - 1, block, block + 1, 2 * block):  # what is compared is compiled for each number
-            continue
+    whole = whole_noise(c, belief.keys, N + H)
+    features = oracle.encode(c, params["params"]["encoder"], video)
+    before = world_model.observe._cache_size(), world_model.imagine._cache_size()
+    for n in range(N + 1):
+        if n:
+            belief = world.observe(belief, video[:, n - 1], None if actions is None else actions[:, n - 1])
         future = world.imagine(belief, None if actions is None else actions[:, n : n + H], H)
-        frames = jnp.concatenate([world.decode(belief.levels[0])[:, None], world.decode(future)], 1)
-        inputs = tuple(
-            Inputs(x[:, :ticks], None, None if actions is None or level else jnp.asarray(actions)[:, : n + H])
-            for level, (x, ticks) in enumerate(zip(whole, noise.ticks(c, n + H), strict=True))
-        )
-        want = observe_and_imagine(model, params, video[:, :n], inputs, "T" * c.levels)
-        np.testing.assert_allclose(frames, want[:, n - 1 :], atol=1e-5)
-        if n % block == 0:
-            inputs = [
-                Inputs(
-                    x.noise[:, : -(-n // c.tmp_abs_factor**level)],
-                    None,
-                    x.actions if x.actions is None else x.actions[:, :n],
-                )
-                for level, x in enumerate(inputs)
-            ]
-            _, state = compiled.apply(params, video[:, :n], inputs, method="observe")
-            for a, b in zip(jax.tree.leaves(belief.levels), jax.tree.leaves(state.levels), strict=True):
-                np.testing.assert_allclose(a, b, atol=1e-5)
-    assert int(belief.frame) == T - H
-    assert world_model.observe._cache_size() == observed + 1 and world_model.imagine._cache_size() == imagined + 1
+        # The ticks that have ended follow their posterior.
+        seen = [[x if (t + 1) * k**level <= n else None for t, x in enumerate(features[level])] for level in range(L)]
+        ticks = oracle.unroll(c, params["params"], n + H, whole, seen, actions)
+        for level in range(L if n else 0):
+            np.testing.assert_allclose(
+                output(belief.levels[level]), stacked(ticks[level])[:, (n - 1) // k**level], atol=1e-5
+            )
+        np.testing.assert_allclose(output(future), stacked(ticks[0])[:, n:], atol=1e-5)
+    assert int(belief.frame) == N
+    compilations = world_model.observe._cache_size(), world_model.imagine._cache_size()
+    assert compilations == (before[0] + 1, before[1] + 1)
+
+
+def stacked(ticks):
+    """The outputs of a level's ticks, [B, T_l, S + D]."""
+    return jnp.stack([jnp.concatenate([stoch, deter], -1) for _, _, stoch, deter in ticks], 1)
+
+
+def test_equals_whole_sequences():
+    """As `CWVAE.observe`, `CWVAE.imagine` from there, and within a tick `observe_and_imagine`."""
+    c, compiled, params, video, _ = make(T=7, B=2, levels=2, tmp_abs_factor=2, action_size=1)
+    actions = np.random.default_rng(0).normal(size=(2, 7, 1)).astype(np.float32)
+    world = WorldModel(compiled.module, params)
+    belief = world.start(2)
+    whole = [Inputs(x, None, None) for x in whole_noise(c, belief.keys, 8)]
+    whole[0] = whole[0]._replace(actions=jnp.asarray(actions))
+    inputs = lambda start, stop: noise.part(c, whole, start, stop)  # noqa: E731
+    for t in range(4):
+        belief = world.observe(belief, video[:, t], actions[:, t])
+    _, state = compiled.apply(params, video[:, :4], inputs(0, 4), method="observe")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), belief.levels, state.levels)
+    rollouts, _ = compiled.apply(params, inputs(4, 7), state, method="imagine")
+    future = world.imagine(belief, actions[:, 4:])
+    np.testing.assert_allclose(output(future), rollouts[0].output, atol=1e-5)
+    want = compiled.apply(params, rollouts, method="decode")
+    np.testing.assert_allclose(world.decode(future), want, atol=1e-5)
+
+    belief = world.observe(belief, video[:, 4], actions[:, 4])
+    want = observe_and_imagine(compiled.module, params, video[:, :5], inputs(0, 7), "TT")
+    np.testing.assert_allclose(world.decode(world.imagine(belief, actions[:, 5:])), want[:, 5:], atol=1e-5)
 
 
 def test_many_futures_of_one_belief():
@@ -92,6 +114,15 @@ def test_many_futures_of_one_belief():
     assert len({row.tobytes() for row in np.asarray(states.stoch[:, 0])}) == 6
     np.testing.assert_allclose(states.deter[0, 0], states.deter[1, 0], atol=1e-6)
     assert np.abs(np.asarray(states.deter[0, 0] - states.deter[2, 0])).max() > 1e-4
+
+
+def test_loads_a_run_without_a_word(capsys):
+    """Also one that is older than some keys, which the model doesn't depend on; whole, or by one of its checkpoints."""
+    model, params, c = runs.load(str(ROOT / "pretrained"))
+    assert model.config == c == configuration.load(ROOT / "pretrained" / "config.yml")
+    (checkpoint,) = (ROOT / "pretrained" / "checkpoints").glob("[0-9]*")
+    jax.tree.map(np.testing.assert_array_equal, params, runs.load(checkpoint).params)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -117,10 +148,26 @@ def test_example(tmp_path):
 def test_what_it_refuses():
     c, compiled, params, video, _ = make(T=4, levels=2, tmp_abs_factor=2, action_size=2)
     world = WorldModel(compiled.module, params)
-    with pytest.raises(ValueError, match=r"actions: this model takes 2 entries, got None"):
-        world.observe(world.start(2), video[:, 0])
-    with pytest.raises(ValueError, match=r"actions: this model takes 2 entries, got \(5, 4, 3\)"):
-        world.imagine(world.start(), np.zeros((5, 4, 3)))
+    one, two, frame, action = world.start(), world.start(2), video[:, 0], np.zeros((2, 2))
+    for call, message in (
+        (lambda: world.observe(two, frame), "actions: must be [2, 2], got None"),
+        (lambda: world.observe(two, frame, action[0]), "actions: must be [2, 2], got (2,)"),
+        (lambda: world.observe(two, frame, action[:1]), "actions: must be [2, 2], got (1, 2)"),
+        (lambda: world.observe(two, frame[0], action), "frame: must be [2, 64, 64, 1], got (64, 64, 1)"),
+        (lambda: world.observe(two, frame[:1], action), "frame: must be [2, 64, 64, 1], got (1, 64, 64, 1)"),
+        (lambda: world.imagine(one, np.zeros((5, 4, 3))), "actions: must be [B, T, 2], got (5, 4, 3)"),
+        (lambda: world.imagine(two, np.zeros((5, 4, 2))), "actions: must be [2, T, 2], got (5, 4, 2)"),
+        (lambda: world.imagine(one, np.zeros((5, 0, 2))), "frames: must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+    without = WorldModel(make_model(Config(model="cwvae", dataset="digits", action_size=0)), None)
+    for actions, message in (
+        (np.zeros((1, 4, 2)), "actions: this model takes none"),
+        (None, "frames: must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            without.imagine(without.start(), actions)
     with pytest.raises(ConfigError, match="cell_reset_state: step by step states aren't reset"):
         WorldModel(make(T=4, levels=2, tmp_abs_factor=2, cell_reset_state=True)[1].module, params)
     with pytest.raises(ConfigError, match="model: step by step only cwvae can be used, got svg"):

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import io
 import logging
+import os
 import sys
 from typing import Any, NamedTuple, Protocol
 
@@ -134,6 +135,7 @@ class Gymnasium:
 
     def __init__(self, name: str, seed: int):
         gymnasium = imported("gymnasium")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws, and opens no window
         self.seed, self.env = seed, gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
         modes = self.env.metadata.get("render_modes", [])
         if "rgb_array" not in modes:
@@ -200,6 +202,8 @@ class MemoryMaze:
     limited = True
 
     def __init__(self, name: str, seed: int):
+        if sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
         make = getattr(imported("memory_maze", ", with Python 3.11 or 3.12").tasks, name)
         logging.getLogger("absl").setLevel(logging.ERROR)  # dm_control warns at each start of something harmless
         self.env = make(seed=seed, global_observables=True)

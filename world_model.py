@@ -5,6 +5,7 @@ its posterior in the ticks that have ended and its prior in the one that is in p
 Whenever a tick of the top level ends, what is believed is what `CWVAE.observe` infers.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax import Array
 from config import FRAME_SIZE, ConfigError
 from cwvae import CWVAE, LevelState, floats
 from models import Model
-from noise import draw, sequence_keys
+from noise import Inputs, draw, sequence_keys
 
 
 @flax.struct.dataclass
@@ -26,8 +27,8 @@ class Belief:
 
     frame: Array  # int32 [], frames so far
     levels: tuple[LevelState, ...]  # now, [B, ...]
-    begin: tuple[LevelState, ...]  # where the top level's tick in progress began
-    features: tuple[Array, ...]  # of each frame since then, for each level, [B, N, F]
+    begin: tuple[tuple[LevelState, ...], ...]  # for each level above 0: itself and those below it, before its last tick
+    features: tuple[Array, ...]  # of each frame in the last tick of the top level, for each level, [B, N, F]
     actions: Array | None  # those that led to these frames, [B, N, A]
     keys: Array  # PRNG keys [B]
 
@@ -49,12 +50,12 @@ class WorldModel:
 
     def start(self, batch: int = 1, seed: int = 0) -> Belief:
         """Return what is believed of `batch` sequences before their first frames."""
-        c, begin = self.model.config, self.model.initial_state(batch).levels
+        c, levels = self.model.config, self.model.initial_state(batch).levels
         size = 2 * 2 * 8 * c.filters * c.channels_mult
         return Belief(
             frame=jnp.int32(0),
-            levels=begin,
-            begin=begin,
+            levels=levels,
+            begin=tuple(levels[: level + 1] for level in range(1, c.levels)),
             features=(jnp.zeros((batch, c.block, size)),) * c.levels,
             actions=jnp.zeros((batch, c.block, c.action_size)) if c.action_size else None,
             keys=sequence_keys(jax.random.key(seed), 0, batch),
@@ -118,10 +119,10 @@ class WorldModel:
         return None if actions is None else jnp.asarray(actions, jnp.float32)
 
 
-def tick(cell: Any, state: LevelState, context: Array, features: Array | None, noise: Array) -> LevelState:
-    """Return a level's state after a tick, [B, ...]."""
+def tick(cell: Any, state: LevelState, context: Array, noise: Array) -> LevelState:
+    """Return a level's state [B, ...] after a tick by its prior."""
     unbound, params = cell.clone(parent=None), {"params": cell.variables["params"]}
-    following: LevelState = unbound.apply(params, state, context, features, noise, None, method="tick")[0]
+    following: LevelState = unbound.apply(params, state, context, None, noise, None, method="tick")[0]
     return following
 
 
@@ -134,15 +135,35 @@ def output(state: LevelState) -> Array:
     return jnp.concatenate(state, -1)
 
 
+def above(levels: tuple[LevelState, ...], level: int) -> Array:
+    """Return the context of a level [B, S + D], without actions."""
+    return output(levels[level + 1]) if level + 1 < len(levels) else jnp.zeros_like(output(levels[level]))
+
+
+def begin_ticks(model: CWVAE, levels: tuple[LevelState, ...], time: Array, noise: Sequence[Array]) -> list[LevelState]:
+    """Let those levels above 0 whose ticks begin with frame number `time` follow their priors; noise [B, S] each."""
+    following = list(levels)
+    for level in reversed(range(1, len(levels))):
+        following[level] = jax.lax.cond(
+            time % model.config.tmp_abs_factor**level == 0,
+            partial(tick, model.cells[level], context=above(tuple(following), level), noise=noise[level]),
+            lambda state: state,
+            levels[level],
+        )
+    return following
+
+
 @partial(jax.jit, static_argnums=0)
 def observe(model: CWVAE, params: Any, belief: Belief, frame: Array, action: Array | None) -> Belief:
-    """See `WorldModel.observe`. Ticks since `begin` are inferred again: those that ended change what is below them."""
-    c, N = model.config, model.config.block
-    place = belief.frame % N
-    count = place + 1
+    """See `WorldModel.observe`. The highest level whose tick ends and those below it infer this tick again."""
+    c, N, k = model.config, model.config.block, model.config.tmp_abs_factor
+    B, place = len(frame), belief.frame % N
 
     def put(buffer: Array, now: Any) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(buffer, now[:, None], place, 1)
+
+    def cut(x: Array, first: Array, count: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, first, count, 1)
 
     def infer(model: CWVAE) -> tuple[tuple[LevelState, ...], tuple[Array, ...], Array | None]:
         # Features are sums over the frames of a tick, so those of single frames can be summed later.
@@ -151,41 +172,45 @@ def observe(model: CWVAE, params: Any, belief: Belief, frame: Array, action: Arr
             for buffer, of_frame in zip(belief.features, model.encoder(floats(frame[:, None])), strict=True)
         )
         actions = None if belief.actions is None else put(belief.actions, action)
-        B = len(frame)
-        inputs = draw(c, tick_keys(belief.keys, belief.frame // N), N)
-        context = jnp.zeros((B, N, c.cell_stoch_size + c.cell_deter_size))
-        levels: list[LevelState] = []
-        for level in reversed(range(c.levels)):
-            span = c.tmp_abs_factor**level
-            summed = features[level].reshape(B, N // span, span, -1).sum(2)
-            context = context[:, : N // span]
-            if level == 0:
-                context = model.with_actions(context, actions)
+        noise = [x.noise for x in draw(c, tick_keys(belief.keys, belief.frame // N), N)]
+        levels = begin_ticks(
+            model, belief.levels, belief.frame, [x[:, place // k**level] for level, x in enumerate(noise)]
+        )
+        cells = [(cell.clone(parent=None), {"params": cell.variables["params"]}) for cell in model.cells]
 
-            def body(state: LevelState, inputs: Any, cell: Any = model.cells[level]) -> tuple[LevelState, LevelState]:
-                ended, context, features, noise = inputs
-                prior = tick(cell, state, context, None, noise)
-                posterior = tick(cell, state, context, features, noise)
-                state = jax.tree.map(lambda p, q: jnp.where(ended, q, p), prior, posterior)
-                return state, state
+        def infer_tick(top: int) -> list[LevelState]:
+            """Infer the tick of a level that ends with this frame."""
+            first, states = place + 1 - k**top, (belief.levels[:1], *belief.begin)[top]
+            inferred, context = list(levels), above(tuple(levels), top)[:, None]
+            for level in reversed(range(top + 1)):
+                span, ticks = k**level, k ** (top - level)
+                summed = cut(features[level], first, k**top).reshape(B, ticks, span, -1).sum(2)
+                if level == 0:
+                    context = model.with_actions(context, None if actions is None else cut(actions, first, k**top))
+                inputs = Inputs(cut(noise[level], first // span, ticks))
+                cell, params = cells[level]
+                found: Any = cell.apply(params, states[level], context, summed, inputs)
+                rollout, inferred[level] = found
+                context = jnp.repeat(rollout.output, k, axis=1)
+            return inferred
 
-            ended = jnp.arange(N // span) < count // span
-            by_time = jax.tree.map(lambda x: x.swapaxes(0, 1), (context, summed, inputs[level].noise))
-            _, states = jax.lax.scan(body, belief.begin[level], (ended, *by_time))
-            levels.insert(0, jax.tree.map(lambda x, span=span: x[place // span], states))
-            context = jnp.repeat(output(states).swapaxes(0, 1), c.tmp_abs_factor, axis=1)
-        return tuple(levels), features, actions
+        ended = sum(((place + 1) % k**level == 0).astype(int) for level in range(1, c.levels))
+        inferred = jax.lax.switch(ended, [partial(infer_tick, level) for level in range(c.levels)])
+        return tuple(inferred), features, actions
 
     found: Any = model.apply(params, method=infer)
     levels, features, actions = found
-    begin = jax.tree.map(lambda old, new: jnp.where(count == N, new, old), belief.begin, levels)
+    begin = tuple(
+        jax.tree.map(partial(jnp.where, (place + 1) % k**level == 0), levels[: level + 1], before)
+        for level, before in enumerate(belief.begin, 1)
+    )
     return Belief(belief.frame + 1, levels, begin, features, actions, belief.keys)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
 def imagine(model: CWVAE, params: Any, belief: Belief, actions: Array | None, frames: int) -> LevelState:
     """See `WorldModel.imagine`."""
-    c, N = model.config, model.config.block
+    c, N, k = model.config, model.config.block, model.config.tmp_abs_factor
     B = len(belief.keys) if actions is None else len(actions)
     keys, levels = belief.keys, belief.levels
     if len(keys) != B:
@@ -201,20 +226,11 @@ def imagine(model: CWVAE, params: Any, belief: Belief, actions: Array | None, fr
     def follow(model: CWVAE) -> LevelState:
         def body(levels: tuple[LevelState, ...], inputs: Any) -> tuple[tuple[LevelState, ...], LevelState]:
             time, action = inputs
-            context, following = jnp.zeros((B, c.cell_stoch_size + c.cell_deter_size)), list(levels)
-            for level in reversed(range(c.levels)):
-                span = c.tmp_abs_factor**level
-                if level == 0:
-                    context = model.with_actions(context, action)
-                now = noise[level][time // span - first * (N // span)]
-                following[level] = jax.lax.cond(
-                    time % span == 0,
-                    partial(tick, model.cells[level], context=context, features=None, noise=now),
-                    lambda state: state,
-                    levels[level],
-                )
-                context = output(following[level])
-            return tuple(following), following[0]
+            now = [x[time // k**level - first * (N // k**level)] for level, x in enumerate(noise)]
+            _, *uppers = begin_ticks(model, levels, time, now)
+            context = model.with_actions(above((levels[0], *uppers), 0), action)
+            lowest = tick(model.cells[0], levels[0], context, now[0])
+            return (lowest, *uppers), lowest
 
         times = belief.frame + jnp.arange(frames)
         _, states = jax.lax.scan(body, levels, (times, None if actions is None else actions.swapaxes(0, 1)))

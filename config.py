@@ -578,6 +578,17 @@ def parse_flags(
     return {k: v for k, v in values.items() if k in special}, {k: v for k, v in values.items() if k not in special}
 
 
+def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
+    """Return a special flag that is a whole number."""
+    try:
+        value = int(given.get(key, default))
+    except ValueError:
+        value = at_least - 1
+    if value < at_least:
+        raise ConfigError(f"{key}: must be a whole number of at least {at_least}, got {given[key]!r}")
+    return value
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, with its errors as ConfigErrors: one line, without the usage that fills a screen here."""
 

@@ -51,6 +51,10 @@ class LevelState(NamedTuple):
     stoch: Array  # [B, S]
     deter: Array  # [B, D]
 
+    @property
+    def output(self) -> Array:
+        return jnp.concatenate([self.stoch, self.deter], -1)
+
 
 class LevelRollout(NamedTuple):
     """One level over T_l ticks. In ticks that saw no features, the posterior is the prior."""
@@ -62,7 +66,7 @@ class LevelRollout(NamedTuple):
 
     @property
     def output(self) -> Array:
-        return jnp.concatenate([self.stoch, self.deter], -1)
+        return LevelState(self.stoch, self.deter).output
 
 
 class RSSMCell(nn.Module):

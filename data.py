@@ -62,7 +62,9 @@ def windows(config: Config, split: str) -> Windows:
     c = config
     length = c.seq_len if split == "train" else c.eval_seq_len
     if c.dataset == "episodes":
-        return VideoWindows(with_actions(c, frame_file(c, split)), length, split, c.action_size != 0)
+        file = frame_file(c, split)
+        check_actions(c, file)
+        return VideoWindows(file, length, split, c.action_size != 0)
     if c.action_size:
         raise ConfigError(f"action_size: {c.dataset} has no actions, got {c.action_size}; leave it out")
     if c.dataset == "digits":
@@ -76,8 +78,8 @@ def windows(config: Config, split: str) -> Windows:
     return VideoWindows(frame_file(c, split), length, split)
 
 
-def with_actions(config: Config, file: decoded.FrameFile) -> decoded.FrameFile:
-    """Return a file of episodes; raise ConfigError unless it has the actions that the configuration asks for."""
+def check_actions(config: Config, file: decoded.FrameFile) -> None:
+    """Raise ConfigError unless a file of episodes has the actions that the configuration asks for."""
     asked, there = config.action_size, file.action_size
     if asked != 0 and not there:
         raise ConfigError(
@@ -87,7 +89,6 @@ def with_actions(config: Config, file: decoded.FrameFile) -> decoded.FrameFile:
         raise ConfigError(
             f"action_size: the episodes of {file.path} have actions of {there} entries, got {asked}; name others"
         )
-    return file
 
 
 def with_action_size(config: Config, train: Windows) -> Config:
@@ -232,7 +233,7 @@ class VideoWindows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return a window's frames, uint8 [T, 64, 64, C]."""
-        return self._cut(self.starts[index]).video
+        return self.window(index).video
 
     def window(self, index: int) -> Window:
         """Return a window with its actions, if there are any."""

@@ -30,8 +30,12 @@ def sequence_keys(key: Array, first: Array | int, count: int) -> Array:
 
 def example_keys(config: Config, first: int, count: int, sample: int) -> Array:
     """Return the keys of one sample for each of `count` test sequences from number `first` on, [count]."""
-    keys = sequence_keys(key_for("evaluation", config), first, count)
-    return jax.vmap(lambda key: jax.random.fold_in(key, sample))(keys)
+    return fold_in(sequence_keys(key_for("evaluation", config), first, count), sample)
+
+
+def fold_in(keys: Array, number: Array | int) -> Array:
+    """Return keys [B] that follow from others and a number."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def ticks(config: Config, frames: int) -> list[int]:

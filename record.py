@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import config as configuration
-from config import FRAME_SIZE, ConfigError
+from config import FRAME_SIZE, ConfigError, whole
 from system.files import replace_file
 from videos import environments
 from videos.decoded import one_process
@@ -307,14 +307,6 @@ def parse(argv: Sequence[str]) -> tuple[Recording, Amount, Path]:
     train = whole(given, "episodes", 1, 1)
     episodes = {"train": train, "test": whole(given, "test_episodes", max(1, train // 10), 0)}
     return recording, Amount(episodes, whole(given, "processes", os.cpu_count() or 1, 1)), Path(given["datadir"])
-
-
-def whole(given: Mapping[str, str], key: str, default: int, at_least: int) -> int:
-    """Return a flag that is a whole number."""
-    text = given.get(key, str(default))
-    if not text.isdecimal() or int(text) < at_least:
-        raise ConfigError(f"{key}: must be a whole number of at least {at_least}, got {text!r}")
-    return int(text)
 
 
 def record(recording: Recording, amount: Amount, datadir: Path) -> None:

@@ -194,7 +194,7 @@ class Checkpoint(NamedTuple):
     @property
     def alone(self) -> bool:
         """Whether it is a file by itself, without a run's directory."""
-        return self.run.suffix == weights.SUFFIX and not self.run.is_dir()
+        return weights.is_named_by(self.run)
 
 
 def find(logdir: Path) -> Path:
@@ -223,7 +223,7 @@ def saved_keys(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it can't be read, or lacks keys, as an empty or a truncated one does.
     """
-    if path.suffix == weights.SUFFIX:
+    if weights.is_named_by(path):
         return configuration.typed(weights.read_notes(path)["config"], str(path))
     remedy = (
         "restore the file, or write it again with the run's keys and seed (an eval_*/evaluation.yml beside it has "
@@ -255,12 +255,12 @@ def load_config(run: Path, flags: Mapping[str, str]) -> Config:
         ConfigError: a flag would change the parameters' shapes; or as `saved_keys`, `config.typed` and `Config`.
     """
     path = config_file(run)
-    saved = saved_keys(path)
-    for key, value in configuration.typed(flags, "command line").items():
+    saved, given = saved_keys(path), configuration.typed(flags, "command line")
+    for key, value in given.items():
         there = saved.get(key, getattr(Config, key))
         if key in configuration.marked("shapes") and value != there:
             raise ConfigError(f"{key}: the parameters of {run} were trained with {there}, got {value}; leave it out")
-    c = Config(**saved | configuration.typed(flags, "command line"))
+    c = Config(**saved | given)
     for key in vars(c):
         if key not in saved and key not in flags and key in configuration.read_by(c.model):
             print(f"{path} is older than the key {key}; using its default, {getattr(c, key)}")
@@ -269,7 +269,7 @@ def load_config(run: Path, flags: Mapping[str, str]) -> Config:
 
 def config_file(run: Path) -> Path:
     """Return the file that holds the configuration of what `Checkpoint.run` names."""
-    return run if Checkpoint(run, 0).alone else run / "config.yml"
+    return run if weights.is_named_by(run) else run / "config.yml"
 
 
 def find_checkpoint(logdir: Path) -> Checkpoint:
@@ -278,7 +278,7 @@ def find_checkpoint(logdir: Path) -> Checkpoint:
     Raises:
         ConfigError: there is none, or more than one run; or as `weights.read_notes`.
     """
-    if Checkpoint(logdir, 0).alone:
+    if weights.is_named_by(logdir):
         return Checkpoint(logdir, weights.read_notes(logdir)["step"])
     if logdir.is_dir() and logdir.name.isdigit() and logdir.parent.name == "checkpoints":
         return Checkpoint(logdir.parent.parent, int(logdir.name))

@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array
 
 from config import FRAME_SIZE, ConfigError
-from cwvae import CWVAE, LevelState, floats
+from cwvae import CWVAE, Encoder, LevelState, floats
 from models import Model
-from noise import Inputs, draw, sequence_keys
+from noise import Inputs, draw, fold_in, sequence_keys
 
 
 @flax.struct.dataclass
@@ -51,7 +51,7 @@ class WorldModel:
     def start(self, batch: int = 1, seed: int = 0) -> Belief:
         """Return what is believed of `batch` sequences before their first frames."""
         c, levels = self.model.config, self.model.initial_state(batch).levels
-        size = 2 * 2 * 8 * c.filters * c.channels_mult
+        size = Encoder(c).feature_size
         return Belief(
             frame=jnp.int32(0),
             levels=levels,
@@ -126,18 +126,9 @@ def tick(cell: Any, state: LevelState, context: Array, noise: Array) -> LevelSta
     return following
 
 
-def tick_keys(keys: Array, top: Array) -> Array:
-    """Return the keys [B] of the noise within tick number `top` of the top level."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, top))(keys)
-
-
-def output(state: LevelState) -> Array:
-    return jnp.concatenate(state, -1)
-
-
 def above(levels: tuple[LevelState, ...], level: int) -> Array:
     """Return the context of a level [B, S + D], without actions."""
-    return output(levels[level + 1]) if level + 1 < len(levels) else jnp.zeros_like(output(levels[level]))
+    return levels[level + 1].output if level + 1 < len(levels) else jnp.zeros_like(levels[level].output)
 
 
 def begin_ticks(model: CWVAE, levels: tuple[LevelState, ...], time: Array, noise: Sequence[Array]) -> list[LevelState]:
@@ -172,7 +163,7 @@ def observe(model: CWVAE, params: Any, belief: Belief, frame: Array, action: Arr
             for buffer, of_frame in zip(belief.features, model.encoder(floats(frame[:, None])), strict=True)
         )
         actions = None if belief.actions is None else put(belief.actions, action)
-        noise = [x.noise for x in draw(c, tick_keys(belief.keys, belief.frame // N), N)]
+        noise = [x.noise for x in draw(c, fold_in(belief.keys, belief.frame // N), N)]
         levels = begin_ticks(
             model, belief.levels, belief.frame, [x[:, place // k**level] for level, x in enumerate(noise)]
         )
@@ -220,7 +211,7 @@ def imagine(model: CWVAE, params: Any, belief: Belief, actions: Array | None, fr
     # Noise of all ticks of the top level that the frames may be in, [ticks, B, S] for each level: drawn at once, since
     # one by one takes long to compile.
     tops = first + jnp.arange(-(-frames // N) + 1)
-    drawn = jax.vmap(lambda top: draw(c, tick_keys(keys, top), N))(tops)
+    drawn = jax.vmap(lambda top: draw(c, fold_in(keys, top), N))(tops)
     noise = [x.noise.swapaxes(1, 2).reshape(-1, B, c.cell_stoch_size) for x in drawn]
 
     def follow(model: CWVAE) -> LevelState:
@@ -244,7 +235,7 @@ def imagine(model: CWVAE, params: Any, belief: Belief, actions: Array | None, fr
 @partial(jax.jit, static_argnums=0)
 def decode(model: CWVAE, params: Any, state: LevelState) -> Array:
     """See `WorldModel.decode`."""
-    x = output(state)
-    frames: Any = model.apply(params, x.reshape(1, -1, x.shape[-1]), method=lambda model, x: model.decoder(x))
-    shaped: Array = frames.reshape(*x.shape[:-1], *frames.shape[2:])
+    in_a_row = LevelState(*(x.reshape(1, -1, x.shape[-1]) for x in state))
+    frames: Any = model.apply(params, (in_a_row,), method="decode")
+    shaped: Array = frames.reshape(*state.stoch.shape[:-1], *frames.shape[2:])
     return shaped

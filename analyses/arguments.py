@@ -118,17 +118,6 @@ def single(command: str, models: Sequence[TrainedModel]) -> TrainedModel:
     return models[0]
 
 
-def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
-    """Return a special flag that is a whole number."""
-    try:
-        value = int(given.get(key, default))
-    except ValueError:
-        value = at_least - 1
-    if value < at_least:
-        raise ConfigError(f"{key}: must be a whole number of at least {at_least}, got {given[key]!r}")
-    return value
-
-
 def directory_for(command: str, models: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
     own = len(models) == 1 and not models[0].checkpoint.alone
     return new_directory(command, given.get("out"), models[0].checkpoint.run if own else None)

@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array
 
 import tools
-from analyses.arguments import directory_for, parse_models, single, whole
+from analyses.arguments import directory_for, parse_models, single
 from analyses.worker import Worker
-from config import ConfigError
+from config import ConfigError, whole
 from cwvae import CWVAE
 from data import Window
 from noise import Inputs, draw

@@ -7,9 +7,9 @@ import numpy as np
 
 import rollout
 import tools
-from analyses.arguments import directory_for, parse_models, single, whole
+from analyses.arguments import directory_for, parse_models, single
 from analyses.worker import Worker
-from config import ConfigError
+from config import ConfigError, whole
 from report import plots
 from system.files import replace_arrays
 

@@ -12,8 +12,8 @@ import scipy.stats
 import config as configuration
 import runs
 import tools
-from analyses.arguments import new_directory, parse_named, whole, with_names
-from config import Config, ConfigError
+from analyses.arguments import new_directory, parse_named, with_names
+from config import Config, ConfigError, whole
 from report import plots, statistics, tables
 from report.output import FORMAT, formats, writing
 from report.results import load_frames

@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array
 
 import rollout
-from analyses.arguments import directory_for, parse_models, whole
+from analyses.arguments import directory_for, parse_models
 from analyses.worker import Worker
-from config import ConfigError
+from config import ConfigError, whole
 from cwvae import LevelRollout, entropy, kl_divergence, per_level
 from report import plots, statistics, tables
 from system.files import replace_arrays

@@ -19,6 +19,11 @@ KEY = "clockwork_vae"
 FORMAT = 1
 
 
+def is_named_by(path: Path) -> bool:
+    """Return whether a path names such a file, which may be missing, and no run's directory."""
+    return path.suffix == SUFFIX and not path.is_dir()
+
+
 def named(tree: Any) -> dict[str, Any]:
     """Return a pytree's leaves by their paths, as params/cell_0/gru/input_kernel."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)

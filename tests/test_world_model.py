@@ -20,15 +20,12 @@ from analyses.blind import observe_and_imagine
 from config import Config, ConfigError
 from models import make_model
 from noise import Inputs
-from world_model import WorldModel, output
+from world_model import WorldModel
 
 
 def whole_noise(c, keys, frames):
     """The noise of `frames` frames, put together from that of each tick of the top level."""
-    blocks = [
-        noise.draw(c, jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys), c.block)
-        for i in range(-(-frames // c.block))
-    ]
+    blocks = [noise.draw(c, noise.fold_in(keys, i), c.block) for i in range(-(-frames // c.block))]
     sizes = noise.ticks(c, frames)
     return [jnp.concatenate([block[level].noise for block in blocks], 1)[:, :T] for level, T in enumerate(sizes)]
 
@@ -62,9 +59,9 @@ def test_equals_the_textbook_form(case):
         ticks = oracle.unroll(c, params["params"], n + H, whole, seen, actions)
         for level in range(L if n else 0):
             np.testing.assert_allclose(
-                output(belief.levels[level]), stacked(ticks[level])[:, (n - 1) // k**level], atol=1e-5
+                belief.levels[level].output, stacked(ticks[level])[:, (n - 1) // k**level], atol=1e-5
             )
-        np.testing.assert_allclose(output(future), stacked(ticks[0])[:, n:], atol=1e-5)
+        np.testing.assert_allclose(future.output, stacked(ticks[0])[:, n:], atol=1e-5)
     assert int(belief.frame) == N
     compilations = world_model.observe._cache_size(), world_model.imagine._cache_size()
     assert compilations == (before[0] + 1, before[1] + 1)
@@ -90,7 +87,7 @@ def test_equals_whole_sequences():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), belief.levels, state.levels)
     rollouts, _ = compiled.apply(params, inputs(4, 7), state, method="imagine")
     future = world.imagine(belief, actions[:, 4:])
-    np.testing.assert_allclose(output(future), rollouts[0].output, atol=1e-5)
+    np.testing.assert_allclose(future.output, rollouts[0].output, atol=1e-5)
     want = compiled.apply(params, rollouts, method="decode")
     np.testing.assert_allclose(world.decode(future), want, atol=1e-5)
 

@@ -4,6 +4,7 @@ The packages are imported where such an environment is made, and nowhere else.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import io
@@ -253,6 +254,7 @@ def imported(module: str, remedy: str = "") -> Any:
         raise ConfigError(f"env: {error}; pip install -r requirements-record.txt{remedy}") from None
 
 
+@functools.cache  # it looks through all installed packages
 def versions(name: str) -> dict[str, str]:
     """Return the versions of the packages that decide what an environment does, once it has run in this process."""
     modules = {*SIMULATORS, name.partition(":")[0]} & set(sys.modules)

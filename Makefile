@@ -13,7 +13,7 @@ test: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -n 2 --durations=5
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=5
 
 $(VENV)/train: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3"; exit 1; }

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, full_disk
 from PIL import Image
-from test_digits_and_rooms import easy_glyphs, easy_labels, easy_reader, walk
+from test_digits_and_rooms import walk
 
 import analysis
 import config as configuration
@@ -26,7 +26,6 @@ import rollout
 import runs
 import tools
 import train_step
-import videos.digits
 from analyses import digits
 from analyses.arguments import new_directory
 from analyses.blind import observe_and_imagine
@@ -219,29 +218,6 @@ def test_only_levels_that_see_depend_on_the_context(tiny):
 
 
 # ---------------------------------------------------------------------------------------------- digits, rooms
-
-
-def test_digits(run, monkeypatch, tmp_path, capsys):
-    """On easy glyphs, with the real classifier: the truth is read, and an untrained model's frames aren't."""
-    reader = easy_reader()
-    monkeypatch.setattr(videos.digits, "of_scikit_learn", easy_glyphs)
-    monkeypatch.setattr(videos.digits, "labels_of_scikit_learn", easy_labels)
-    monkeypatch.setattr(digits, "train_digit_reader", lambda train: reader)
-    directory = call(
-        "digits", f"a={run}", f"b={run / 'checkpoints' / '2'}", f"--out={tmp_path / 'digits'}", "--num_samples=2"
-    )
-    printed = capsys.readouterr().out
-    results = json.loads((directory / "digits.json").read_text())
-    assert results["classifier_accuracy_on_clean_frames"] >= 0.97 and results["chance"] == pytest.approx(0.019)
-    assert f"It reads {100 * results['classifier_accuracy_on_clean_frames']:.2f} % of" in printed
-    posterior = "posterior reconstruction"
-    assert list(results["lines"]) == ["a", f"a, {posterior}", "b", f"b, {posterior}", "true frames"]
-    assert results["lines"]["true frames"]["average"]["value"] > 0.6 > 0.3 > results["lines"]["a"]["average"]["value"]
-    assert len(results["lines"]["a"]["curve"]["value"]) == 8 and (directory / "digits.png").exists()
-    with np.load(directory / "digits.npz") as curves:
-        assert curves["names"].tolist() == ["a", "b"] and curves["right"].shape == (2, 3, 8)
-        assert curves["right"][0].mean() == pytest.approx(results["lines"]["a"]["average"]["value"], abs=1e-6)
-    assert "Places are left out: of several digits" in printed and not list(directory.glob("place*"))
 
 
 def test_digits_are_not_drawn_by_a_poor_classifier(run, monkeypatch):

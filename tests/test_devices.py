@@ -39,7 +39,7 @@ def start(count, *arguments):
 
 
 # Batches of 5: no number of devices here divides them.
-TRAINING = TINY | dict(batch_size=5, save_scalars_every=1, kl_grad_post_perc=0.8, free_nats=0.5)
+TRAINING = TINY | dict(levels=1, batch_size=5, save_scalars_every=1, kl_grad_post_perc=0.8, free_nats=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -130,33 +130,32 @@ for leaf in jax.tree.leaves(state):
 
 @pytest.mark.slow
 def test_the_same_in_two_processes(one, tmp_path):
-    """Two processes, which go on where they have ended; and evaluation."""
-    for steps in 5, 7:
-        keys = flags(**TRAINING | dict(logdir=tmp_path / "two", max_steps=steps))
-        finished(*(start(2, ROOT / "train.py", *keys, *which) for which in cluster(2)))
-    assert_close(results(one), results(tmp_path / "two"))
+    """Two processes, both of which stop after the same step at a warning to one, and resume; and evaluation."""
+
+    def processes(**keys):
+        arguments = flags(**TRAINING | dict(logdir=tmp_path / "two") | keys)
+        return [start(2, ROOT / "train.py", *arguments, *which) for which in cluster(2)]
+
+    warned = processes(max_steps=100_000, num_epochs=1000)
+    try:
+        while not list(tmp_path.glob("two/digits/*/metrics.jsonl")):
+            time.sleep(0.05)
+            assert all(process.poll() is None for process in warned)
+        warned[1].send_signal(signal.SIGUSR1)
+        outputs = [process.communicate(timeout=120)[0] for process in warned]
+    finally:
+        for process in warned:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in warned] == [143, 143], outputs
+    lines, step, _ = results(tmp_path / "two")
+    assert step > 0 and lines[-1]["step"] in (step - 1, step)
+    finished(*processes(max_steps=step + 2))
+    train.train(Config(**TRAINING | dict(logdir=str(tmp_path / "alone"), max_steps=step + 2)))
+    assert_close(results(tmp_path / "alone"), results(tmp_path / "two"))
     copy = shutil.copytree(one, tmp_path / "one")
     finished(*(start(2, ROOT / "eval.py", f"--logdir={copy}", *which) for which in cluster(2)))
     assert_same_evaluations(copy)
-
-
-@pytest.mark.slow
-def test_a_warning_to_one_process_stops_all_after_the_same_step(tmp_path):
-    keys = flags(**TRAINING | dict(logdir=tmp_path, max_steps=100_000, num_epochs=1000))
-    processes = [start(1, ROOT / "train.py", *keys, *which) for which in cluster(2)]
-    try:
-        while not list(tmp_path.glob("digits/*/metrics.jsonl")):
-            time.sleep(0.05)
-            assert all(process.poll() is None for process in processes)
-        processes[1].send_signal(signal.SIGUSR1)
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [143, 143], outputs
-    lines, step, _ = results(tmp_path)
-    assert step > 0 and lines[-1]["step"] in (step - 1, step)
 
 
 def test_some_of_the_cluster_keys_are_refused(tiny):

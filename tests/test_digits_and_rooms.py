@@ -2,12 +2,15 @@
 
 import functools
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
 import scipy.ndimage
 
+import analysis
+import videos.digits
 from analyses import digits as reading
 from analyses import places
 from analyses import rooms as visiting
@@ -155,6 +158,27 @@ def test_reader_learns_and_is_measured_on_clean_frames():
     right = reading.right_digits(read, np.stack([test[0], test[1]]), labels)
     assert right.shape == (2, 20) and right.mean() > 0.5
     assert reading.right_digits(read, np.stack([test[0], test[1]]), (labels + 1) % 10).mean() < 0.3
+
+
+def test_the_command(run, monkeypatch, tmp_path, capsys):
+    """On easy glyphs, with the real classifier: the truth is read, and an untrained model's frames aren't."""
+    reader, directory = easy_reader(), tmp_path / "digits"
+    monkeypatch.setattr(videos.digits, "of_scikit_learn", easy_glyphs)
+    monkeypatch.setattr(videos.digits, "labels_of_scikit_learn", easy_labels)
+    monkeypatch.setattr(reading, "train_digit_reader", lambda train: reader)
+    analysis.COMMANDS["digits"]([f"a={run}", f"b={run / 'checkpoints' / '2'}", f"--out={directory}", "--num_samples=2"])
+    printed = capsys.readouterr().out
+    results = json.loads((directory / "digits.json").read_text())
+    assert results["classifier_accuracy_on_clean_frames"] >= 0.97 and results["chance"] == pytest.approx(0.019)
+    assert f"It reads {100 * results['classifier_accuracy_on_clean_frames']:.2f} % of" in printed
+    posterior = "posterior reconstruction"
+    assert list(results["lines"]) == ["a", f"a, {posterior}", "b", f"b, {posterior}", "true frames"]
+    assert results["lines"]["true frames"]["average"]["value"] > 0.6 > 0.3 > results["lines"]["a"]["average"]["value"]
+    assert len(results["lines"]["a"]["curve"]["value"]) == 8 and (directory / "digits.png").exists()
+    with np.load(directory / "digits.npz") as curves:
+        assert curves["names"].tolist() == ["a", "b"] and curves["right"].shape == (2, 3, 8)
+        assert curves["right"][0].mean() == pytest.approx(results["lines"]["a"]["average"]["value"], abs=1e-6)
+    assert "Places are left out: of several digits" in printed and not list(directory.glob("place*"))
 
 
 def test_right_digits_in_any_order():

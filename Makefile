@@ -8,6 +8,8 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 
 train: $(VENV)/train
 	$(VENV)/bin/python train.py --config configs/debug.yml
+	@echo "This small model shows that everything works: it draws blurred digits and forgets them within some frames."
+	@echo "See one that was trained for hours: $(VENV)/bin/python eval.py --logdir pretrained --num_examples 4"
 
 test: $(VENV)/test
 	$(VENV)/bin/ruff check .

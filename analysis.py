@@ -38,6 +38,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     for command in (levels, blind, boundaries, digits, rooms, export, perceptual, compare, ranks, seeds, curves)
 }
 
+EXAMPLES = """\
+  python analysis.py levels pretrained --num_examples 8 --out levels
+  python analysis.py compare 'three levels'=RUN 'one level'=RUN --out comparison"""
+
 
 def main() -> None:
     with exit_codes(), Interrupts():
@@ -45,7 +49,7 @@ def main() -> None:
         command, *arguments = sys.argv[1:] or ["--help"]
         if command in ("-h", "--help"):
             print(__doc__)
-            print("python analysis.py <command> --help lists a command's flags.")
+            print(f"python analysis.py <command> --help lists a command's flags.\n\nexamples:\n{EXAMPLES}")
             return
         configuration.choose("command", command, list(COMMANDS))
         with writing(None):

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import os
@@ -16,13 +17,25 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 MODELS = ("cwvae", "svg", "vta")
 
 CWVAE = ("cwvae",)
+
+CHANNELS = {
+    "minerl": (3,),
+    "mazes": (3,),
+    "mmnist": (1,),
+    "kth": (1,),
+    "digits": (1,),
+    "mnist": (1,),
+    "videos": (1, 3),
+    "episodes": (1, 3),
+}
+"""The datasets, and the colour channels each can have."""
 
 FRAME_SIZE = 64
 """Height and width of a frame: what the encoder's and decoder's unpadded convolutions are made for."""
@@ -42,6 +55,9 @@ def option(
     later: bool = False,
     shapes: bool = False,
     models: tuple[str, ...] = (),
+    choices: Sequence[str] = (),
+    metavar: str | None = None,
+    group: str | None = None,
 ) -> Any:
     """Declare a key: all that is to be known of it stands here.
 
@@ -55,9 +71,22 @@ def option(
         named: sets a training apart, but isn't in the earlier codes' run names: part of ours unless at its default.
         shapes: the parameters' shapes depend on it.
         models: that read it; for others, it must be left at its default. Empty: all.
+        choices: what it can be, of a text; empty: anything.
+        metavar: what stands for its value in `--help`; by default its type or its choices.
+        group: the heading in `--help` and in the documentation of this key and the ones after it.
     """
     declared = dict(
-        help=help, at_least=at_least, above=above, free=free, named=named, later=later, shapes=shapes, models=models
+        help=help,
+        at_least=at_least,
+        above=above,
+        free=free,
+        named=named,
+        later=later,
+        shapes=shapes,
+        models=models,
+        choices=tuple(choices),
+        metavar=metavar,
+        group=group,
     )
     return dataclasses.field(default=default, metadata=declared)
 
@@ -70,9 +99,13 @@ class Config:
         ConfigError: a value or a combination of values that can't work.
     """
 
-    # MODEL
     model: str = option(
-        "cwvae", "cwvae, or of the models that the paper compares it with: svg, vta", later=True, shapes=True
+        "cwvae",
+        "cwvae, or of the models that the paper compares it with: svg, vta",
+        later=True,
+        shapes=True,
+        choices=MODELS,
+        group="MODEL",
     )
     levels: int = option(
         3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1, models=CWVAE, shapes=True
@@ -85,7 +118,7 @@ class Config:
         3, "Dense layers of the encoder per level above 0", at_least=0, models=CWVAE, shapes=True
     )
     enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1, models=CWVAE, shapes=True)
-    cell_type: str = option("RSSMCell", "recurrent cell (RSSMCell is the only one)", models=CWVAE)
+    cell_type: str = option("RSSMCell", "recurrent cell (RSSMCell is the only one)", models=CWVAE, choices=["RSSMCell"])
     cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1, shapes=True)
     cell_deter_size: int = option(
         200, "size of a level's deterministic state", at_least=1, models=("cwvae", "vta"), shapes=True
@@ -122,11 +155,18 @@ class Config:
         "arithmetic of the layers, float32 or bfloat16; parameters, states and losses are float32",
         named=True,
         models=CWVAE,
+        choices=["float32", "bfloat16"],
     )
 
-    # SVG
     svg_network: str = option(
-        "dcgan", "encoder and decoder, dcgan or vgg", named=True, later=True, models=("svg",), shapes=True
+        "dcgan",
+        "encoder and decoder, dcgan or vgg",
+        named=True,
+        later=True,
+        models=("svg",),
+        shapes=True,
+        choices=["dcgan", "vgg"],
+        group="SVG",
     )
     svg_features: int = option(
         128, "size of a frame's features", at_least=1, named=True, later=True, models=("svg",), shapes=True
@@ -135,7 +175,6 @@ class Config:
         256, "size of the LSTMs' states", at_least=1, named=True, later=True, models=("svg",), shapes=True
     )
 
-    # VTA
     vta_init_size: int = option(
         5,
         "frames at each end of a training sequence that are seen and not modelled",
@@ -143,6 +182,7 @@ class Config:
         named=True,
         later=True,
         models=("vta",),
+        group="VTA",
     )
     vta_max_segments: int | None = option(
         None,
@@ -165,13 +205,14 @@ class Config:
         shapes=True,
     )
 
-    # DATASET
     dataset: str = option(
         "mmnist",
         "minerl, mazes, mmnist, kth; digits (embedded: no download); mnist (moving digits from MNIST's idx files in "
         "datadir); videos (files below datadir/train and datadir/test); episodes (npz files there, with actions)",
+        choices=tuple(CHANNELS),
+        group="DATASET",
     )
-    datadir: str = option("datasets", "directory of the datasets", free=True)
+    datadir: str = option("datasets", "directory of the datasets", free=True, metavar="DIR")
     rebuild_frames: bool = option(
         False, "decode the videos again; prepare a published dataset again if its zips changed", free=True
     )
@@ -180,6 +221,7 @@ class Config:
         "crop, pad or stretch frames that aren't square (datasets videos, episodes)",
         named=True,
         later=True,
+        choices=["crop", "pad", "stretch"],
     )
     split: float | None = option(
         None,
@@ -222,14 +264,19 @@ class Config:
     )
     num_digits: int = option(2, "digits in a video of digits or mnist", at_least=1, named=True)
     digit_speed: tuple[float, ...] = option(
-        (2.0, 6.0), "their slowest and fastest speed, pixels per frame", at_least=0, named=True
+        (2.0, 6.0),
+        "their slowest and fastest speed, pixels per frame",
+        at_least=0,
+        named=True,
+        metavar="'[SLOW, FAST]'",
     )
 
-    # TRAINING
     init_from: str | None = option(
         None,
         "start from the parameters of this run, checkpoint or .safetensors file; null: from random ones",
         later=True,
+        metavar="RUN",
+        group="TRAINING",
     )
     lr: float = option(3e-4, "learning rate of Adam", above=0)
     batch_size: int = option(50, "sequences in a batch, over all devices", at_least=1)
@@ -254,13 +301,21 @@ class Config:
     )
 
     coordinator_address: str | None = option(
-        None, "several processes without SLURM, MPI or a TPU pod: host:port of the first", free=True
+        None,
+        "several processes without SLURM, MPI or a TPU pod: host:port of the first",
+        free=True,
+        metavar="HOST:PORT",
     )
     num_processes: int | None = option(None, "how many they are", at_least=1, free=True)
     process_id: int | None = option(None, "which of them this is, from 0", at_least=0, free=True)
 
-    # SUMMARIES
-    logdir: str = option("logs", "directory of the runs: a run lives in <logdir>/<dataset>/<run name>", free=True)
+    logdir: str = option(
+        "logs",
+        "directory of the runs: a run lives in <logdir>/<dataset>/<run name>",
+        free=True,
+        metavar="DIR",
+        group="SUMMARIES",
+    )
     open_loop_ctx: int = option(
         36,
         "context frames of an open-loop prediction; a multiple of k**(levels-1); for svg, also of a training sequence",
@@ -278,17 +333,20 @@ class Config:
         5000, "steps between two checkpoints that are kept forever", at_least=1, free=True
     )
     wandb: str = option(
-        "auto", "auto (online if a key is configured, else offline), online, offline or disabled", free=True
+        "auto",
+        "auto (online if a key is configured, else offline), online, offline or disabled",
+        free=True,
+        choices=["auto", "online", "offline", "disabled"],
     )
 
-    # EVALUATION
-    num_examples: int = option(100, "sequences to evaluate", at_least=1, free=True)
+    num_examples: int = option(100, "sequences to evaluate", at_least=1, free=True, group="EVALUATION")
     num_samples: int = option(1, "predictions sampled per sequence", at_least=1, free=True)
     use_obs: str | None = option(
         None,
         "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three",
         free=True,
         models=CWVAE,
+        metavar="TF...",
     )
     no_save_grid: bool = option(False, "don't write predictions as PNG grids", free=True)
 
@@ -301,7 +359,7 @@ class Config:
         self._check()
 
     def _check(self) -> None:
-        """Check each value's range, then the combinations."""
+        """Check each value's range or choices, then the combinations."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             numbers = value if isinstance(value, tuple) else (value,)
@@ -309,7 +367,8 @@ class Config:
                 limit = field.metadata[bound]
                 if limit is not None and not all(n is None or holds(float(n), float(limit)) for n in numbers):
                     raise ConfigError(f"{field.name}: must be {bound.replace('_', ' ')} {limit}, got {value!r}")
-        choose("model", self.model, MODELS)
+            if field.metadata["choices"]:
+                choose(field.name, value, field.metadata["choices"])
         for field in dataclasses.fields(self):
             models, value = field.metadata["models"], getattr(self, field.name)
             if field.name not in read_by(self.model) and value != field.default:
@@ -319,16 +378,10 @@ class Config:
                 )
         if self.seed is not None and self.seed >= 2**32:  # JAX's keys are the same for seeds 2**32 apart
             raise ConfigError(f"seed: must be at most {2**32 - 1}, got {self.seed}")
-        choose("svg_network", self.svg_network, ["dcgan", "vgg"])
         if self.levels > 30:
             raise ConfigError(f"levels: must be at most 30, got {self.levels}; the paper has 1 to 4")
-        choose("fit", self.fit, ["crop", "pad", "stretch"])
         if self.split is not None and self.split >= 1:
             raise ConfigError(f"split: must be below 1, so that videos are left to test, got {self.split}")
-        choose("cell_type", self.cell_type, ["RSSMCell"])
-        choose("dtype", self.dtype, ["float32", "bfloat16"])
-        choose("wandb", self.wandb, ["auto", "online", "offline", "disabled"])
-        choose("dataset", self.dataset, list(CHANNELS))
         if self.channels not in CHANNELS[self.dataset]:
             known = " or ".join(map(str, CHANNELS[self.dataset]))
             raise ConfigError(f"channels: {self.dataset} has {known}, got {self.channels}; set --channels {known}")
@@ -422,19 +475,6 @@ def read_by(model: str) -> set[str]:
     """Return the keys that a model reads."""
     fields = dataclasses.fields(Config)
     return {field.name for field in fields if not field.metadata["models"] or model in field.metadata["models"]}
-
-
-CHANNELS = {
-    "minerl": (3,),
-    "mazes": (3,),
-    "mmnist": (1,),
-    "kth": (1,),
-    "digits": (1,),
-    "mnist": (1,),
-    "videos": (1, 3),
-    "episodes": (1, 3),
-}
-"""The datasets, and the colour channels each can have."""
 
 
 def choose(key: str, value: str, choices: Sequence[str]) -> None:
@@ -537,17 +577,33 @@ def load(path: str | Path) -> Config:
     return merged(path, {})
 
 
+class Flag(NamedTuple):
+    """A flag of a program that isn't a configuration key."""
+
+    metavar: str
+    """What stands for its value in `--help`."""
+    help: str
+
+
 def parse_flags(
-    argv: Sequence[str], program: str, description: str, keys: bool = True, **special: str
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    keys: bool = True,
+    of_run: bool = False,
+    examples: Sequence[str] = (),
+    **special: Flag,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Read `--key value`, `--key=value` and, for booleans, `--key`; dashes in keys count as underscores.
 
     Args:
         argv: the arguments, without the program's name.
-        program, description: for `--help`.
+        program: its name and what it needs, for `--help`.
+        description: for `--help`.
         keys: whether the program takes configuration keys.
-        **special: flags of this program that aren't configuration keys, with their help; they hide keys of the same
-        name.
+        of_run: whether these replace values of a run, so that the defaults don't matter.
+        examples: command lines, for `--help`.
+        **special: flags of this program that aren't configuration keys; they hide keys of the same name.
 
     Returns:
         The special flags that were given, and the configuration keys that were given, as text.
@@ -556,26 +612,61 @@ def parse_flags(
         ConfigError: an unknown or repeated flag, or one that lacks its value.
     """
     parser = ArgumentParser(
-        prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        usage=f"python {program.removeprefix('python ')} [--flag value ...]",
+        description=inspect.cleandoc(description),
+        epilog="\n  ".join(["examples:", *examples]) if examples else None,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    for key, help in special.items():
-        parser.add_argument(f"--{key}", help=help, metavar="VALUE")
-    group = parser.add_argument_group("configuration (defaults < YAML < these < wandb)") if keys else parser
+    for key, flag in special.items():
+        parser.add_argument(f"--{key}", help=flag.help, metavar=flag.metavar)
     fields = [field for field in dataclasses.fields(Config) if keys and field.name not in special]
-    for field in fields:
-        default = "null" if field.default is None else field.default
-        optional: Any = {"nargs": "?", "const": "true"} if field.type is bool else {}
-        group.add_argument(
-            f"--{field.name}", help=f"{field.metadata['help']} (default: {default})", metavar="VALUE", **optional
-        )
+    if keys:
+        order = "The run's own values hold, unless set here" if of_run else "Defaults < YAML < these < wandb"
+        parser.add_argument_group("keys of the configuration", f"{order}; docs/configuration.md says more.")
+        for name, members in sorted(groups().items(), key=lambda item: of_run and item[0] != "EVALUATION"):
+            group = parser.add_argument_group(name)
+            for field in members:
+                if field in fields:
+                    optional: Any = {"nargs": "?", "const": "true"} if field.type is bool else {}
+                    default = "" if of_run else f" (default: {default_text(field)})"
+                    help = field.metadata["help"] + default
+                    group.add_argument(f"--{field.name}", help=help, metavar=metavar(field), **optional)
     argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
     given, rest = parser.parse_known_args(argv)
     if rest:
         known = ["--" + key for key in [*special, *(field.name for field in fields)]]
-        flag = rest[0].split("=")[0]
-        raise ConfigError(f"command line: unknown argument {rest[0]!r}{nearest(flag, known)}")
+        name = rest[0].split("=")[0]
+        raise ConfigError(f"command line: unknown argument {rest[0]!r}{nearest(name, known)}")
     values = vars(given)
     return {k: v for k, v in values.items() if k in special}, {k: v for k, v in values.items() if k not in special}
+
+
+def groups() -> dict[str, list[dataclasses.Field]]:
+    """Return the keys by the headings under which they are declared."""
+    found: dict[str, list[dataclasses.Field]] = {}
+    name = ""
+    for field in dataclasses.fields(Config):
+        name = field.metadata["group"] or name
+        found.setdefault(name, []).append(field)
+    return found
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """Return a key's default as it is written in YAML."""
+    return field.default if isinstance(field.default, str) else json.dumps(field.default)
+
+
+def metavar(field: dataclasses.Field) -> str:
+    """Return what stands for a key's value in `--help`: its choices, or its types."""
+    if field.metadata["metavar"]:
+        return str(field.metadata["metavar"])
+    if field.metadata["choices"]:
+        return "{" + ",".join(field.metadata["choices"]) + "}"
+    names = {int: "INT", float: "NUMBER", bool: "{true,false}", str: "TEXT"}
+    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    return "|".join(names.get(kind, "LIST") for kind in kinds if kind is not types.NoneType)
 
 
 def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
@@ -622,13 +713,23 @@ def merged(path: str | Path | None, flags: Mapping[str, str]) -> Config:
     return Config(**values | given)
 
 
-def parse(argv: Sequence[str], program: str = "train.py", description: str = "Train a Clockwork VAE.") -> Config:
+def parse(
+    argv: Sequence[str],
+    program: str = "train.py",
+    description: str = "Train a Clockwork VAE.",
+    examples: Sequence[str] = (
+        "python train.py --config configs/debug.yml",
+        "python train.py --config configs/minerl.yml --datadir DATASETS --logdir LOGS",
+        "python train.py --config logs/digits/NAME/config.yml    # resumes that run",
+    ),
+) -> Config:
     """Return the configuration of a command line: defaults < `--config` file < flags.
 
     Raises:
         ConfigError: as `parse_flags` and `for_program` do.
     """
-    special, flags = parse_flags(argv, program, description, config="YAML file, e.g. configs/minerl.yml")
+    config = Flag("FILE", "YAML file, e.g. configs/minerl.yml")
+    special, flags = parse_flags(argv, program, description, examples=examples, config=config)
     return for_program(program, special.get("config"), flags)
 
 

@@ -441,7 +441,11 @@ def describe_actions(split: str, actions: np.ndarray) -> None:
 
 def main() -> None:
     with exit_codes(), Interrupts():
-        look(configuration.parse(sys.argv[1:], "data.py", "Prepare a dataset, and look at it."))
+        examples = (
+            "python data.py --config configs/minerl.yml --datadir DATASETS",
+            "python data.py --dataset videos --datadir VIDEOS --channels 3 --fps 10",
+        )
+        look(configuration.parse(sys.argv[1:], "data.py", "Prepare a dataset, and look at it.", examples))
 
 
 if __name__ == "__main__":

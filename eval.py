@@ -19,7 +19,7 @@ import perceptual
 import rollout
 import runs
 import tools
-from config import Config, ConfigError
+from config import Config, ConfigError, Flag
 from fast.backend import on_cpu
 from models import Model, make_model
 from noise import example_keys
@@ -51,14 +51,24 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     """
     special, flags = configuration.parse_flags(
         argv,
-        "eval.py",
-        "Evaluate a Clockwork VAE.",
-        logdir="run directory, one of its checkpoints, a root directory of one run, or a .safetensors file",
-        out="new directory for the results (default: one below the run's); an interrupted evaluation there is resumed",
+        "eval.py --logdir RUN",
+        "Evaluate open-loop predictions of a trained Clockwork VAE.",
+        of_run=True,
+        examples=(
+            "python eval.py --logdir pretrained",
+            "python eval.py --logdir pretrained --num_examples 8 --eval_seq_len 200 --out results",
+        ),
+        logdir=Flag("RUN", "run directory, one of its checkpoints, a directory of one run, or a .safetensors file"),
+        out=Flag(
+            "DIR",
+            "new directory for the results (default: one below the run's); an interrupted evaluation there is resumed",
+        ),
         format=FORMAT,
-        videos="whose videos are written: shown (the examples on the page) or all (default: shown)",
-        lpips=perceptual.LPIPS_HELP,
-        fvd=perceptual.FVD_HELP,
+        videos=Flag(
+            "{shown,all}", "whose videos are written: the examples' that the page shows, or all (default: shown)"
+        ),
+        lpips=perceptual.LPIPS_FLAG,
+        fvd=perceptual.FVD_FLAG,
     )
     if "logdir" not in special:
         raise ConfigError("command line: --logdir is missing; name a run directory that train.py printed")

@@ -16,12 +16,17 @@ import scipy.linalg
 from tqdm import tqdm
 
 import tools
-from config import ConfigError
+from config import ConfigError, Flag
 from report.results import load_frames
 from report.statistics import FEW_CLIPS, plain
 
-LPIPS_HELP = "TorchScript file of LPIPS's network (vgg16.pt); measures it, too. Needs requirements-perceptual.txt"
-FVD_HELP = "TorchScript file of FVD's network (i3d_torchscript.pt); measures it, too. Needs requirements-perceptual.txt"
+LPIPS_FLAG = Flag(
+    "FILE", "TorchScript file of LPIPS's network (vgg16.pt); measures it, too (needs requirements-perceptual.txt)"
+)
+FVD_FLAG = Flag(
+    "FILE",
+    "TorchScript file of FVD's network (i3d_torchscript.pt); measures it, too",
+)
 
 SHORT = 16
 """The fewest frames of a clip for FVD. Of longer predictions, it is measured on their first 16 frames, too."""

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import config as configuration
-from config import FRAME_SIZE, ConfigError, whole
+from config import FRAME_SIZE, ConfigError, Flag, whole
 from system.files import replace_file
 from videos import environments
 from videos.decoded import one_process
@@ -284,18 +284,27 @@ def parse(argv: Sequence[str]) -> tuple[Recording, Amount, Path]:
     """
     given, _ = configuration.parse_flags(
         argv,
-        "record.py",
+        "record.py --env ENV --episodes INT --datadir DIR",
         "Record episodes from an environment, for --dataset episodes.",
         keys=False,
-        env=environments.NAMES,
-        episodes="how many for training, in DATADIR/train",
-        test_episodes="how many for testing, in DATADIR/test (default: a tenth of --episodes, at least 1)",
-        datadir="folder for the files",
-        steps="frames after which an episode ends, if the environment doesn't end it (default: its own limit)",
-        policy=f"random; sticky, which repeats its last action with probability {STICKY}; or module:function, which "
-        "makes one (default: random)",
-        seed="all that is random follows from it (default: 0)",
-        processes="how many record at once (default: one per CPU core)",
+        examples=[
+            "python record.py --env dot --episodes 200 --steps 100 --datadir dots",
+            "python record.py --env crafter --policy sticky --episodes 200 --datadir crafter",
+        ],
+        env=Flag("ENV", environments.NAMES),
+        episodes=Flag("INT", "how many for training, in DATADIR/train"),
+        test_episodes=Flag("INT", "how many for testing, in DATADIR/test (default: a tenth of --episodes, at least 1)"),
+        datadir=Flag("DIR", "folder for the files"),
+        steps=Flag(
+            "INT", "frames after which an episode ends, if the environment doesn't end it (default: its own limit)"
+        ),
+        policy=Flag(
+            "POLICY",
+            f"random; sticky, which repeats its last action with probability {STICKY}; or module:function, which makes "
+            "one (default: random)",
+        ),
+        seed=Flag("INT", "all that is random follows from it (default: 0)"),
+        processes=Flag("INT", "how many record at once (default: one per CPU core)"),
     )
     for key in "env", "episodes", "datadir":
         if key not in given:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import config as configuration
 import runs
 import train
-from config import Config, ConfigError
+from config import Config, ConfigError, Flag
 
 
 class Stage(NamedTuple):
@@ -42,7 +42,11 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
         ConfigError: a key is given that stages set; or as `config.parse` does.
     """
     special, flags = configuration.parse_flags(
-        argv, "stages.py", "Train in stages.", config="YAML file, e.g. configs/long.yml"
+        argv,
+        "stages.py",
+        "Train in stages, each from the parameters of the one before.",
+        examples=["python stages.py --config configs/long.yml --logdir logs/long"],
+        config=Flag("FILE", "YAML file, e.g. configs/long.yml"),
     )
     for key in "seq_len", "batch_size", "num_epochs", "max_steps", "beta", "init_from":
         if key in flags:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import config as configuration
 import runs
-from config import Config, ConfigError
+from config import Config, ConfigError, Flag
 from report.output import writing
 from system.files import dated_directory, require_utf8
 
-OUT = "new directory for the results; for a single run by default below its directory"
+OUT = Flag("DIR", "new directory for the results; for a single run by default below its directory")
 
 
 class TrainedModel(NamedTuple):
@@ -23,7 +23,12 @@ class TrainedModel(NamedTuple):
 
 
 def parse_directories(
-    arguments: Sequence[str], program: str, description: str, keys: bool = True, **special: str
+    arguments: Sequence[str],
+    program: str,
+    description: str,
+    keys: bool = True,
+    examples: Sequence[str] = (),
+    **special: Flag,
 ) -> tuple[list[str], dict[str, str], dict[str, str]]:
     """Read the directories that a command line begins with, then its flags.
 
@@ -34,14 +39,21 @@ def parse_directories(
         ConfigError: no directory is named; or as `config.parse_flags`.
     """
     directories = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    given, values = configuration.parse_flags(arguments[len(directories) :], program, description, keys, **special)
+    given, values = configuration.parse_flags(
+        arguments[len(directories) :], program, description, keys, True, examples, **special
+    )
     if not directories:
         raise ConfigError(f"command line: no directory is named; call {program}")
     return directories, given, values
 
 
 def parse_named(
-    arguments: Sequence[str], program: str, description: str, keys: bool = True, **special: str
+    arguments: Sequence[str],
+    program: str,
+    description: str,
+    keys: bool = True,
+    examples: Sequence[str] = (),
+    **special: Flag,
 ) -> tuple[list[tuple[str, Path]], dict[str, str], dict[str, str]]:
     """Read the `[NAME=]DIRECTORY`s that a command line begins with (without a name: an empty one), then its flags.
 
@@ -51,7 +63,7 @@ def parse_named(
     Raises:
         ConfigError: a name isn't UTF-8; or as `parse_directories`.
     """
-    directories, given, values = parse_directories(arguments, program, description, keys, out=OUT, **special)
+    directories, given, values = parse_directories(arguments, program, description, keys, examples, out=OUT, **special)
     named = []
     for directory in directories:
         name, equals, path = directory.partition("=")
@@ -61,7 +73,7 @@ def parse_named(
 
 
 def parse_models(
-    command: str, description: str | None, arguments: Sequence[str], **special: str
+    command: str, description: str | None, arguments: Sequence[str], examples: Sequence[str] = (), **special: Flag
 ) -> tuple[list[TrainedModel], dict[str, str]]:
     """Return the models that a command line names, with its keys in place of their own, and its special flags.
 
@@ -69,7 +81,7 @@ def parse_models(
         ConfigError: as `eval.parse` does.
     """
     program, description = f"analysis.py {command} [NAME=]RUN ...", f"{description} RUN is as eval.py's --logdir."
-    named, given, values = parse_named(arguments, program, description, True, **special)
+    named, given, values = parse_named(arguments, program, description, True, examples, **special)
     checkpoints = [runs.find_checkpoint(path) for _, path in named]
     configs = [runs.load_config(found.run, values) for found in checkpoints]
     names = with_names([name for name, _ in named], configs)

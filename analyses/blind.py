@@ -13,7 +13,7 @@ from jax import Array
 import tools
 from analyses.arguments import directory_for, parse_models, single
 from analyses.worker import Worker
-from config import ConfigError, whole
+from config import ConfigError, Flag, whole
 from cwvae import CWVAE
 from data import Window
 from noise import Inputs, draw
@@ -27,8 +27,11 @@ def blind(arguments: Sequence[str]) -> None:
         "blind",
         __doc__,
         arguments,
-        example="number of the test sequence (default: 0)",
-        blind_ctx="context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)",
+        ["python analysis.py blind pretrained --eval_seq_len 200 --out DIR"],
+        example=Flag("INT", "number of the test sequence (default: 0)"),
+        blind_ctx=Flag(
+            "INT", "context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)"
+        ),
     )
     run = single("blind", models)
     if run.config.model != "cwvae":

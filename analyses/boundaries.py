@@ -9,14 +9,20 @@ import rollout
 import tools
 from analyses.arguments import directory_for, parse_models, single
 from analyses.worker import Worker
-from config import ConfigError, whole
+from config import ConfigError, Flag, whole
 from report import plots
 from system.files import replace_arrays
 
 
 def boundaries(arguments: Sequence[str]) -> None:
     """Draw frames of one sequence with the begins of segments marked: boundaries.png, boundaries.npz."""
-    models, given = parse_models("boundaries", __doc__, arguments, example="number of the test sequence (default: 0)")
+    models, given = parse_models(
+        "boundaries",
+        __doc__,
+        arguments,
+        ["python analysis.py boundaries RUN --example 3"],
+        example=Flag("INT", "number of the test sequence (default: 0)"),
+    )
     run = single("boundaries", models)
     if run.config.model != "vta":
         raise ConfigError(f"model: boundaries is about those of vta, got a run of {run.config.model}")

@@ -13,7 +13,7 @@ import config as configuration
 import runs
 import tools
 from analyses.arguments import new_directory, parse_named, with_names
-from config import Config, ConfigError, whole
+from config import Config, ConfigError, Flag, whole
 from report import plots, statistics, tables
 from report.output import FORMAT, formats, writing
 from report.results import load_frames
@@ -32,8 +32,9 @@ def compare(arguments: Sequence[str]) -> None:
         "analysis.py compare [NAME=]RUN ... --out DIR",
         "Quality over distance of several evaluations (Figure 1). RUN may be one of its evaluations.",
         keys=False,
+        examples=["python analysis.py compare ours=RUN 'one level'=RUN --out DIR"],
         format=FORMAT,
-        example="number of the example whose predictions are shown in a video (default: 0)",
+        example=Flag("INT", "number of the example whose predictions are shown in a video (default: 0)"),
     )
     figures, videos = formats(given.get("format"))
     example = whole(given, "example", 0, at_least=0)
@@ -266,6 +267,7 @@ def ranks(arguments: Sequence[str]) -> None:
         "analysis.py ranks DIR ... --out DIR",
         "Average ranks over several comparisons (Figure 5c, Table E.1). DIR is a directory that compare wrote.",
         keys=False,
+        examples=["python analysis.py ranks comparison_minerl comparison_mazes --out DIR"],
         format=FORMAT,
     )
     figures = formats(given.get("format")).figures

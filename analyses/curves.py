@@ -29,6 +29,7 @@ def curves(arguments: Sequence[str]) -> None:
         "analysis.py curves [NAME=]RUN ... --out DIR",
         "Losses over the steps of several trainings, from their metrics.jsonl.",
         keys=False,
+        examples=["python analysis.py curves k6=RUN k2=RUN --out DIR"],
         format=FORMAT,
     )
     figures = formats(given.get("format")).figures

@@ -35,7 +35,7 @@ def digits(arguments: Sequence[str]) -> None:
     digits hide each other can't all be read: the same figure for the true frames is the ceiling. Of videos of a single
     digit, also how far from its true place it is: place_distance.png, place_share.png, place.json, .csv.
     """
-    models, given = parse_models("digits", __doc__, arguments)
+    models, given = parse_models("digits", __doc__, arguments, ["python analysis.py digits k6=RUN k2=RUN --out DIR"])
     train_set, test_set = (
         digit_windows(run.config, split) for run, split in ((models[0], "train"), (models[0], "test"))
     )

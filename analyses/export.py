@@ -13,7 +13,7 @@ import runs
 from analyses.arguments import TrainedModel, directory_for, parse_models, single
 from analyses.card import card
 from analyses.programs import Programs, archive
-from config import Config, ConfigError
+from config import Config, ConfigError, Flag
 from cwvae import CWVAE
 from models import make_model
 from report.output import writing
@@ -38,7 +38,11 @@ def export(arguments: Sequence[str]) -> None:
         "export",
         "Write a trained model to be used elsewhere.",
         arguments,
-        format="run, safetensors or stablehlo (default: by the suffix of --out, .safetensors or .zip; else run)",
+        ["python analysis.py export RUN --out model.safetensors", "python analysis.py export RUN --out programs.zip"],
+        format=Flag(
+            "{run,safetensors,stablehlo}",
+            "what is written (default: by the suffix of --out, .safetensors or .zip; else run)",
+        ),
     )
     run = single("export", models)
     suffix = Path(given.get("out", "")).suffix

@@ -13,7 +13,7 @@ from jax import Array
 import rollout
 from analyses.arguments import directory_for, parse_models
 from analyses.worker import Worker
-from config import ConfigError, whole
+from config import ConfigError, Flag, whole
 from cwvae import LevelRollout, entropy, kl_divergence, per_level
 from report import plots, statistics, tables
 from system.files import replace_arrays
@@ -25,7 +25,8 @@ def levels(arguments: Sequence[str]) -> None:
         "levels",
         __doc__,
         arguments,
-        frames="frames of each test sequence that are read (default: seq_len, as in Table 1)",
+        ["python analysis.py levels 'two levels'=RUN 'three levels'=RUN --out DIR"],
+        frames=Flag("INT", "frames of each test sequence that are read (default: seq_len, as in Table 1)"),
     )
     frames = [whole(given, "frames", run.config.seq_len) for run in models]
     for run, T in zip(models, frames, strict=True):

@@ -34,8 +34,9 @@ def perceptual(arguments: Sequence[str]) -> None:
         "analysis.py perceptual RUN ... --lpips FILE --fvd FILE",
         "LPIPS and FVD of finished evaluations, from their saved frames. RUN may be one of its evaluations.",
         keys=False,
-        lpips=measures.LPIPS_HELP,
-        fvd=measures.FVD_HELP,
+        examples=["python analysis.py perceptual RUN RUN --lpips vgg16.pt --fvd i3d_torchscript.pt"],
+        lpips=measures.LPIPS_FLAG,
+        fvd=measures.FVD_FLAG,
         format=FORMAT,
     )
     lpips, fvd = (Path(given[key]) if key in given else None for key in ("lpips", "fvd"))

@@ -18,7 +18,7 @@ def rooms(arguments: Sequence[str]) -> None:
 
     See `visits` for what a room is.
     """
-    models, given = parse_models("rooms", __doc__, arguments)
+    models, given = parse_models("rooms", __doc__, arguments, ["python analysis.py rooms k6=RUN k2=RUN --out DIR"])
     for run in models:
         same_readout(models[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
         if run.config.channels != 3:

@@ -8,7 +8,7 @@ import numpy as np
 
 from analyses.accuracy import accuracy_line, write_readout
 from analyses.arguments import new_directory, parse_directories
-from config import ConfigError
+from config import ConfigError, Flag
 from report import plots, statistics, tables
 from system.files import load_arrays
 
@@ -20,7 +20,14 @@ def seeds(arguments: Sequence[str]) -> None:
     Intervals are over seeds and videos; differences between models are of the same videos. A thin line is one seed.
     """
     program = "analysis.py seeds DIGITS DIGITS ... --out DIR"
-    paths, given, _ = parse_directories(arguments, program, str(seeds.__doc__), False, out="new directory")
+    paths, given, _ = parse_directories(
+        arguments,
+        program,
+        str(seeds.__doc__),
+        keys=False,
+        examples=["python analysis.py seeds digits_seed1 digits_seed2 digits_seed3 --out DIR"],
+        out=Flag("DIR", "new directory"),
+    )
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise ConfigError("command line: a directory is named twice; each is of another seed")
     read = [read_curves(Path(path)) for path in paths]

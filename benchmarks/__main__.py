@@ -480,8 +480,8 @@ def main() -> None:
             argv,
             f"python -m benchmarks {name}",
             str(BENCHMARKS[name].__doc__),
-            config="YAML file",
-            json="also write the results here",
+            config=configuration.Flag("FILE", "YAML file"),
+            json=configuration.Flag("FILE", "also write the results here"),
         )
         rows = BENCHMARKS[name](configuration.merged(special.get("config"), flags))
     results = {"benchmark": name, **machine(), "config": special.get("config"), **flags}

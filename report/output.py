@@ -9,13 +9,13 @@ from typing import NamedTuple
 import filelock
 
 import config as configuration
-from config import Config, ConfigError
+from config import Config, ConfigError, Flag
 from runs import Checkpoint
 from system.files import dated_directory, replace_file
 
 FIGURES, VIDEOS = ("png", "pdf"), ("gif", "mp4")
-FORMAT = "formats of figures (png, pdf) and videos (gif, mp4): a list, e.g. pdf,mp4 (default: png,gif)"
-"""The help of `--format`."""
+FORMAT = Flag("FORMATS", "formats of figures (png, pdf) and videos (gif, mp4): a list, e.g. pdf,mp4 (default: png,gif)")
+"""`--format`"""
 
 
 class Formats(NamedTuple):

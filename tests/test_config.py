@@ -21,6 +21,7 @@ import analysis
 import config as configuration
 import data
 import eval
+import record
 import runs
 import stages
 import train
@@ -193,12 +194,63 @@ def test_bad_input_exits_with_one_line_and_code_2():
         done = subprocess.run([sys.executable, ROOT / program, "--levels", "none"], capture_output=True, text=True)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-        done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True)
-        assert done.returncode == 0
-        for field in dataclasses.fields(Config):
-            assert f"--{field.name}" in done.stdout
-        help = " ".join(done.stdout.split())
-        assert "temporal abstraction factor k: level l ticks every k^l frames (default: 6)" in help
+
+
+def help_of(main, *command):
+    """What `--help` prints, with lines that aren't wrapped."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("COLUMNS", "1000")
+        patch.setattr(sys, "argv", ["program.py", *command, "--help"])
+        with contextlib.suppress(SystemExit):
+            main()
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "main, own, groups",
+    [
+        (train.main, ["config"], ["MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES", "EVALUATION"]),
+        (stages.main, ["config"], ["MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES", "EVALUATION"]),
+        (data.main, ["config"], ["MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES", "EVALUATION"]),
+        (
+            eval.main,
+            ["logdir", "out", "format", "videos", "lpips", "fvd"],
+            ["EVALUATION", "MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES"],
+        ),
+        (record.main, ["env", "episodes", "test_episodes", "datadir", "steps", "policy", "seed", "processes"], []),
+    ],
+)
+def test_help(main, own, groups):
+    """A line of usage, the program's own flags, all keys in their groups with types and choices, examples."""
+    text = help_of(main)
+    usage, _, *sections, examples = text.rstrip().split("\n\n")
+    assert usage.startswith("usage: python ") and "\n" not in usage
+    assert examples.startswith("examples:\n  python ") and "VALUE" not in text
+    assert re.findall(r"^  --(\w+)", sections[0], re.MULTILINE) == own
+    assert [section.split(":\n")[0] for section in sections[2:]] == groups
+    if groups:
+        keys = re.findall(r"^  --(\w+)", "\n".join(sections[2:]), re.MULTILINE)
+        assert sorted(keys) == sorted(set(vars(Config())) - set(own))
+        default = "" if main is eval.main else " (default: 6)"
+        line = f"  --tmp_abs_factor INT +temporal abstraction factor k: level l ticks every k\\^l frames{re.escape(default)}\n"
+        assert re.search(line, text)
+        for shown in (
+            "--fit {crop,pad,stretch} ",
+            "--beta NUMBER|LIST ",
+            "--cell_mean_only [{true,false}]\n",
+            "--lr NUMBER ",
+        ):
+            assert f"  {shown}" in text
+
+
+@pytest.mark.parametrize("command", analysis.COMMANDS)
+def test_help_of_analyses(command):
+    text = help_of(analysis.main, command)
+    assert text.startswith(f"usage: python analysis.py {command} ")
+    assert f"\n\nexamples:\n  python analysis.py {command} " in text and "VALUE" not in text
+    assert ("  --lr NUMBER " in text) == (command in ["levels", "blind", "boundaries", "digits", "rooms", "export"])
+    assert command in help_of(analysis.main)
 
 
 CONFIGS = sorted(str(path.relative_to(ROOT / "configs"))[:-4] for path in (ROOT / "configs").glob("**/*.yml"))

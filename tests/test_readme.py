@@ -25,16 +25,13 @@ CONFIGURATION = ROOT / "docs" / "configuration.md"
 
 
 def configuration_table() -> str:
-    """Each key with its default and help, by the groups of config.py's comments."""
-    source = (ROOT / "config.py").read_text()
+    """Each key with its default and help, by the groups of config.py."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    for line in source[source.index("class Config:") : source.index("def __post_init__")].splitlines():
-        if group := re.fullmatch(r"    # ([A-Z]+)", line):
-            lines.append(f"| **{group[1]}** | | |")
-        elif key := re.match(r"    (\w+): ", line):
-            field = configuration.Config.__dataclass_fields__[key[1]]
-            default = field.default if isinstance(field.default, str) else json.dumps(field.default)
+    for group, fields in configuration.groups().items():
+        lines.append(f"| **{group}** | | |")
+        for field in fields:
             star = " *" if field.metadata["free"] else ""
+            default = configuration.default_text(field)
             lines.append(f"| `{field.name}`{star} | {default} | {as_markdown(field.metadata['help'])} |")
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ def test_each_call_is_valid(tmp_path, config):
             assert c.seed == 3 and c.open_loop_ctx < c.seq_len
             (models if c.model == "cwvae" else others)[Path(c.logdir)] = c
         elif program == "eval.py":
-            special, flags = configuration.parse_flags(arguments, program, "", logdir="")
+            special, flags = configuration.parse_flags(arguments, program, "", logdir=configuration.Flag("RUN", ""))
             logdir = Path(special["logdir"])
             c = configuration.Config(**vars((models | others)[logdir]) | configuration.typed(flags, program))
             evaluations[logdir / f"context{c.open_loop_ctx}"] = c

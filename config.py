@@ -37,6 +37,9 @@ CHANNELS = {
 }
 """The datasets, and the colour channels each can have."""
 
+LATEST = "latest"
+"""In a log directory, the link to the run that was started or resumed last."""
+
 FRAME_SIZE = 64
 """Height and width of a frame: what the encoder's and decoder's unpadded convolutions are made for."""
 
@@ -316,6 +319,13 @@ class Config:
         metavar="DIR",
         group="SUMMARIES",
     )
+    name: str | None = option(
+        None,
+        "run name; null: built from the keys that set a training apart",
+        later=True,
+        free=True,
+        metavar="NAME",
+    )
     open_loop_ctx: int = option(
         36,
         "context frames of an open-loop prediction; a multiple of k**(levels-1); for svg, also of a training sequence",
@@ -376,6 +386,10 @@ class Config:
                     f"{field.name}: {self.model} doesn't read it (it is for {' and '.join(models)}), got {value!r}; "
                     "leave it out"
                 )
+        if self.name is not None and (self.name == LATEST or not re.fullmatch(r"\w[\w.+-]*", self.name)):
+            raise ConfigError(
+                f"name: needs letters and digits, with _ . + - between them, and not {LATEST}, got {self.name!r}"
+            )
         if self.seed is not None and self.seed >= 2**32:  # JAX's keys are the same for seeds 2**32 apart
             raise ConfigError(f"seed: must be at most {2**32 - 1}, got {self.seed}")
         if self.levels > 30:
@@ -429,8 +443,10 @@ class Config:
 
     @property
     def run_name(self) -> str:
-        """Name the run's directory: the earlier codes' name, then what else sets this training apart from others."""
+        """Name the run's directory: `name`, or the earlier codes' name, then what else sets this training apart."""
         c = self
+        if c.name is not None:
+            return c.name
         if c.model == "cwvae":
             model = (
                 f"cwvae_{c.cell_type.lower()}_{c.levels}l_f{c.tmp_abs_factor}_decsd{c.dec_stddev}"

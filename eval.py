@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     """Return the run's own configuration with the command line's keys in place of its values, and what to do with it.
 
     Raises:
-        ConfigError: as `runs.find_checkpoint`, `config.parse_flags` and `runs.load_config` do.
+        ConfigError: as `runs.named`, `runs.find_checkpoint`, `config.parse_flags` and `runs.load_config` do.
     """
     special, flags = configuration.parse_flags(
         argv,
@@ -56,9 +56,14 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
         of_run=True,
         examples=(
             "python eval.py --logdir pretrained",
+            "python eval.py --logdir logs/latest",
             "python eval.py --logdir pretrained --num_examples 8 --eval_seq_len 200 --out results",
         ),
-        logdir=Flag("RUN", "run directory, one of its checkpoints, a directory of one run, or a .safetensors file"),
+        logdir=Flag(
+            "RUN",
+            "run directory, logs/latest, or a beginning of a run's name that no other's has; one of its checkpoints; a "
+            "directory of one run; a .safetensors file",
+        ),
         out=Flag(
             "DIR",
             "new directory for the results (default: one below the run's); an interrupted evaluation there is resumed",
@@ -75,7 +80,7 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     videos = special.get("videos", "shown")
     configuration.choose("videos", videos, ["shown", "all"])
     out, lpips, fvd = (Path(special[key]) if key in special else None for key in ("out", "lpips", "fvd"))
-    checkpoint = runs.find_checkpoint(Path(special["logdir"]))
+    checkpoint = runs.find_checkpoint(runs.named(special["logdir"]))
     if out is None and checkpoint.alone:
         raise ConfigError(f"out: {checkpoint.run} has no run's directory; name a new one for the results with --out")
     output = Output(out, formats(special.get("format")), videos == "all", lpips, fvd)
@@ -382,7 +387,7 @@ def main() -> None:
             except DamagedCheckpoint:
                 # A training beside this may have removed the newest checkpoint of before. A named one is gone then.
                 newest = parse(sys.argv[1:])[1]
-                if newest == checkpoint:
+                if newest == checkpoint or newest.run != checkpoint.run:  # `latest` may lead to another one now
                     raise
                 checkpoint = newest
 

@@ -9,6 +9,7 @@
     checkpoints/<step>   the newest two, and one each save_named_model_every steps forever
     nonfinite/           what helps to find out why a loss wasn't finite
     eval_<time>/         an evaluation
+<logdir>/latest          leads to the run that was started or resumed last
 
 A .safetensors file (see system/weights.py) stands for a run with one checkpoint wherever one is named to be read.
 """
@@ -16,7 +17,9 @@ A .safetensors file (see system/weights.py) stands for a run with one checkpoint
 import contextlib
 import dataclasses
 import json
+import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +28,12 @@ import filelock
 import numpy as np
 
 import config as configuration
-from config import Config, ConfigError
+from config import LATEST, Config, ConfigError
 from models import Model, make_model
 from system import logs, weights
 from system.checkpoints import Checkpoints
 from system.devices import Devices
-from system.files import replace_file
+from system.files import replace_file, replace_link
 from train_step import NEVER, TrainState, make_state
 
 # ---------------------------------------------------------------------------------------------- training
@@ -75,10 +78,30 @@ class Run:
             with writable(self.path):
                 replace_file(self.path / "config.yml", self.config.to_yaml().encode())
                 self.log = logs.Log(self.path, step, logs.start_wandb(self.config, self.path))
+            self.link()
             return str(self.log.last)
 
         self.logged = int(self.devices.first_decides(open_log))
         return step, self.devices.replicate(state), notes.get("metrics", {})
+
+    @property
+    def latest(self) -> Path:
+        """The link to this run, if it is the latest one of its log directory."""
+        return Path(self.config.logdir) / LATEST
+
+    def link(self) -> None:
+        """Let `<logdir>/latest` lead to this run; warn if it can't."""
+        try:
+            replace_link(self.latest, self.path.relative_to(self.config.logdir))
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            print(f"Warning: {self.latest} can't be made a link ({reason}); training continues")
+
+    @property
+    def short_path(self) -> Path:
+        """The path to name to somebody who reads it now: a later run may be the latest one when a file is read."""
+        leads_here = os.path.realpath(self.latest) == os.path.realpath(self.path)
+        return self.latest if leads_here and sys.stdout.isatty() else self.path
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, Any]) -> None:
         """Save a checkpoint and the metrics of its step, unless the loss isn't finite any more."""
@@ -177,7 +200,7 @@ def resumable(config: Config, saved: Path) -> Config:
     if differing:
         raise ConfigError(
             f"{saved.parent} holds a run with another {', '.join(differing)}; "
-            "set it as there, or choose another --logdir"
+            "set it as there, or choose another --name or --logdir"
         )
     return config
 
@@ -197,6 +220,57 @@ class Checkpoint(NamedTuple):
         return weights.is_named_by(self.run)
 
 
+def named(name: str | Path) -> Path:
+    """Return the path that a user's name for a run, or for something in its directory, stands for.
+
+    That is the path itself, if it exists, here or in `logs`. `latest` is replaced by the run that it leads to now. Of a
+    run's name a beginning is enough that no other run's name has; the dataset that it begins with may be left out.
+
+    Raises:
+        ConfigError: several runs' names begin like this.
+    """
+    places = dict.fromkeys([Path(name), Path(Config.logdir) / name])
+    there = [place for place in places if place.exists()][:1] or [path for place in places for path in completed(place)]
+    there = list(dict.fromkeys(there))
+    if len(there) > 1:
+        raise ConfigError(
+            f"logdir: the names of {len(there)} runs begin like {name}; name one of {', '.join(map(str, there))}"
+        )
+    found = without_link(there[0]) if there else Path(name)
+    if found != Path(name):
+        print(f"{name} is {found}")
+    return found
+
+
+def completed(path: Path) -> list[Path]:
+    """Return the paths that there are if the first part of `path` that doesn't exist begins a run's name."""
+    missing = [place for place in (path, *path.parents) if not place.exists()][-1]
+    beginning = missing.name
+    there = below(missing.parent)
+    found = [run for run in there if run.name == beginning] or [
+        run
+        for run in there
+        if any(n.startswith(beginning) for n in (run.name, run.name.removeprefix(f"{run.parent.name}_")))
+    ]
+    return [place for run in found if (place := run / path.relative_to(missing)).exists()]
+
+
+def without_link(path: Path) -> Path:
+    """Return a path with the link `latest`, if it is in it, replaced by where it leads."""
+    found = Path()
+    for part in path.parts:
+        found /= part
+        if part == LATEST and found.is_symlink():
+            found = found.parent / found.readlink()
+    return found
+
+
+def below(logdir: Path) -> list[Path]:
+    """Return the run directories in a directory and in the directories in it, each once."""
+    found = (path.parent for depth in (1, 2) for path in logdir.glob("*/" * depth + "config.yml"))
+    return sorted(path for path in found if path.name != LATEST)
+
+
 def find(logdir: Path) -> Path:
     """Return the run directory that `logdir` is, or the only one below it.
 
@@ -208,8 +282,7 @@ def find(logdir: Path) -> Path:
             f"logdir: {logdir} is not a directory; name a run directory, one of its checkpoints, a --logdir of "
             f"train.py, or a {weights.SUFFIX} file"
         )
-    own = logdir / "config.yml"
-    found = [logdir] if own.exists() else sorted(p.parent for i in (1, 2) for p in logdir.glob("*/" * i + "config.yml"))
+    found = [logdir] if (logdir / "config.yml").exists() else below(logdir)
     if not found:
         raise ConfigError(f"logdir: {logdir} holds no run (no config.yml); name a run directory that train.py printed")
     if len(found) > 1:
@@ -298,13 +371,13 @@ class Loaded(NamedTuple):
 
 
 def load(logdir: Path | str) -> Loaded:
-    """Load a trained model; `logdir` is as for `find_checkpoint`.
+    """Load a trained model; `logdir` is as for `named` and `find_checkpoint`.
 
     Raises:
-        ConfigError: as `find_checkpoint` and `saved_config`.
+        ConfigError: as `named`, `find_checkpoint` and `saved_config`.
         DamagedCheckpoint: as `load_state`.
     """
-    checkpoint = find_checkpoint(Path(logdir))
+    checkpoint = find_checkpoint(named(logdir))
     config = saved_config(config_file(checkpoint.run))
     model = make_model(config)
     return Loaded(model, load_params(model, checkpoint), config)
@@ -334,11 +407,13 @@ def initial_state(model: Model) -> TrainState:
     """Return the state before the first step, with the parameters of the checkpoint that `init_from` names, if any.
 
     Raises:
-        ConfigError: there is no such checkpoint, or its parameters have other shapes.
+        ConfigError: there is no such checkpoint, `latest` leads to it, or its parameters have other shapes.
     """
     source = model.config.init_from
     if source is None:
         return make_state(model)
+    if (run := without_link(Path(source))) != Path(source):
+        raise ConfigError(f"init_from: {source} will lead to the new run; name {run}")
     try:
         checkpoint = find_checkpoint(Path(source))
         params = load_state(make_model(load_config(checkpoint.run, {})), checkpoint).params

@@ -89,7 +89,7 @@ def train(config: Config) -> TrainState:
                 "same command again to resume"
             )
         devices.say(f"Trained for {step} steps. Run directory: {run.path}")
-        devices.say(f"Evaluate it with: python eval.py --logdir {run.path}")
+        devices.say(f"Evaluate it with: python eval.py --logdir {run.short_path}")
     return state
 
 

@@ -82,7 +82,7 @@ def parse_models(
     """
     program, description = f"analysis.py {command} [NAME=]RUN ...", f"{description} RUN is as eval.py's --logdir."
     named, given, values = parse_named(arguments, program, description, True, examples, **special)
-    checkpoints = [runs.find_checkpoint(path) for _, path in named]
+    checkpoints = [runs.find_checkpoint(runs.named(path)) for _, path in named]
     configs = [runs.load_config(found.run, values) for found in checkpoints]
     names = with_names([name for name, _ in named], configs)
     return [TrainedModel(*run) for run in zip(names, configs, checkpoints, strict=True)], given

@@ -135,6 +135,7 @@ def find_results(path: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
+    path = runs.named(path)
     if (path / "metrics.json").exists():
         return path / "metrics.json"
     run = runs.find(path)

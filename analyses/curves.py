@@ -33,7 +33,7 @@ def curves(arguments: Sequence[str]) -> None:
         format=FORMAT,
     )
     figures = formats(given.get("format")).figures
-    paths = [runs.find(path) for _, path in named]
+    paths = [runs.find(runs.named(path)) for _, path in named]
     names = with_names([name for name, _ in named], [runs.saved_config(path / "config.yml") for path in paths])
     found = {name: read_log(path) for name, path in zip(names, paths, strict=True)}
     for name, log in found.items():

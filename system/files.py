@@ -2,8 +2,10 @@
 
 import contextlib
 import datetime
+import errno
 import io
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +36,24 @@ def replace_file(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         aside.write_bytes(content)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def replace_link(path: Path, target: Path) -> None:
+    """Make a symbolic link, or replace one atomically; `target` is relative to its directory.
+
+    Raises:
+        OSError, NotImplementedError: there is something else, or the file system has no links.
+    """
+    if path.exists() and not path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "something else has that name", str(path))
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    aside.symlink_to(target)
+    try:
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -14,7 +14,7 @@ from typing import Any
 from jax import Array
 from tqdm import tqdm
 
-from config import Config
+from config import Config, ConfigError
 from system.files import replace_file
 
 
@@ -89,10 +89,12 @@ def with_sweep(config: Config) -> Config:
     The agent's run is started for it. Other runs are started by `start_wandb`, once their directory is locked.
 
     Raises:
-        ConfigError: a sweep's key or value can't work.
+        ConfigError: a sweep's key or value can't work, or all of its runs would have one name.
     """
     if config.wandb == "disabled" or "WANDB_SWEEP_ID" not in os.environ:
         return config
+    if config.name is not None:
+        raise ConfigError(f"name: the runs of a sweep can't share one, got {config.name!r}; leave it out")
     run = start_wandb(config)
     return config if run is None else config.updated(dict(run.config), "wandb")
 

@@ -66,6 +66,9 @@ def test_flags_mend_what_yaml_alone_could_not(tmp_path):
         (["--seed", "4294967295"], "seed", 2**32 - 1),
         (["--max_steps", "12345678901234567"], "max_steps", 12345678901234567),
         (["--logdir", "1e5"], "logdir", "1e5"),
+        (["--name", "1e5"], "name", "1e5"),
+        (["--name", "null"], "name", None),
+        (["--name", "größer_lr0.001"], "name", "größer_lr0.001"),
         (["--datadir", "a-b/c_d"], "datadir", "a-b/c_d"),
     ],
 )
@@ -99,6 +102,13 @@ def test_flags(arguments, key, value):
         (
             ["--dataset", "mazed"],
             "dataset: must be one of minerl, mazes, mmnist, kth, digits, mnist, videos, episodes, got 'mazed'; did you mean 'mazes'?",
+        ),
+        *(
+            (
+                [f"--name={name}"],
+                f"name: needs letters and digits, with _ . + - between them, and not latest, got {name!r}",
+            )
+            for name in ("latest", "a/b", "..", ".hidden", "-x", "two words", "a\n")
         ),
         (["--dataset", "minerl"], "channels: minerl has 3, got 1; set --channels 3"),
         (["--dataset", "videos", "--channels", "2"], "channels: videos has 1 or 3, got 2; set --channels 1 or 3"),
@@ -296,6 +306,7 @@ def test_yaml_round_trip(tmp_path_factory, data):
         and f.name
         not in (
             "model",
+            "name",
             "levels",
             "tmp_abs_factor",
             "dataset",
@@ -349,6 +360,7 @@ def test_run_name():
     assert c.run_name == base
     assert dataclasses.replace(c, beta=[1, 2, 3], seed=4).run_name == base + "_beta1.0-2.0-3.0_seed4"
     assert dataclasses.replace(c, num_epochs=1, wandb="offline").run_name == base
+    assert dataclasses.replace(c, name="first", seed=4).run_name == "first"
 
 
 def test_a_config_is_checked_however_it_is_made():

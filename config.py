@@ -348,6 +348,9 @@ class Config:
         free=True,
         choices=["auto", "online", "offline", "disabled"],
     )
+    tensorboard: bool = option(
+        False, "write TensorBoard's event files, too (needs tensorboardX)", free=True, later=True
+    )
 
     num_examples: int = option(100, "sequences to evaluate", at_least=1, free=True, group="EVALUATION")
     num_samples: int = option(1, "predictions sampled per sequence", at_least=1, free=True)

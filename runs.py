@@ -6,6 +6,7 @@
     wandb_id             the wandb run that a resumed training continues
     metrics.jsonl        one line per log
     videos/*.gif         open-loop predictions
+    events.out.tfevents.*, videos/events.out.tfevents.*  the two for TensorBoard, if asked for
     checkpoints/<step>   the newest two, and one each save_named_model_every steps forever
     nonfinite/           what helps to find out why a loss wasn't finite
     eval_<time>/         an evaluation
@@ -77,7 +78,8 @@ class Run:
         def open_log() -> str:
             with writable(self.path):
                 replace_file(self.path / "config.yml", self.config.to_yaml().encode())
-                self.log = logs.Log(self.path, step, logs.start_wandb(self.config, self.path))
+                wandb_run = logs.start_wandb(self.config, self.path)
+                self.log = logs.Log(self.path, step, wandb_run, self.config.tensorboard)
             self.link()
             return str(self.log.last)
 
@@ -115,6 +117,10 @@ class Run:
             values = {f"{split}/{name}": float(x) for split in metrics for name, x in metrics[split].items()}
             self.log.metrics(step, values)
 
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
     def video(self, split: str, step: int) -> Path:
         """Return the path of a video of open-loop predictions."""
         return self.path / "videos" / f"{split}_{step:07}.gif"
@@ -142,7 +148,9 @@ def opened(config: Config, devices: Devices) -> Iterator[Run]:
         with writable(path / "checkpoints"):
             (path / "checkpoints").mkdir(exist_ok=True)
             checkpoints = resources.enter_context(Checkpoints(path / "checkpoints", settled.save_named_model_every))
-        yield Run(settled, path, checkpoints, devices)
+        run = Run(settled, path, checkpoints, devices)
+        resources.callback(run.close)
+        yield run
 
 
 @contextlib.contextmanager

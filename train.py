@@ -24,6 +24,7 @@ from system.devices import Devices, connect, use_compilation_cache
 from system.files import replace_file
 from system.interrupts import Interrupted, Interrupts, exit_codes
 from system.logs import Progress, wandb_session, with_sweep
+from system.tensorboard import require_tensorboard
 from train_step import NEVER, TrainState, make_train_step
 
 
@@ -43,6 +44,7 @@ def train(config: Config) -> TrainState:
         devices = Devices()
         config = Config(**json.loads(devices.first_decides(lambda: with_sweep(config).to_json())))
         check_videos(config)
+        require_tensorboard(config)
         train_set, test_set = data.windows(config, "train"), data.windows(config, "test")
         config = data.with_action_size(config, train_set)
         with runs.opened(config, devices) as run, interrupts.held_at_exit():

@@ -1,4 +1,4 @@
-"""What a training tells: metrics.jsonl, wandb where it runs, a progress bar. None of their failures stops it."""
+"""What a training tells: metrics.jsonl, TensorBoard, wandb, a progress bar. None of their failures stops it."""
 
 import contextlib
 import dataclasses
@@ -16,15 +16,16 @@ from tqdm import tqdm
 
 from config import Config, ConfigError
 from system.files import replace_file
+from system.tensorboard import Events
 
 
 class Log:
-    """The metrics of a run: one line of `metrics.jsonl` per log, and wandb.
+    """The metrics of a run: one line of `metrics.jsonl` per log, and what is asked for of TensorBoard and wandb.
 
     `last` is the last step that had been logged when it was opened, 0 if none had.
     """
 
-    def __init__(self, directory: Path, step: int, wandb_run: Any | None = None):
+    def __init__(self, directory: Path, step: int, wandb_run: Any | None = None, tensorboard: bool = False):
         """Open the log of a run that stands at `step`; drop lines of later steps, which will come again."""
         self.path = directory / "metrics.jsonl"
         self.wandb_run = wandb_run
@@ -36,6 +37,10 @@ class Log:
         self.last = step_of(kept[-1]) if kept else 0
         self.sent = max(map(step_of, lines), default=0)
         """The last step that wandb has been told, since it would take a step that comes again for a later one."""
+        self.events = Events(directory) if tensorboard else None
+        if self.events:
+            for values in map(json.loads, kept):
+                self.events.metrics(values.pop("step"), values)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
@@ -49,13 +54,21 @@ class Log:
             if size is not None:
                 os.truncate(self.path, size)
             print(f"Warning: {self.path} can't be written ({error.strerror}); training continues")
+        if self.events:
+            self.events.metrics(step, values)
         self._to_wandb(dict(values), step)
 
     def gif(self, step: int, name: str, path: Path) -> None:
+        if self.events:
+            self.events.gif(step, name, path)
         if self.wandb_run is not None:
             import wandb
 
             self._to_wandb({name: wandb.Video(str(path), format="gif")}, step)
+
+    def close(self) -> None:
+        if self.events:
+            self.events.close()
 
     def _to_wandb(self, values: dict[str, Any], step: int) -> None:
         if self.wandb_run is None or step <= self.sent:

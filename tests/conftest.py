@@ -99,7 +99,7 @@ def compile_once():
 
     def model(config: Config) -> models.Model:
         keys = [
-            *("logdir", "name", "datadir", "wandb"),
+            *("logdir", "name", "datadir", "wandb", "tensorboard"),
             *("num_epochs", "max_steps", "save_model_every", "save_scalars_every"),
             *("save_named_model_every", "save_gifs", "num_examples", "num_samples", "no_save_grid"),
             *("num_digits", "digit_speed", "random_start", "rebuild_frames"),

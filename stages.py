@@ -1,10 +1,12 @@
 """Train in stages, each from the parameters of the one before: python stages.py --config configs/long.yml
 
 It takes what train.py takes, resumes as it does, and leaves the last stage's run where train.py would; those before are
-in `<logdir>/stages/<number>`. docs/results.md says what the stages are for.
+in `<logdir>/stages/<number>`. With `--scale 0.01`, each stage has a hundredth of its steps, to try it.
+docs/results.md says what the stages are for.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import config as configuration
 import runs
 import train
 from config import Config, ConfigError, Flag
+from system.interrupts import exit_codes
 
 
 class Stage(NamedTuple):
@@ -39,7 +42,7 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
     """Yield the configuration of each stage, which needs the run of the one before.
 
     Raises:
-        ConfigError: a key is given that stages set; or as `config.parse` does.
+        ConfigError: a key is given that stages set, or a stage was trained at another scale; or as `config.parse` does.
     """
     special, flags = configuration.parse_flags(
         argv,
@@ -47,7 +50,9 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
         "Train in stages, each from the parameters of the one before.",
         examples=["python stages.py --config configs/long.yml --logdir logs/long"],
         config=Flag("FILE", "YAML file, e.g. configs/long.yml"),
+        scale=Flag("NUMBER", "factor of each stage's steps, e.g. 0.01 to try it (default: 1)"),
     )
+    scale = positive(special.get("scale", "1"))
     for key in "seq_len", "batch_size", "num_epochs", "max_steps", "beta", "init_from":
         if key in flags:
             raise ConfigError(f"{key}: each stage has its own, got {flags[key]}; leave it out, or call train.py")
@@ -62,17 +67,43 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
             logdir=whole.logdir if number == len(STAGES) else f"{whole.logdir}/stages/{number}",
             seq_len=stage.seq_len,
             batch_size=stage.batch_size,
-            max_steps=stage.max_steps,
+            max_steps=max(1, round(stage.max_steps * scale)),
             lr=whole.lr * stage.lr,
             beta=beta,
             init_from=source,
         )
+        require_same_scale(c)
         yield c
         source = str(runs.directory(c))
 
 
+def positive(scale: str) -> float:
+    """Return a scale; raise ConfigError unless it is a number above 0."""
+    try:
+        value = float(scale)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ConfigError(f"scale: must be a number above 0, got {scale!r}")
+    return value
+
+
+def require_same_scale(config: Config) -> None:
+    """Raise ConfigError if the stage's run has other steps: the stages after it start from its last parameters."""
+    run = runs.directory(config)
+    if not (run / "config.yml").exists():
+        return
+    steps = runs.saved_keys(run / "config.yml")["max_steps"]
+    if steps != config.max_steps:
+        raise ConfigError(
+            f"scale: {run} is for {steps} steps, got a scale for {config.max_steps}; set the same --scale, or choose "
+            "another --logdir"
+        )
+
+
 def main() -> None:
-    train.train_all(configurations(sys.argv[1:]))
+    with exit_codes():
+        train.train_all(configurations(sys.argv[1:]), work=[stage.max_steps for stage in STAGES])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Train a Clockwork VAE: python train.py --config configs/minerl.yml [--key value ...]"""
+"""Train a Clockwork VAE: python train.py --config configs/minerl.yml [--key value ...]
 
+Or each of a grid, one after the other: python train.py --grid configs/sweeps/levels.yml [--key value ...]
+"""
+
+import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +27,8 @@ from runs import Run
 from system.devices import Devices, connect, use_compilation_cache
 from system.files import replace_file
 from system.interrupts import Interrupted, Interrupts, exit_codes
-from system.logs import Progress, wandb_session, with_sweep
+from system.logs import Overall, Progress, wandb_session, with_sweep
+from system.sweeps import grid
 from system.tensorboard import require_tensorboard
 from train_step import NEVER, TrainState, make_train_step
 
@@ -187,19 +192,60 @@ def check_finite(run: Run, state: TrainState, metrics: dict[str, Any], train_set
     raise NonFinite(f"loss or gradient isn't finite since step {bad}; {see}; {kept}")
 
 
-def train_all(configs: Iterable[Config]) -> None:
-    """Train one after the other, as a program: what goes wrong is one line and an exit code."""
-    with exit_codes():
-        use_compilation_cache()
+def train_all(configs: Iterable[Config], work: Sequence[int] = (1,), independent: bool = False) -> None:
+    """Train one after the other, say after each what time is left, and exit with code 1 if a loss isn't finite.
+
+    Args:
+        configs: what to train.
+        work: how long each takes, as a multiple of anything.
+        independent: after a loss that isn't finite, train the others before the exit.
+    """
+    overall, failed = Overall(work), False
+    use_compilation_cache()
+    for config in configs:
+        before = 0
+        with contextlib.suppress(ConfigError):  # no checkpoint yet
+            before = runs.find_checkpoint(runs.directory(config)).step
         try:
-            for config in configs:
-                train(config)
+            step = int(train(config).step)
         except NonFinite as error:
-            sys.exit(f"error: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+            if not independent:
+                break
+            step = before
+        overall.update(1 - before / step if step else 0)
+        if len(work) > 1 and jax.process_index() == 0:
+            print(overall)
+    if failed:
+        sys.exit(1)
+
+
+def configurations(argv: Sequence[str]) -> list[Config]:
+    """Return the configuration of a command line, or those of the grid that it names.
+
+    Raises:
+        ConfigError: as `config.parse` and `sweeps.grid`, for any point of the grid.
+    """
+    special, flags = configuration.parse_flags(
+        argv,
+        "train.py",
+        "Train a Clockwork VAE.",
+        config="YAML file, e.g. configs/minerl.yml",
+        grid="file of a wandb sweep, e.g. configs/sweeps/levels.yml: train each point of its grid here, without wandb",
+    )
+    if "grid" not in special:
+        return [configuration.for_program("train.py", special.get("config"), flags)]
+    configs = grid(special["grid"], special.get("config"), flags)
+    for c in configs:
+        check_videos(c)
+    return configs
 
 
 def main() -> None:
-    train_all(map(configuration.parse, [sys.argv[1:]]))
+    with exit_codes():
+        configs = configurations(sys.argv[1:])
+        train_all(configs, work=[1] * len(configs), independent=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,32 @@ def finish_wandb(exit_code: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- progress
+
+
+class Overall:
+    """How far several trainings are: "3 of 12 done, 40 min left"."""
+
+    def __init__(self, work: Sequence[float]):
+        """Begin the first; `work` is how long each takes, as a multiple of anything."""
+        self.work, self.finished, self.done, self.seconds = work, 0, 0.0, 0.0
+        self.begun = time.monotonic()
+
+    def update(self, share: float) -> None:
+        """Count one as finished, of which this start did only a `share`, and begin the next."""
+        now = time.monotonic()
+        if share > 0:
+            self.done += share * self.work[self.finished]
+            self.seconds += now - self.begun
+        self.begun = now
+        self.finished += 1
+
+    def __str__(self) -> str:
+        left = sum(self.work[self.finished :])
+        text = f"{self.finished} of {len(self.work)} done"
+        if not left or not self.done:
+            return text
+        minutes = left * self.seconds / self.done / 60
+        return f"{text}, {f'{minutes / 60:.1f} h' if minutes > 90 else f'{max(1, round(minutes))} min'} left"
 
 
 SLOW = 30.0

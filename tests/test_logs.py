@@ -101,6 +101,18 @@ def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, monkeypatch, capsys
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2]
 
 
+def test_how_far_several_trainings_are(monkeypatch):
+    """By their work, and without the time of what earlier starts did."""
+    clock = [0.0]
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    overall, lines = logs.Overall([1, 4, 40, 30]), []
+    for seconds, share in (5, 0), (300, 0.5), (300, 1), (7, 1):  # the first was done, the second half done
+        clock[0] += seconds
+        overall.update(share)
+        lines.append(str(overall))
+    assert lines == ["1 of 4 done", "2 of 4 done, 2.9 h left", "3 of 4 done, 7 min left", "4 of 4 done"]
+
+
 def test_the_bar_leaves_out_compilation_and_tells_of_slow_steps(capsys, monkeypatch):
     """Compiling takes 1,000 s, each step 100 s."""
     clock = [0.0]

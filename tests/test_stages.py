@@ -1,5 +1,9 @@
 """Training in stages: each starts from the run of the one before."""
 
+import re
+import shutil
+import sys
+
 import pytest
 from conftest import flags
 from test_train import assert_same, parameters
@@ -16,7 +20,7 @@ def arguments(tmp_path, **keys):
     return [flag for flag in given if not flag.startswith(("--seq_len", "--batch_size", "--max_steps"))]
 
 
-def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
+def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch, capsys):
     first = stages.Stage(seq_len=4, batch_size=4, max_steps=2, lr=0.5, top_beta=0.03)
     monkeypatch.setattr(stages, "STAGES", (first, stages.Stage(seq_len=8, batch_size=2, max_steps=3, lr=1.0)))
     configs, states = [], []
@@ -29,6 +33,47 @@ def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
     assert runs.find(tmp_path / "logs") == runs.directory(b)  # what eval.py --logdir logs takes
     again = [parameters(train.train(c)) for c in stages.configurations(arguments(tmp_path))]
     assert_same(again, states)
+    monkeypatch.setattr(sys, "argv", ["stages.py", *arguments(tmp_path)])
+    capsys.readouterr()
+    stages.main()
+    assert re.findall(".* done.*", capsys.readouterr().out) == ["1 of 2 done", "2 of 2 done"]
+
+
+def test_a_scale_belongs_to_a_run(tmp_path, monkeypatch, capsys):
+    """Another is refused before anything is trained, also that of trainings without one."""
+    first = stages.Stage(seq_len=4, batch_size=4, max_steps=20, lr=0.5, top_beta=0.03)
+    monkeypatch.setattr(stages, "STAGES", (first, stages.Stage(seq_len=8, batch_size=2, max_steps=3, lr=1.0)))
+
+    def run(*scale):
+        monkeypatch.setattr(sys, "argv", ["stages.py", *arguments(tmp_path), *scale])
+        stages.main()
+        return capsys.readouterr().out
+
+    out = run("--scale=0.1")
+    assert "Trained for 2 steps" in out and "Trained for 1 steps" in out
+    assert re.findall(".* done.*", out) == ["1 of 2 done, 1 min left", "2 of 2 done"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for scale in [], ["--scale", "0.2"]:
+        with pytest.raises(SystemExit) as ended:
+            run(*scale)
+        assert ended.value.code == 2
+        err = capsys.readouterr().err
+        assert re.match("error: scale: .* is for 2 steps, got a scale for (20|4); set the same --scale, or", err)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run("--scale=0.1")
+    shutil.rmtree(tmp_path / "logs")
+    c = next(stages.configurations(arguments(tmp_path)))
+    path = runs.directory(c)
+    path.mkdir(parents=True)
+    (path / "config.yml").write_text(c.to_yaml())
+    with pytest.raises(ConfigError, match="is for 20 steps, got a scale for 2"):
+        next(stages.configurations([*arguments(tmp_path), "--scale=0.1"]))
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "many", "nan", "inf"])
+def test_a_scale_is_a_number_above_0(tmp_path, scale):
+    with pytest.raises(ConfigError, match=f"scale: must be a number above 0, got '{scale}'"):
+        next(stages.configurations([*arguments(tmp_path), f"--scale={scale}"]))
 
 
 def test_configurations_of_the_stages(tmp_path):

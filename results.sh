@@ -18,17 +18,45 @@ config=$1 directory=$2
 keys=("${@:3}")
 python=${PYTHON:-python}
 
-timed() { # NAME COMMAND ...
+# What there is belongs to the call that made it: with other keys, only what is missing would be of them.
+call="TRAIN=${TRAIN:-train.py} $config ${keys[*]}"
+mkdir -p "$directory"
+if [ -e "$directory/call.txt" ] && [ "$(cat "$directory/call.txt")" != "$call" ]; then
+    echo "error: $directory is of another call, $(cat "$directory/call.txt"); repeat that one, or name another DIRECTORY" >&2
+    exit 2
+fi
+echo "$call" >"$directory/call.txt"
+
+plan=() # the kind of each part that this call is to run: training, evaluation or figure
+
+timed() { # KIND NAME COMMAND ...
+    if [ "$counting" ]; then
+        plan+=("$1")
+        return
+    fi
     local begin=$SECONDS
-    "${@:2}"
-    echo "$1: $((SECONDS - begin)) s" >>"$directory/times.txt"
+    "${@:3}"
+    echo "$2, $1: $((SECONDS - begin)) s" >>"$directory/times.txt"
+    finished=$((finished + 1))
+    echo "$finished of ${#plan[@]} done$(time_left)"
+}
+
+time_left() { # By the mean time of each kind; of a kind that hasn't been run yet, none.
+    printf '%s\n' "${plan[@]:finished}" | awk '
+        NR == FNR { kind = $(NF - 2); sub(":", "", kind); seconds[kind] += $(NF - 1); number[kind]++; next }
+        number[$1] { left += seconds[$1] / number[$1] }
+        END {
+            if (left > 90 * 60) printf ", %.1f h left", left / 3600
+            else if (left) printf ", %d min left", left < 60 ? 1 : left / 60 + 0.5
+        }' "$directory/times.txt" -
 }
 
 training() { # NAME CONFIG [--key value ...]
+    trained+=("$1")
     [ -e "$directory/$1/trained" ] && return
     mkdir -p "$directory/$1"
-    timed "$1, training" "$python" "${TRAIN:-train.py}" --config "$2" --logdir "$directory/$1" "${keys[@]}" "${@:3}"
-    touch "$directory/$1/trained"
+    timed training "$1" "$python" "${TRAIN:-train.py}" --config "$2" --logdir "$directory/$1" "${keys[@]}" "${@:3}"
+    [ "$counting" ] || touch "$directory/$1/trained"
 }
 
 model() { # NAME [--key value ...]
@@ -40,8 +68,8 @@ evaluation() { # CONTEXT NAME ...: <name>/context<CONTEXT> leads to it
     for name in "${@:2}"; do
         link=$directory/$name/context$1
         [ -e "$link" ] && continue
-        timed "$name, evaluation" "$python" eval.py --logdir "$directory/$name" --open_loop_ctx "$1" --no_save_grid
-        ln -sn "$(cd "$directory/$name" && ls -d */*/eval_* | tail -n 1)" "$link"
+        timed evaluation "$name" "$python" eval.py --logdir "$directory/$name" --open_loop_ctx "$1" --no_save_grid
+        [ "$counting" ] || ln -sn "$(cd "$directory/$name" && ls -d */*/eval_* | tail -n 1)" "$link"
     done
 }
 
@@ -49,8 +77,8 @@ figure() { # NAME COMMAND ARGUMENT ...
     local out=$directory/figures/$1
     [ -e "$out/done" ] && return
     rm -rf "$out"
-    timed "figure $1" "$python" analysis.py "${@:2}" --out "$out"
-    touch "$out/done"
+    timed figure "$1" "$python" analysis.py "${@:2}" --out "$out"
+    [ "$counting" ] || touch "$out/done"
 }
 
 named() { # [SUFFIX] NAME ...: NAME=RUN each, in the array `runs`
@@ -59,47 +87,55 @@ named() { # [SUFFIX] NAME ...: NAME=RUN each, in the array `runs`
     for name in "${@:2}"; do runs+=("$name=$directory/$name$suffix"); done
 }
 
-# Figure 1, by what the contexts allow: the hierarchy against none, and the temporal abstraction factors.
-model cwvae
-model rssm --levels 1
-model notmpabs --tmp_abs_factor 1
-others=()
-for name in svg vta; do
-    other=$(dirname "$config")/$name/$(basename "$config")
-    [ -e "$other" ] || continue
-    training "$name" "$other"
-    others+=("$name")
-done
-evaluation 36 cwvae rssm notmpabs "${others[@]}"
-model k2 --tmp_abs_factor 2
-model k4 --tmp_abs_factor 4 --open_loop_ctx 64
-model k8 --tmp_abs_factor 8 --open_loop_ctx 64
-evaluation 36 k2
-evaluation 64 rssm notmpabs k2 k4 k8
-named /context36 cwvae k2 notmpabs rssm "${others[@]}"
-figure quality compare "${runs[@]}"
-named /context64 k8 k4 k2 notmpabs rssm
-figure factors compare "${runs[@]}"
+parts() {
+    trained=()
+    # Figure 1, by what the contexts allow: the hierarchy against none, and the temporal abstraction factors.
+    model cwvae
+    model rssm --levels 1
+    model notmpabs --tmp_abs_factor 1
+    others=()
+    for name in svg vta; do
+        other=$(dirname "$config")/$name/$(basename "$config")
+        [ -e "$other" ] || continue
+        training "$name" "$other"
+        others+=("$name")
+    done
+    evaluation 36 cwvae rssm notmpabs "${others[@]}"
+    model k2 --tmp_abs_factor 2
+    model k4 --tmp_abs_factor 4 --open_loop_ctx 64
+    model k8 --tmp_abs_factor 8 --open_loop_ctx 64
+    evaluation 36 k2
+    evaluation 64 rssm notmpabs k2 k4 k8
+    named /context36 cwvae k2 notmpabs rssm "${others[@]}"
+    figure quality compare "${runs[@]}"
+    named /context64 k8 k4 k2 notmpabs rssm
+    figure factors compare "${runs[@]}"
 
-# Figure 7: what is predicted where levels haven't seen the context.
-figure blind blind "$directory/cwvae" --eval_seq_len 200
+    # Figure 7: what is predicted where levels haven't seen the context.
+    figure blind blind "$directory/cwvae" --eval_seq_len 200
 
-# Table 1: information per level. Four levels have k = 4, as in the paper.
-model levels2 --levels 2
-model levels4 --levels 4 --tmp_abs_factor 4 --open_loop_ctx 64
-named "" rssm levels2 cwvae levels4
-figure levels levels "${runs[@]}"
+    # Table 1: information per level. Four levels have k = 4, as in the paper.
+    model levels2 --levels 2
+    model levels4 --levels 4 --tmp_abs_factor 4 --open_loop_ctx 64
+    named "" rssm levels2 cwvae levels4
+    figure levels levels "${runs[@]}"
 
-# Figures 5b and 8, of digits alone: are they still the same, and where is their information if they are slower or faster?
-if grep -qE '^dataset: (digits|mnist)$' "$config"; then
-    named "" cwvae k2 notmpabs rssm "${others[@]}"
-    figure digits digits "${runs[@]}"
-    model slow --digit_speed '[1, 3]'
-    model fast --digit_speed '[4, 12]'
-    figure speed levels slow="$directory/slow" medium="$directory/cwvae" fast="$directory/fast"
-fi
+    # Figures 5b and 8, of digits alone: are they still the same, and where is their information if they are slower or faster?
+    if grep -qE '^dataset: (digits|mnist)$' "$config"; then
+        named "" cwvae k2 notmpabs rssm "${others[@]}"
+        figure digits digits "${runs[@]}"
+        model slow --digit_speed '[1, 3]'
+        model fast --digit_speed '[4, 12]'
+        figure speed levels slow="$directory/slow" medium="$directory/cwvae" fast="$directory/fast"
+    fi
 
-# The loss over the steps.
-named "" $(cd "$directory" && dirname */trained)
-figure curves curves "${runs[@]}"
+    # The loss over the steps.
+    named "" "${trained[@]}"
+    figure curves curves "${runs[@]}"
+}
+
+counting=true
+parts
+counting="" finished=0
+parts
 echo "Figures and tables: $directory/figures"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,24 @@ def test_the_same_call_goes_on(tmp_path):
     code, second = results(tmp_path, "configs/small.yml")
     assert code == 0 and second[0] == failing and len(second) == len(calls) - 8
     assert results(tmp_path, "configs/small.yml") == (0, [])
+
+
+def test_what_is_left_and_what_it_belongs_to(tmp_path):
+    """By the times of each kind; and with other keys nothing is done."""
+    _, calls = results(tmp_path, "configs/small.yml")
+    times = tmp_path / "results" / "times.txt"
+    assert len(times.read_text().splitlines()) == len(calls)
+    for name in "slow", "fast":
+        (tmp_path / "results" / name / "trained").unlink()
+    shutil.rmtree(tmp_path / "results" / "figures" / "speed")
+    times.write_text("cwvae, training: 3600 s\nrssm, training: 2400 s\nblind, figure: 60 s\n")
+    script, environment = ["bash", ROOT / "results.sh", "configs/small.yml", tmp_path / "results"], dict(os.environ)
+    other = subprocess.run([*script, "--seed", "1"], capture_output=True, text=True, env=environment)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+    assert "is of another call, TRAIN=train.py configs/small.yml" in other.stderr
+    environment["PYTHON"] = str(tmp_path / "python")
+    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[:-1] == ["1 of 3 done, 34 min left", "2 of 3 done, 1 min left", "3 of 3 done"]
 
 
 def test_training_in_stages(tmp_path):

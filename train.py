@@ -216,7 +216,7 @@ def train_all(configs: Iterable[Config], work: Sequence[int] = (1,), independent
             step = before
         overall.update(1 - before / step if step else 0)
         if len(work) > 1 and jax.process_index() == 0:
-            print(overall)
+            print(overall, flush=True)
     if failed:
         sys.exit(1)
 

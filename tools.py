@@ -85,8 +85,9 @@ def to_uint8(video: Array) -> Array:
     return (jnp.clip(video, 0, 1) * 255).astype(jnp.uint8)
 
 
-GREEN, RED = (0, 160, 80), (200, 40, 40)
-"""Around frames that the model sees; around those that it predicts on its own."""
+GREEN, RED = (0, 170, 130), (220, 50, 0)
+"""Around frames that the model sees and reconstructs; around those that it predicts on its own. Colour-blind readers
+can tell them apart: one is bluish, the other yellowish."""
 GREY = (110, 110, 110)
 """Around all other frames, so that black ones have an edge."""
 

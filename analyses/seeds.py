@@ -46,7 +46,8 @@ def seeds(arguments: Sequence[str]) -> None:
     results = {name: statistics.summary(curves, statistics.estimate_over_seeds) for name, curves in found.items()}
     lines = {name: accuracy_line(results[name]) for name in found}
     for name, of_seeds in found.items():
-        lines |= {f"{name}, {i}": plots.Line(curve.mean(0), beside=name, thin=True) for i, curve in enumerate(of_seeds)}
+        each_seed = (plots.Line(curve.mean(0), beside=name, thin="single seed") for curve in of_seeds)
+        lines |= {f"{name}, {i}": line for i, line in enumerate(each_seed)}
     averages = {name: of_seeds.mean(-1) for name, of_seeds in found.items()}
     differences = {
         f"{a} - {b}": statistics.plain(statistics.estimate_over_seeds(averages[a], averages[b]))

@@ -1,11 +1,12 @@
-"""Plots: lines over predicted frames or steps, bars, rows of frames. Of the width of a paper's column."""
+"""Plots: lines over predicted frames or steps, bars, rows of frames. Of a paper's column's width, in 8 points."""
 
 import contextlib
 import io
 import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +16,52 @@ from report.statistics import REFERENCES
 from system.files import replace_file
 from tools import GREEN, RED, rgb
 
-REFERENCE_STYLES: dict[str, dict[str, Any]] = {
-    REFERENCES["posterior"]: {"color": "#1b7f4d", "linestyle": (0, (5, 2))},
-    REFERENCES["copy"]: {"color": "#9a6a00", "linestyle": (0, (1, 1.5))},
-    REFERENCES["random"]: {"color": "#7a4fa3", "linestyle": (0, (5, 1.5, 1, 1.5))},
-    REFERENCES["shuffled"]: {"color": "#5b6770", "linestyle": (0, (3, 1))},
+COLUMN, PAGE = 3.25, 6.75
+"""Widths of a paper's column, and of its two columns with the space between them, in inches."""
+
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": "medium",  # as large as all other text
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.4,
+    "grid.linewidth": 0.5,
+    "savefig.dpi": 300,
+    "savefig.bbox": None,  # figures keep their width
+    # TrueType fonts: conferences refuse matplotlib's default, Type 3.
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
 }
-COLORS = ("#1f5fbf", "#d1352b", "#e88a00", "#0fa3b1", "#c2419a", "#6b6b6b", "#4c8c1a", "#7d4b32")
+"""What all figures have in common, as matplotlib's settings."""
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Models' colours: Okabe and Ito's, which colour-blind readers can tell apart, without yellow and black."""
+
+DASHES = tuple((0, dashes) for dashes in ((), (6, 1.5), (6, 1.5, 1, 1.5), (3, 1), (9, 1.5, 3, 1.5), (6, 1, 1, 1, 1, 1)))
+"""Models' line styles, which tell them apart without colours. None is dotted, as lines beside others are."""
+
+DARK, MEDIUM, LIGHT = "#000000", "#4d4d4d", "#7f7f7f"
+REFERENCE_STYLES: dict[str, dict[str, Any]] = {
+    REFERENCES["posterior"]: {"color": DARK, "linestyle": (0, (4, 1.5))},
+    REFERENCES["copy"]: {"color": LIGHT, "linestyle": (0, ())},
+    REFERENCES["random"]: {"color": MEDIUM, "linestyle": (0, (4, 1.5, 1, 1.5))},
+    REFERENCES["shuffled"]: {"color": LIGHT, "linestyle": (0, (8, 2))},
+}
+"""Grey, so that no reference has a model's colour."""
+OTHER_REFERENCES: tuple[dict[str, Any], ...] = (
+    {"color": DARK, "linestyle": (0, ())},
+    {"color": LIGHT, "linestyle": (0, (1, 1.5))},
+)
 
 
 class Line(NamedTuple):
     """A curve, [T] each, with a band around it: over predicted frames from 1 on, or over `x`.
 
-    A reference has a style of its own; a line `beside` another one is dotted, or thin, in that one's colour.
+    A reference has a style of its own. A line `beside` another one has that one's colour and is dotted; its name is
+    the other's and, after a comma, what it is. Where it is one of several, `thin` says what these are.
     """
 
     values: np.ndarray
@@ -35,7 +69,7 @@ class Line(NamedTuple):
     high: np.ndarray | None = None
     reference: bool = False
     beside: str = ""
-    thin: bool = False
+    thin: str = ""
     x: np.ndarray | None = None
 
 
@@ -43,55 +77,62 @@ def plot_lines(
     lines: Mapping[str, Line],
     path: Path,
     ylabel: str,
-    title: str = "",
+    band: str = "95 % interval",
     xlabel: str = "predicted frame",
     formats: Sequence[str] = ("png",),
 ) -> None:
-    """Write a plot of named lines. Long ones are drawn as running means, faintly with what they are means of.
+    """Write a plot of named lines. Long ones, and the bands around them, are drawn as running means.
 
-    Names stand at the lines' ends; those of lines beside others in a note. The models' lines decide what part of the
-    axis is seen: of references, which may leave it, at least the median.
+    Args:
+        lines: what is drawn, by name. The axis shows the models' lines whole; where a reference leaves it, a
+            triangle at the edge says so.
+        path: where to.
+        ylabel, xlabel: the axes' labels.
+        band: what the bands are.
+        formats: see `save_figure`.
     """
-    figure = new_figure(figsize=(3.3, 2.3))
-    axes = figure.subplots()
     length = max(len(line.values) for line in lines.values())
     window = max(1, length // 40) // 2 * 2 + 1
-    colors, other_styles = itertools.cycle(COLORS), itertools.cycle(REFERENCE_STYLES.values())
-    color_of: dict[str, str] = {}
-    ends, seen = [], []
-    for name, line in lines.items():
-        x = np.arange(1, len(line.values) + 1) if line.x is None else line.x
-        if line.reference:
-            style = {"linewidth": 1.1} | (REFERENCE_STYLES.get(name) or next(other_styles))
-        elif line.beside:
-            style = {"color": color_of[line.beside]}
-            style |= {"linewidth": 0.6, "alpha": 0.7} if line.thin else {"linewidth": 1.1, "linestyle": ":"}
-        else:
-            style = {"linewidth": 1.5, "color": next(colors)}
-        color = color_of[name] = style["color"]
-        smooth = running_mean(line.values, window)
-        axes.plot(x, smooth, marker="." if len(x) == 1 else None, **style)
-        if window > 1 and not line.beside:
-            axes.plot(x, line.values, color=color, alpha=0.25, linewidth=0.4, zorder=1)
-        if line.low is not None and line.high is not None:
-            axes.fill_between(x, line.low, line.high, alpha=0.15, color=color, linewidth=0, zorder=0)
-        seen += [np.array([np.median(line.values)])] if line.reference else [line.values, smooth]
-        if not line.beside:
-            ends.append((name, color, float(smooth[-1])))
-    shown = np.concatenate(seen)
-    shown = shown[np.isfinite(shown)]
-    if len(shown) and np.ptp(shown):
-        margin = 0.06 * np.ptp(shown)
-        axes.set_ylim(shown.min() - margin, shown.max() + margin)
-    dotted = {name: line.beside for name, line in lines.items() if line.beside and not line.thin}
-    notes = dict.fromkeys(name.removeprefix(f"{beside}, ") for name, beside in dotted.items())
-    below = [f"bold: mean of {window}"] * (window > 1) + [f"dotted: {note}" for note in notes]
-    axes.set_xlabel(xlabel + (f"  ({'; '.join(below)})" if below else ""), fontsize=7)
-    axes.set_ylabel(ylabel, fontsize=7)
-    axes.set_title(title, fontsize=8)
-    tidy(axes)
-    label_ends(axes, ends)
-    save_figure(figure, path, formats)
+    lines = {name: smoothed(line, window) for name, line in lines.items()}
+    styles = styles_of(lines)
+    with new_figure(path, formats, figsize=(COLUMN, 2.3)) as figure:
+        from matplotlib.lines import Line2D
+        from matplotlib.patches import Patch
+
+        axes = figure.subplots()
+        entries: dict[str, Any] = {}
+        bands = False
+        for name, line in lines.items():
+            x, style = np.arange(1, len(line.values) + 1) if line.x is None else line.x, styles[name]
+            (curve,) = axes.plot(x, line.values, marker="." if len(x) == 1 else None, **style)
+            if not line.beside:
+                entries[name] = curve
+            if line.low is not None and line.high is not None:
+                axes.fill_between(x, line.low, line.high, alpha=0.18, color=style["color"], linewidth=0, zorder=0)
+                bands |= bool((line.high > line.low).any())
+        for name, line in lines.items():
+            if line.beside:
+                note = line.thin or name.removeprefix(f"{line.beside}, ")
+                entries[note] = Line2D([], [], **styles[name] | {"color": MEDIUM})
+        if bands:
+            entries[band] = Patch(color=MEDIUM, alpha=0.25, linewidth=0)
+        low, high = limits(lines)
+        if high > low:
+            axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+            cuts = [mark_cuts(axes, line, styles[name]["color"]) for name, line in lines.items()]
+            if any(cuts):
+                entries["leaves the axis"] = Line2D([], [], color=MEDIUM, marker="^", markersize=4, linestyle="")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(textwrap.fill(ylabel, 36))
+        axes.grid(axis="y")
+        add_legend(figure, entries, f"running means of {window}" if window > 1 else "")
+
+
+def smoothed(line: Line, window: int) -> Line:
+    """Return the running means of a line and of its band, which is then the mean of the intervals around it."""
+    values, low, high = (x if x is None else running_mean(x, window) for x in (line.values, line.low, line.high))
+    assert values is not None
+    return line._replace(values=values, low=low, high=high)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -102,31 +143,85 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[str, str, float]]) -> None:
-    """Write names (name, colour, height) to the right of the axes at their heights, moved apart where they overlap.
+def styles_of(lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
+    """Return colour, line style and width of each line, different ones for all models and references."""
+    others, numbers = itertools.cycle(OTHER_REFERENCES), itertools.count()
+    styles: dict[str, dict[str, Any]] = {}
+    for name, line in lines.items():
+        if line.reference:
+            styles[name] = {"linewidth": 1.0} | (REFERENCE_STYLES.get(name) or next(others))
+        elif line.beside:
+            shape = {"linewidth": 0.6, "alpha": 0.7} if line.thin else {"linewidth": 1.0, "linestyle": (0, (1, 1.2))}
+            styles[name] = {"color": styles[line.beside]["color"]} | shape
+        else:
+            lap, place = divmod(next(numbers), len(COLORS))
+            styles[name] = {"linewidth": 1.4, "color": COLORS[place], "linestyle": DASHES[(place + lap) % len(DASHES)]}
+    return styles
 
-    They stay beside the axes, as far as so many find place there.
+
+def limits(lines: Mapping[str, Line]) -> tuple[float, float]:
+    """Return which values the axis shows: the models' lines and bands, and the references' medians.
+
+    Each reference is shown whole if that at most doubles the axis. One that is far off for a few frames, as the last
+    context frame where the video returns to it, would leave no room for the models.
     """
+    medians = [np.median(line.values, keepdims=True) for line in lines.values() if line.reference]
+    models = [x for line in lines.values() if not line.reference for x in (line.values, line.low, line.high)]
+    shown = finite(np.concatenate([x for x in medians + models if x is not None]))
+    if not len(shown):
+        return 0.0, 0.0
+    low, high = shown.min(), shown.max()
+    most = 2 * (high - low)
+    for line in lines.values():
+        if line.reference and len(values := finite(line.values)):
+            wider = min(low, values.min()), max(high, values.max())
+            if wider[1] - wider[0] <= most:
+                low, high = wider
+    return float(low), float(high)
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
+
+
+def mark_cuts(axes: Any, line: Line, color: str) -> bool:
+    """Put a triangle at the edge of the axes in the middle of each part of a line beyond it; return if there is any."""
     low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
-    ends = sorted(ends, key=lambda end: end[2])
-    heights = [end[2] for end in ends]
-    for _ in range(100):
-        heights = [min(max(height, low), high) for height in heights]
-        for i in range(len(heights) - 1):
-            if (overlap := gap - (heights[i + 1] - heights[i])) > 0:
-                heights[i] -= overlap / 2
-                heights[i + 1] += overlap / 2
-    for (name, color, _), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name,
-            (1.02, (height - low) / (high - low)),
-            xycoords="axes fraction",
-            color=color,
-            fontsize=7,
-            va="center",
-            annotation_clip=False,
+    cut = False
+    x = np.arange(1, len(line.values) + 1) if line.x is None else line.x
+    for beyond, edge, marker in (line.values > high, high, "^"), (line.values < low, low, "v"):
+        starts, stops = np.flatnonzero(np.diff(beyond, prepend=False, append=False)).reshape(-1, 2).T
+        for place in x[(starts + stops - 1) // 2]:
+            axes.plot(place, edge, marker, color=color, markersize=4, clip_on=False)
+            cut = True
+    return cut
+
+
+def add_legend(figure: Any, entries: Mapping[str, Any], title: str) -> None:
+    """Add a legend below the axes, in as many columns as have room, and make the figure higher by it.
+
+    Args:
+        figure: of constrained layout.
+        entries: what is drawn of each, by name.
+        title: stands above.
+    """
+    names = [textwrap.fill(name, 42) for name in entries]
+    for columns in 3, 2, 1:
+        legend = figure.legend(
+            entries.values(),
+            names,
+            loc="outside lower center",
+            ncols=columns,
+            title=title or None,
+            handlelength=2.6,
+            columnspacing=1.2,
+            borderaxespad=0.2,
         )
+        if legend.get_window_extent().width <= figure.bbox.width:
+            break
+        if columns > 1:
+            legend.remove()
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
 
 
 def drawn(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Line]:
@@ -147,20 +242,22 @@ def plot_bars(
 ) -> None:
     """Write bars: group -> name of a bar -> value, low, high. Each group has a panel of its own.
 
-    Error bars are left out where no interval of a group has any extent.
+    A name has the same colour in all groups. Error bars are left out where no interval of a group has any extent.
     """
-    figure = new_figure(figsize=(1 + 2.4 * len(groups), 2.8), layout="tight")
-    panels = figure.subplots(1, len(groups), squeeze=False)
-    for axes, (title, bars) in zip(panels[0], groups.items(), strict=True):
-        values, low, high = np.array(list(bars.values())).T
-        errors = np.maximum([values - low, high - values], 0)
-        style: Any = {"yerr": errors, "capsize": 3} if errors.any() else {}
-        axes.bar(range(len(bars)), values, color=[COLORS[i % len(COLORS)] for i in range(len(bars))], **style)
-        axes.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right", fontsize=8)
-        axes.set_title(title, fontsize=9)
-        tidy(axes)
-    panels[0, 0].set_ylabel(ylabel, fontsize=8)
-    save_figure(figure, path, formats)
+    names = list(dict.fromkeys(itertools.chain(*groups.values())))
+    with new_figure(path, formats, figsize=(COLUMN if len(groups) == 1 else PAGE, 2.6)) as figure:
+        panels = figure.subplots(1, len(groups), squeeze=False)
+        for axes, (title, bars) in zip(panels[0], groups.items(), strict=True):
+            values, low, high = np.array(list(bars.values())).T
+            errors = np.maximum([values - low, high - values], 0)
+            style: Any = {"yerr": errors, "capsize": 3, "error_kw": {"elinewidth": 0.8}} if errors.any() else {}
+            colors = [COLORS[names.index(name) % len(COLORS)] for name in bars]
+            axes.bar(range(len(bars)), values, color=colors, **style)
+            axes.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right", rotation_mode="anchor")
+            axes.set_xlim(-0.6, max(map(len, groups.values())) - 0.4)  # bars of one width in all panels
+            axes.set_title(title)
+            axes.grid(axis="y")
+        panels[0, 0].set_ylabel(textwrap.fill(ylabel, 36))
 
 
 def save_rows(
@@ -171,41 +268,51 @@ def save_rows(
     formats: Sequence[str] = ("png",),
     boundaries: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write named videos uint8 [T, H, W, C] as rows of their frames at `times`.
+    """Write named videos uint8 [T, H, W, C] as rows of their frames at `times`, over a page's width.
 
     Frames of a row's context are framed green, predicted ones red; a row without context (the truth) not at all.
     `boundaries` are probabilities [T] that a segment begins: they stand below the frames, and where they are at least
     1/2, a bar stands at the left.
     """
-    figure = new_figure(figsize=(0.8 * len(times) + 1.4, 0.85 * len(rows) + 0.3))
-    panels = figure.subplots(len(rows), len(times), squeeze=False)
-    for y, (name, video) in enumerate(rows.items()):
-        for x, time in enumerate(times):
-            axes = panels[y, x]
-            axes.imshow(rgb(video[time]), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            color = "0.8" if name not in context else GREEN if time < context[name] else RED
-            axes.spines[:].set(color=np.array(color) / 255 if name in context else color, linewidth=1.5)
-            if y == 0:
-                axes.set_title(str(time + 1), fontsize=8)
-            if boundaries and name in boundaries:
-                axes.set_xlabel(f"{boundaries[name][time]:.2f}", fontsize=6, labelpad=2)
-                if boundaries[name][time] >= 0.5:
-                    axes.axvline(-0.5, color=COLORS[0], linewidth=6)
-        panels[y, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    save_figure(figure, path, formats)
+    names = 0.2 + 0.065 * max(map(len, rows))  # inches
+    side = min(0.8, (PAGE - names) / len(times))
+    height = 0.3 + side * len(rows) + 0.15 * len(boundaries or ())
+    with new_figure(path, formats, figsize=(names + side * len(times), height), layout="compressed") as figure:
+        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+        panels = figure.subplots(len(rows), len(times), squeeze=False)
+        for y, (name, video) in enumerate(rows.items()):
+            for x, time in enumerate(times):
+                axes = panels[y, x]
+                axes.imshow(rgb(video[time]), interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                framed = GREEN if time < context.get(name, 0) else RED
+                color = np.array(framed) / 255 if name in context else "0.8"
+                axes.spines[:].set(visible=True, color=color, linewidth=1.2)
+                if y == 0:
+                    axes.set_title(str(time + 1), pad=2)
+                if boundaries and name in boundaries:
+                    axes.set_xlabel(short(boundaries[name][time]), labelpad=2)
+                    if boundaries[name][time] >= 0.5:
+                        axes.axvline(-0.5, color=COLORS[0], linewidth=5)
+            panels[y, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+
+
+def short(probability: float) -> str:
+    """Return a probability as `.07`, which has room below a frame."""
+    return "1" if probability >= 0.995 else f"{probability:.2f}".removeprefix("0")
 
 
 def save_figure(figure: Any, path: Path, formats: Sequence[str]) -> None:
     """Write a figure in each of the formats, which take the place of the path's suffix."""
     for suffix in formats:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, dpi=250, bbox_inches="tight")
+        figure.savefig(buffer, format=suffix)
         replace_file(path.with_suffix(f".{suffix}"), buffer.getvalue())
 
 
-def new_figure(**how: Any) -> Any:
-    """Return a matplotlib figure that no screen shows. Slow to import, and only evaluation plots.
+@contextlib.contextmanager
+def new_figure(path: Path, formats: Sequence[str], **how: Any) -> Iterator[Any]:
+    """Yield a matplotlib figure in STYLE that no screen shows, and write it. Slow to import, and only evaluation plots.
 
     MPLBACKEND may name a notebook's backend that isn't installed here, with which matplotlib can't be imported.
     """
@@ -217,11 +324,7 @@ def new_figure(**how: Any) -> Any:
         os.environ["MPLBACKEND"] = backend
         with contextlib.suppress(ValueError):
             matplotlib.rcParams["backend"] = backend  # for others in this process; files need none
-    return Figure(**how)
-
-
-def tidy(axes: Any) -> None:
-    axes.grid(axis="y", alpha=0.4, linewidth=0.5)
-    axes.tick_params(labelsize=7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(**{"layout": "constrained"} | how)
+        yield figure
+        save_figure(figure, path, formats)

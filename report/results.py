@@ -212,8 +212,7 @@ def draw_curves(
     plots.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label, formats=formats)
     spread = {name: line for name, line in drawn.items() if line.reference}
     spread = {own: plots.Line(mean, mean - stddev, mean + stddev)} | spread
-    title = "mean and standard deviation"
-    plots.plot_lines(spread, directory / f"{stem}_range.png", label, title, formats=formats)
+    plots.plot_lines(spread, directory / f"{stem}_range.png", label, "standard deviation", formats=formats)
 
 
 def examples_csv(means: Sequence[Mapping[str, float]]) -> str:

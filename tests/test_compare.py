@@ -182,19 +182,3 @@ def test_seeds_that_cant_be_compared_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=message):
             seeds.seeds([*directories, f"--out={tmp_path / 'out'}"])
     assert not (tmp_path / "out").exists()
-
-
-def test_a_line_of_a_seed_is_thin(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, *_: drawn.append(figure))
-    ones = np.ones(4)
-    lines = {
-        "a": plots.Line(ones),
-        "a, 0": plots.Line(ones, beside="a", thin=True),
-        "a, p": plots.Line(ones, beside="a"),
-    }
-    plots.plot_lines(lines, tmp_path / "x.png", "y")
-    bold, thin, dotted = drawn[0].axes[0].get_lines()
-    assert thin.get_linewidth() < bold.get_linewidth() and thin.get_color() == dotted.get_color() == bold.get_color()
-    assert thin.get_linestyle() == "-" and dotted.get_linestyle() == ":"
-    assert "dotted: p" in drawn[0].axes[0].get_xlabel() and "0" not in drawn[0].axes[0].get_xlabel()

@@ -2,16 +2,23 @@
 
 import csv
 import io
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import zlib
 
+import matplotlib.colors
 import numpy as np
 import pytest
 import scipy.stats
+import skimage.color
 from conftest import ROOT
+from PIL import Image
 
+import tools
 from report import plots, statistics, tables
 from report.page import page
 
@@ -150,51 +157,143 @@ def test_running_mean_by_hand():
     np.testing.assert_allclose(plots.running_mean(values, 1), values)
 
 
-def test_plots_of_long_curves(tmp_path, monkeypatch):
-    """Smooth in front of what is smoothed, within the model's limits; lines that differ in colour and style, labelled."""
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path, formats: figures.append(figure))
+@pytest.fixture
+def figures(monkeypatch):
+    """What is drawn, as matplotlib's figures."""
+    found = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *_: found.append(figure))
+    return found
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_long_curves_and_their_bands_are_smooth(tmp_path, figures):
     noise = np.random.default_rng(0).normal(size=(3, 964))
-    spiky = 13 + 0.1 * noise[0]
-    spiky[500] = 100
-    plots.plot_lines(
-        {
-            "model": plots.Line(15 + noise[1], 14 + noise[1], 16 + noise[1]),
-            "last context frame": plots.Line(spiky, reference=True),
-            "random training frame": plots.Line(13 + 0.1 * noise[2], reference=True),
-            "model, posterior": plots.Line(np.full(964, 20.0), beside="model"),
-        },
-        tmp_path / "a.png",
-        "PSNR",
-    )
+    made = {
+        "model": plots.Line(15 + noise[0], 14 + noise[1], 16 + noise[2]),
+        "model, posterior": plots.Line(np.full(964, 20.0), beside="model"),
+        "last context frame": plots.Line(13 + 0.1 * noise[2], reference=True),
+    }
+    plots.plot_lines(made, tmp_path / "a.png", "PSNR")
     (axes,) = figures[0].axes
-    low, high = axes.get_ylim()
-    assert 10 < low < 13 and 20 < high < 22
-    smooth = [line for line in axes.lines if line.get_linewidth() > 1]
-    assert len(smooth) == 4 and len(axes.lines) == 7
-    assert np.std(smooth[0].get_ydata()) < 0.4
-    assert len({(line.get_color(), line.get_linestyle(), tuple(line._dash_pattern[1] or ())) for line in smooth}) == 4
-    assert len({line.get_color() for line in smooth}) == 3
-    assert [text.get_text() for text in axes.texts] == ["random training frame", "last context frame", "model"]
-    heights = [text.xy[1] for text in axes.texts]
-    assert min(np.diff(heights)) > 0.07
-    assert axes.get_xlabel() == "predicted frame  (bold: mean of 25; dotted: posterior)"
+    (band,) = axes.collections
+    corners = band.get_paths()[0].vertices
+    for edge, values in (14, noise[1]), (16, noise[2]):
+        own = corners[abs(corners[:, 1] - edge) < 0.9]
+        shown = dict(zip(own[:, 0], own[:, 1], strict=False))
+        assert [shown[x] for x in (100, 500)] == pytest.approx(
+            [edge + values[x - 13 : x + 12].mean() for x in (100, 500)]
+        )
+    curve = axes.lines[0].get_ydata()
+    assert curve[99] == pytest.approx(15 + noise[0, 87:112].mean()) and np.std(curve) < 0.4
+    assert legend(figures[0]) == ["model", "last context frame", "posterior", "95 % interval"]
+    assert figures[0].legends[0].get_title().get_text() == "running means of 25"
+    assert (axes.get_xlabel(), axes.get_ylabel(), len(axes.texts)) == ("predicted frame", "PSNR", 0)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_labels_stay_beside_the_axes(tmp_path, monkeypatch, value):
-    """Of seven lines that end at the bottom or at the top."""
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path, formats: figures.append(figure))
-    lines = {f"{i}": plots.Line(np.linspace(0.5 + i / 100, value, 50)) for i in range(7)}
-    plots.plot_lines(lines, tmp_path / "a.png", "y")
-    heights = [text.xy[1] for text in figures[0].axes[0].texts]
-    assert min(heights) > -0.01 and max(heights) < 1.01 and min(np.diff(heights)) > 0.07
+def test_a_reference_is_within_the_axis_or_marked_as_cut(tmp_path, figures):
+    model, far, near = np.linspace(15, 14, 50), np.full(50, 13.0), np.full(50, 13.0)
+    far[[0, 1, 2, 30]] = 40
+    near[5:15] = 17
+    made = {
+        "model": plots.Line(model),
+        "far": plots.Line(far, reference=True),
+        "near": plots.Line(near, reference=True),
+    }
+    plots.plot_lines(made, tmp_path / "a.png", "PSNR")
+    plots.plot_lines(made | {"far": plots.Line(26 - far, reference=True)}, tmp_path / "a.png", "PSNR")
+    for figure, marker, edge in zip(figures, "^v", (1, 0), strict=True):
+        (axes,) = figure.axes
+        low, high = axes.get_ylim()
+        assert low < 13 and 17 < high < 20
+        marked = [line for line in axes.lines if line.get_marker() in ("^", "v")]
+        assert [(line.get_marker(), *line.get_xdata(), *line.get_ydata()) for line in marked] == [
+            (marker, x, (low, high)[edge]) for x in (2, 31)
+        ]
+        assert all(line.get_color() == axes.lines[1].get_color() and not line.get_clip_on() for line in marked)
+        assert legend(figure) == ["model", "far", "near", "leaves the axis"]
 
 
-def test_figures_in_each_format(tmp_path):
-    plots.plot_lines({"a": plots.Line(np.arange(5.0))}, tmp_path / "a.png", "y", formats=("png", "pdf"))
-    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF") and (tmp_path / "a.png").exists()
+def test_bands_and_lines_beside_models_are_within_the_axis(tmp_path, figures):
+    ones = np.ones(12)
+    made = {"model": plots.Line(ones, 0 * ones, 2 * ones), "model, p": plots.Line(9 * ones, beside="model")}
+    made |= {f"model, {i}": plots.Line(i * ones, beside="model", thin="single seed") for i in range(2)}
+    plots.plot_lines(made, tmp_path / "a.png", "y", "standard deviation")
+    low, high = figures[0].axes[0].get_ylim()
+    assert low < 0 and high > 9 and legend(figures[0]) == ["model", "p", "single seed", "standard deviation"]
+
+
+def test_lines_are_told_apart_with_and_without_colour(tmp_path):
+    """Eight models, one of which has others beside it, and all references that one figure may have."""
+    line, reference = plots.Line(np.ones(3)), plots.Line(np.ones(3), reference=True)
+    models = [f"m{i}" for i in range(8)]
+    names = [*statistics.REFERENCES.values(), "true frames", "chance"]
+    beside = {"m1, p": line._replace(beside="m1"), "m1, 0": line._replace(beside="m1", thin="single seed")}
+    styles = plots.styles_of(dict.fromkeys(models, line) | beside | dict.fromkeys(names, reference))
+    assert len({styles[name]["color"] for name in models[:6]}) == 6
+    assert not {styles[name]["color"] for name in models} & {styles[name]["color"] for name in names}
+    assert len({tuple(sorted(style.items())) for style in styles.values()}) == len(styles)
+    assert len({styles[name]["linestyle"] for name in models[:6]}) == 6
+    assert {styles[name]["color"] for name in beside} == {styles["m1"]["color"]}
+    assert styles["m1, 0"]["linewidth"] < styles["m1, p"]["linewidth"] < styles["m1"]["linewidth"]
+    dotted = [name for name in styles if styles[name].get("linestyle", (0, ()))[1][:1] == (1,)]
+    assert dotted == ["m1, p", "chance"]
+
+
+def seen_by_deuteranopes(color):
+    """Return a colour, sRGB in [0, 1], in CIELAB as readers without the green cones see it (Machado et al. 2009)."""
+    color = np.asarray(color, float)
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    seen = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]] @ linear
+    seen = np.clip(seen, 0, 1)
+    return skimage.color.rgb2lab(np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055))
+
+
+def test_colours_are_told_apart_by_colour_blind_readers():
+    """10 is plain to see (CIEDE2000); the green and the red of most palettes are 5 to 10 apart."""
+    frames = [np.array(color) / 255 for color in (tools.GREEN, tools.RED)]
+    lines = [matplotlib.colors.to_rgb(color) for color in plots.COLORS]
+    for colors, least in (frames, 20), (lines, 10):
+        for a, b in itertools.combinations(map(seen_by_deuteranopes, colors), 2):
+            assert skimage.color.deltaE_ciede2000(a, b) > least
+
+
+def test_figures_are_of_a_columns_width_with_text_of_8_points(tmp_path):
+    """Whatever the names' lengths, and with fonts that conferences accept."""
+    names = ["a", "b" * 30, "levels=3, tmp_abs_factor=6, free_nats=1.0, use_obs=TTT"]
+    plots.plot_lines(
+        dict.fromkeys(names, plots.Line(np.arange(5.0))), tmp_path / "lines.png", "y", formats=("png", "pdf")
+    )
+    plots.plot_bars({"ranks": dict.fromkeys("abc", (1.0, 0.5, 1.5))}, tmp_path / "bars.pdf", "y", ("pdf",))
+    video = np.zeros((40, 8, 8, 1), np.uint8)
+    plots.save_rows({"truth": video, "x": video}, tmp_path / "rows.pdf", np.arange(24), {"x": 3}, ("pdf",))
+    for name, width in ("lines", 3.25), ("bars", 3.25), ("rows", 6.75):
+        pdf = (tmp_path / f"{name}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF") and b"/FontFile2" in pdf and b"/Type3" not in pdf
+        assert float(re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", pdf)[1]) == pytest.approx(72 * width, abs=1)
+        sizes = [zlib.decompress(part) for part in re.findall(rb"stream\r?\n(x.*?)endstream", pdf, re.DOTALL)]
+        assert set(re.findall(rb"/F1 ([\d.]+) Tf", b"".join(sizes))) == {b"8"}
+    with Image.open(tmp_path / "lines.png") as image:
+        assert image.width == 975
+
+
+def test_settings_of_others_stay(tmp_path):
+    before = dict(matplotlib.rcParams)
+    plots.plot_lines({"a": plots.Line(np.arange(5.0))}, tmp_path / "a.png", "y")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_bars_have_one_colour_by_name(tmp_path, figures):
+    bar = (1.0, 1.0, 1.0)
+    plots.plot_bars({"level 0": {"a": bar, "b": bar}, "level 1": {"b": bar}}, tmp_path / "a.png", "y")
+    (_, b), (alone,) = (axes.patches for axes in figures[0].axes)
+    assert alone.get_facecolor() == b.get_facecolor() and alone.get_width() == b.get_width()
+
+
+def test_probabilities_below_frames_are_short():
+    assert [plots.short(p) for p in (0.0, 0.071, 0.5, 0.994, 0.996)] == [".00", ".07", ".50", ".99", "1"]
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://gone", "nonsense", "TkAgg"])

@@ -362,7 +362,7 @@ def look(config: Config) -> None:
     shown = {f"{place}: {caption(c, train, number)}": train[number] for place, number in enumerate(chosen, 1)}
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        tools.save_grid(np.concatenate(list(shown.values())), sheet, strip=c.seq_len)
+        tools.save_grid(np.concatenate(list(shown.values())), sheet, columns=c.seq_len)
         tools.save_gif(tools.side_by_side(shown, {}), animation)
     except OSError as error:
         raise ConfigError(

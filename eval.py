@@ -232,15 +232,15 @@ def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:
 class Samples:
     """What is kept of a batch's predictions, sample after sample.
 
-    frames: the first sample; of several, also the second and, by each metric's average over time in the paper's
-    protocol, the best.
+    frames: the context as the first sample reconstructs it; the first sample; of several, also the second and, by each
+    metric's average over time in the paper's protocol, the best.
     metrics, [B, T] each: "<protocol>_<metric>" of the best sample by this metric, as in the earlier codes;
     "<protocol>_<metric>_<reference>" of each reference; of several samples, "<protocol>_<metric>_mean" over them.
     """
 
-    def __init__(self, count: int, references: Mapping[str, Metrics]) -> None:
+    def __init__(self, count: int, references: Mapping[str, Metrics], context: np.ndarray) -> None:
         self.count = count
-        self.frames: dict[str, np.ndarray] = {}
+        self.frames: dict[str, np.ndarray] = {"context": context}
         self.metrics = {
             f"{protocol}_{name}_{reference}": values
             for reference, metrics in references.items()
@@ -359,7 +359,8 @@ def predict_all(
             first = number * batch_size + own.start
             keys = example_keys(c, first, len(batch.video), 0)
             compared = references(model, params, batch.video, keys, first, pool, devices.put, batch.actions)
-            samples = Samples(c.num_samples, compared)
+            context = rollout.reconstruct_context(model, params, batch.video, keys, devices.put, batch.actions)
+            samples = Samples(c.num_samples, compared, tools.joined(context))
             for sample in range(c.num_samples):
                 keys = example_keys(c, first, len(batch.video), sample)
                 prediction = predict(model, params, batch.video, keys, devices.put, batch.actions)

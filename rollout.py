@@ -160,6 +160,18 @@ def predict(
     return imagine(model, params, inputs, state, T, video.shape[1] - T, None)
 
 
+def reconstruct_context(
+    model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
+) -> Iterator[Array]:
+    """Yield the context of a video, in chunks of time, as decoded from the states that `predict` starts from."""
+    c, T = model.config, model.config.open_loop_ctx
+    inputs, state = model.draw(keys, video.shape[1], context=T, actions=actions), None
+    for start, stop in chunks(c, T, None):
+        seen = place(video[:, start:stop])
+        frames, state = filter_frames(model, params, seen, model.part(inputs, start, stop), c.use_obs, state)
+        yield frames
+
+
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="use_obs")
 def apply(model: Model, method: str, params: Any, *arguments: Any, **keywords: Any) -> Any:
     """Call a method of the model, compiled."""

@@ -3,7 +3,7 @@
 import io
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,11 @@ def to_uint8(video: Array) -> Array:
     return (jnp.clip(video, 0, 1) * 255).astype(jnp.uint8)
 
 
+def joined(chunks: Iterable[Array]) -> np.ndarray:
+    """Join frames that come in chunks of time, as uint8 [B, T, H, W, C]."""
+    return np.concatenate([np.asarray(to_uint8(chunk)) for chunk in chunks], axis=1)
+
+
 GREEN, RED = (0, 170, 130), (220, 50, 0)
 """Around frames that the model sees and reconstructs; around those that it predicts on its own. Colour-blind readers
 can tell them apart: one is bluish, the other yellowish."""
@@ -103,10 +108,14 @@ def save_frames(frames: np.ndarray, path: Path) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def save_grid(video: np.ndarray, path: Path, strip: int = 50) -> None:
-    """Write uint8 [T, H, W, C] as a PNG: rows of `strip` frames, 1 pixel apart; the last row may be shorter."""
+def save_grid(video: np.ndarray, path: Path, columns: int | None = None) -> None:
+    """Write uint8 [T, H, W, C] as a PNG: rows of `columns` frames, 1 pixel apart; the last row may be shorter.
+
+    By default, the columns are so many tens that the grid is about square.
+    """
     T, H, W, C = video.shape
-    columns, rows = min(T, strip), -(-T // strip)
+    columns = min(T, columns or 10 * math.ceil(math.sqrt(T) / 10))
+    rows = -(-T // columns)
     grid = np.zeros((rows * columns, H + 1, W + 1, C), np.uint8)
     grid[:T, :H, :W] = video
     grid = (
@@ -125,19 +134,24 @@ def rgb(image: np.ndarray) -> np.ndarray:
 
 
 def triptych(truth: np.ndarray, prediction: np.ndarray, context: int) -> np.ndarray:
-    """Return truth, prediction and absolute error side by side, a row per example: [B, T, H, W, C] -> [T, H', W', 3].
+    """Return truth, prediction and absolute error side by side, an example below the other, [B, T, H, W, C] each.
 
-    The frame around the prediction is green while the model sees the context and reconstructs it, then red.
+    The prediction is what the model shows: of the `context`, which it sees, the reconstruction.
+
+    Returns:
+        uint8 [T, H', W', 3], as `side_by_side` does.
     """
-    B, T, H, W, _ = truth.shape
     error = np.abs(truth.astype(np.int16) - prediction).astype(np.uint8)
-    border = 2
-    picture = np.zeros((T, B, H + 2 * border, 3, W + 2 * border, 3), np.uint8)
-    picture[:context, :, :, 1] = GREEN
-    picture[context:, :, :, 1] = RED
-    for column, video in enumerate((truth, prediction, error)):
-        picture[:, :, border:-border, column, border:-border] = rgb(video).swapaxes(0, 1)
-    return picture.reshape(T, B * (H + 2 * border), 3 * (W + 2 * border), 3)
+    videos = {"truth": truth, "prediction": prediction, "error": error}
+    return side_by_side({name: stacked(video) for name, video in videos.items()}, {"prediction": context})
+
+
+def stacked(videos: np.ndarray) -> np.ndarray:
+    """Return videos [B, T, H, W, C] one below the other, with a grey line between, [T, H', W, 3]."""
+    B, T, H, W, _ = videos.shape
+    picture = np.full((T, B, H + 2, W, 3), GREY, np.uint8)
+    picture[:, :, :H] = rgb(videos).swapaxes(0, 1)
+    return picture.reshape(T, B * (H + 2), W, 3)[:, :-2]
 
 
 def save_video(video: np.ndarray, path: Path, formats: Sequence[str] = ("gif",)) -> None:
@@ -187,27 +201,30 @@ def save_mp4(video: np.ndarray, path: Path | str, scale: int = 2) -> None:
 def side_by_side(rows: Mapping[str, np.ndarray], context: Mapping[str, int]) -> np.ndarray:
     """Return named videos uint8 [T, H, W, C] beside each other: [T, H', W', 3].
 
-    Their names stand above, the frame's number below. Frames of a row's context are framed green, those after it red,
-    and those of a row without context grey.
+    Their names stand above, the frame's number below the first one. A row with `context` is a model's: its frames are
+    framed green and called reconstructed as long as the model sees the video, then framed red and called predicted.
+    Other rows are framed grey.
     """
     border, top = 2, 14
     font = ImageFont.load_default(9)
-    panels = []
+    panels: list[np.ndarray] = []
     for name, video in rows.items():
         T, H, W, _ = video.shape
-        width = max(W + 2 * border, math.ceil(font.getlength(name)) + 2 * border)
-        panel = np.zeros((T, top + H + 2 * border, width, 3), np.uint8)
-        framed = panel[:, top:, : W + 2 * border]
         seen = context.get(name, T)
-        framed[:seen] = GREEN if name in context else GREY
-        framed[seen:] = RED
+        below = [f"{number} / {T}" for number in range(1, T + 1)] if not panels else [""] * T
+        color = GREEN if name in context else GREY
+        if name in context:
+            below = ["reconstructed"] * seen + ["predicted"] * (T - seen)
+        width = max(W, *(math.ceil(font.getlength(line)) for line in (name, *dict.fromkeys(below)))) + 2 * border
+        panel = np.zeros((T, top + H + 2 * border + top, width, 3), np.uint8)
+        framed = panel[:, top:-top, : W + 2 * border]
+        framed[:seen], framed[seen:] = color, RED
         framed[:, border:-border, border:-border] = rgb(video)
         panel[:, :top] = text(name, width, top, font)
+        written = {line: text(line, width, top, font) for line in below}
+        panel[:, -top:] = np.stack([written[line] for line in below])
         panels.append(panel)
-    picture = np.concatenate(panels, axis=2)
-    T, width = picture.shape[0], picture.shape[2]
-    numbers = [text(f"{number} / {T}", width, top, font) for number in range(1, T + 1)]
-    return np.concatenate([picture, np.stack(numbers)], axis=1)
+    return np.concatenate(panels, axis=2)
 
 
 def text(line: str, width: int, height: int, font: Any) -> np.ndarray:

@@ -153,13 +153,12 @@ def save_videos(model: Model, params: Any, run: Run, step: int, **windows: data.
 
 
 def open_loop_video(model: Model, params: Any, windows: data.Window) -> np.ndarray:
-    """Return truth, prediction and error of windows [B, T, ...], side by side, uint8 [T, H', W', 3]."""
+    """Return truth, prediction and error of windows [B, T, ...], see `tools.triptych`."""
     c, (video, actions) = model.config, windows
     T, context = video.shape[1], c.open_loop_ctx
     keys = sequence_keys(key_for("videos", c), 0, len(video))
     seen = rollout.open_loop(model, params, video[:, :context], keys, T - context, c.use_obs, actions=actions)
-    frames = [np.asarray(tools.to_uint8(chunk)) for chunk in (seen.reconstruction, *seen.prediction)]
-    return tools.triptych(video, np.concatenate(frames, axis=1), context)
+    return tools.triptych(video, tools.joined([seen.reconstruction, *seen.prediction]), context)
 
 
 class NonFinite(Exception):

@@ -107,7 +107,7 @@ def write_comparison(
 
 
 def predictions(directories: Mapping[str, Path], example: int) -> tuple[dict[str, np.ndarray], dict[str, int]] | None:
-    """Return the truth and each model's first prediction of an example, after its context, and their context frames.
+    """Return the truth of an example and each model's first sample, the context reconstructed, and its length by model.
 
     None, with one line that says so, if an evaluation's frames aren't there.
 
@@ -118,14 +118,15 @@ def predictions(directories: Mapping[str, Path], example: int) -> tuple[dict[str
     context = {}
     for name, directory in directories.items():
         try:
-            parts = [load_frames(directory, example, part) for part in ("gt_ctx", "gt_pred", "random_sample_1")]
+            names = "gt_ctx", "gt_pred", "context", "random_sample_1"
+            parts = [load_frames(directory, example, part) for part in names]
         except OSError:
-            print(f"Without a video, since {directory} has no frames of example {example}")
+            print(f"Without a video, since {directory} lacks frames of example {example}; evaluate again")
             return None
         truth = np.concatenate(parts[:2])
         if not np.array_equal(rows.setdefault("truth", truth), truth):
             raise ConfigError(f"example: {example} of {directory} is another video; evaluate on the same data")
-        rows[name], context[name] = np.concatenate([parts[0], parts[2]]), len(parts[0])
+        rows[name], context[name] = np.concatenate(parts[2:]), len(parts[0])
     return rows, context
 
 

@@ -1,6 +1,6 @@
 """A trained model at work on its test sequences."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from jax import Array
@@ -53,15 +53,10 @@ class Worker:
         """Return the frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
         keys = self.keys(first, len(batch.video), sample)
         chunks = rollout.predict(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
-        return joined(chunks)
+        return tools.joined(chunks)
 
     def reconstructions(self, batch: data.Batch, first: int) -> np.ndarray:
         """Return the same frames as the posterior, which sees them, reconstructs them: the bound of predictions."""
         keys = self.keys(first, len(batch.video))
         chunks = rollout.reconstruct(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
-        return joined(chunks)
-
-
-def joined(chunks: Iterable[Array]) -> np.ndarray:
-    """Join frames that come in chunks of time, as uint8 [B, T, H, W, C]."""
-    return np.concatenate([np.asarray(tools.to_uint8(chunk)) for chunk in chunks], axis=1)
+        return tools.joined(chunks)

@@ -125,7 +125,7 @@ def plot_lines(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(textwrap.fill(ylabel, 36))
         axes.grid(axis="y")
-        add_legend(figure, entries, f"running means of {window}" if window > 1 else "")
+        add_legend(figure, entries, f"running means of {window} values" if window > 1 else "")
 
 
 def smoothed(line: Line, window: int) -> Line:

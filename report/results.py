@@ -39,7 +39,7 @@ def save_example(
     predictions: Mapping[str, np.ndarray],
     metrics: Mapping[str, np.ndarray],
 ) -> None:
-    """Write one example's truth uint8 [T, H, W, C], predictions of what follows the context, and metrics [T]."""
+    """Write one example's truth uint8 [T, H, W, C], its predictions (and reconstructed context), and metrics [T]."""
     context = config.open_loop_ctx
     for name, frames in {"gt_ctx": video[:context], "gt_pred": video[context:], **predictions}.items():
         path = frames_file(directory, number, name)
@@ -51,12 +51,12 @@ def save_example(
 
 
 def frames_file(directory: Path, number: int, name: str) -> Path:
-    """Return the path of an example's `gt_ctx`, `gt_pred` or one of its predictions."""
+    """Return the path of an example's `gt_ctx`, `gt_pred`, reconstructed `context` or one of its predictions."""
     return directory / (f"sample{number}_gt" if name.startswith("gt_") else f"sample{number}") / f"{name}.npz"
 
 
 def load_frames(directory: Path, number: int, name: str) -> np.ndarray:
-    """Return an example's `gt_ctx`, `gt_pred` or one of its predictions, uint8 [T, H, W, C]."""
+    """Return an example's frames of one of the names that `frames_file` takes, uint8 [T, H, W, C]."""
     return load_arrays(frames_file(directory, number, name), ["arr_0"], remedy(directory, number))["arr_0"]
 
 
@@ -71,12 +71,11 @@ def video_names(config: Config) -> list[str]:
 
 
 def example_video(directory: Path, number: int, name: str) -> np.ndarray:
-    """Return an example's truth, prediction and absolute error side by side, uint8 [T, H', W', 3], after the context,
-    which is the truth in both."""
-    context, truth, prediction = (load_frames(directory, number, part) for part in ("gt_ctx", "gt_pred", name))
-    truth, prediction = (np.concatenate([context, frames]) for frames in (truth, prediction))
-    error = np.abs(truth.astype(np.int16) - prediction).astype(np.uint8)
-    return tools.side_by_side({"truth": truth, "prediction": prediction, "error": error}, {"prediction": len(context)})
+    """Return an example's truth, prediction and absolute error, see `tools.triptych`."""
+    seen, truth, context, prediction = (
+        load_frames(directory, number, part) for part in ("gt_ctx", "gt_pred", "context", name)
+    )
+    return tools.triptych(np.concatenate([seen, truth])[None], np.concatenate([context, prediction])[None], len(seen))
 
 
 # ---------------------------------------------------------------------------------------------- all examples

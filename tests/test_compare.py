@@ -42,6 +42,7 @@ def write_evaluation(directory, seed, frames=True, truth=0, **keys):
         for name, value, length in (
             ("sample1_gt/gt_ctx", truth, 36),
             ("sample1_gt/gt_pred", truth, 12),
+            ("sample1/context", 50 + seed, 36),
             ("sample1/random_sample_1", 100 + seed, 12),
         ):
             (directory / name).parent.mkdir(exist_ok=True)
@@ -50,12 +51,12 @@ def write_evaluation(directory, seed, frames=True, truth=0, **keys):
 
 
 def test_models_side_by_side_in_one_video(tmp_path, capsys):
-    """Truth and both predictions, which begin after the context."""
+    """Truth and both predictions, behind what the models reconstruct of the context."""
     paths = [f"{name}={write_evaluation(tmp_path / name, i)}" for i, name in enumerate("ab")]
     compare.compare([*paths, f"--out={tmp_path / 'out'}", "--example=1"])
     with Image.open(tmp_path / "out" / "example_1.gif") as gif:
         assert gif.n_frames == 48 and gif.size == (2 * 3 * 68, 2 * (68 + 2 * 14))
-        for t, shown in (35, [0, 0, 0]), (36, [0, 100, 101]):
+        for t, shown in (35, [0, 50, 51]), (36, [0, 100, 101]):
             gif.seek(t)
             frame = np.asarray(gif.convert("RGB")).astype(int)
             np.testing.assert_allclose([frame[100, 2 * (34 + 68 * i), 0] for i in range(3)], shown, atol=3)

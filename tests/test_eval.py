@@ -21,6 +21,7 @@ import config as configuration
 import data
 import eval as evaluation
 import noise
+import rollout
 import runs
 import tools
 from config import ConfigError
@@ -70,7 +71,7 @@ def test_files_and_their_contents(run, capsys):
     got = arrays(directory)
     samples = ["random_sample_1", "random_sample_2", "best_ssim_sample", "best_psnr_sample"]
     names = {f"sample{i}_gt/{name}.npz" for i in range(3) for name in ("gt_ctx", "gt_pred")}
-    names |= {f"sample{i}/{name}.npz" for i in range(3) for name in samples}
+    names |= {f"sample{i}/{name}.npz" for i in range(3) for name in ("context", *samples)}
     curves = {
         f"{metric}{protocol}_{kind}.npz"
         for metric in ("ssim", "psnr")
@@ -93,8 +94,13 @@ def test_files_and_their_contents(run, capsys):
             frames = got[f"sample{i}/{name}.npz"]
             assert frames.shape == (8, 64, 64, 1) and frames.dtype == np.uint8
         for name in "random_sample_1", "best_ssim_sample":
+            shown = np.concatenate([got[f"sample{i}/context.npz"], got[f"sample{i}/{name}.npz"]])
             with Image.open(directory / f"sample{i}" / f"{name}.gif") as gif:
                 assert gif.n_frames == 12 and gif.size == (2 * 3 * 68, 2 * (68 + 2 * 14))
+                for t in range(12):
+                    gif.seek(t)
+                    error = np.asarray(gif.convert("RGB"))[32:160:2, 140:268:2, 0].astype(int) - shown[t, ..., 0]
+                    assert abs(error).max() <= 8
     assert not np.array_equal(got["sample0/random_sample_1.npz"], got["sample0/random_sample_2.npz"])
     for name in curves:
         assert got[name].shape == (8,)
@@ -290,10 +296,19 @@ def test_page_and_tables(run):
 
 
 def test_options(run):
-    directory, results = evaluate(
-        run, "--no_save_grid", "--num_examples=1", "--eval_seq_len=9", "--open_loop_ctx=8", "--use_obs=TF"
-    )
+    flags = ["--no_save_grid", "--num_examples=1", "--eval_seq_len=9", "--open_loop_ctx=8", "--use_obs=TF"]
+    directory, results = evaluate(run, *flags)
     assert not list(directory.glob("*/*.png")) and results["predicted_frames"] == 1 and results["num_examples"] == 1
+    config, checkpoint, _ = evaluation.parse(["--logdir", str(run), *flags])
+    model, context = CWVAE(config), data.windows(config, "test")[0][None, :8]
+    params = runs.load_params(model, checkpoint)
+    blind, seeing = (
+        rollout.open_loop(model, params, context, noise.example_keys(config, 0, 1, 0), 1, use_obs).reconstruction
+        for use_obs in ("TF", None)
+    )
+    shown = np.load(directory / "sample0" / "context.npz")["arr_0"].astype(int)
+    assert np.abs(shown - np.asarray(tools.to_uint8(blind))[0]).max() <= 1
+    assert not np.array_equal(blind, seeing)
 
 
 def test_which_checkpoint(run, tmp_path):
@@ -527,9 +542,10 @@ def test_one_sequence_has_no_intervals(run, capsys):
 def test_frames_of_one_sample_are_not_copied():
     frames = np.zeros((2, 3, 64, 64, 1), np.uint8)
     metrics = {protocol: {name: np.zeros((2, 3)) for name in ("ssim", "psnr")} for protocol in tools.PROTOCOLS}
-    samples = evaluation.Samples(1, {})
+    samples = evaluation.Samples(1, {}, context := frames[:, :1])
     samples.add(0, evaluation.Prediction(frames, metrics))
-    assert samples.frames.keys() == {"random_sample_1"} and samples.frames["random_sample_1"] is frames
+    assert samples.frames.keys() == {"context", "random_sample_1"}
+    assert samples.frames["random_sample_1"] is frames and samples.frames["context"] is context
     assert set(samples.metrics) == {f"{protocol}_{name}" for protocol in tools.PROTOCOLS for name in ("ssim", "psnr")}
 
 

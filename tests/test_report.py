@@ -189,7 +189,7 @@ def test_long_curves_and_their_bands_are_smooth(tmp_path, figures):
     curve = axes.lines[0].get_ydata()
     assert curve[99] == pytest.approx(15 + noise[0, 87:112].mean()) and np.std(curve) < 0.4
     assert legend(figures[0]) == ["model", "last context frame", "posterior", "95 % interval"]
-    assert figures[0].legends[0].get_title().get_text() == "running means of 25"
+    assert figures[0].legends[0].get_title().get_text() == "running means of 25 values"
     assert (axes.get_xlabel(), axes.get_ylabel(), len(axes.texts)) == ("predicted frame", "PSNR", 0)
 
 

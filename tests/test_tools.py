@@ -1,12 +1,13 @@
 """Metrics against scikit-image; pictures and logs by reading back what was written."""
 
+import math
 import warnings
 
 import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import tools
@@ -82,29 +83,57 @@ def test_metrics_of_8_bits_are_those_of_their_floats():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("length", [1, 49, 50, 51, 100, 101])
-def test_grids_keep_every_frame(tmp_path, length, channels):
+@pytest.mark.parametrize(("length", "columns"), [(1, 1), (9, 9), (10, 10), (11, 10), (36, 10), (100, 10), (101, 20)])
+def test_grids_keep_every_frame_in_rows_of_tens(tmp_path, length, columns, channels):
     video = np.random.default_rng(0).integers(1, 256, (length, 6, 4, channels), dtype=np.uint8)
     tools.save_grid(video, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         grid = np.asarray(image)
-    rows = -(-length // 50)
-    assert grid.shape == (rows * 7 - 1, min(length, 50) * 5 - 1, 3)
+    rows = -(-length // columns)
+    assert grid.shape == (rows * 7 - 1, columns * 5 - 1, 3)
     for t in range(length):
-        y, x = t // 50 * 7, t % 50 * 5
+        y, x = t // columns * 7, t % columns * 5
         np.testing.assert_array_equal(grid[y : y + 6, x : x + 4], tools.rgb(video[t]))
     assert not grid[6::7].any() and not grid[:, 4::5].any()
 
 
 def test_triptych_shows_truth_prediction_and_error():
+    """Below names, in frames that say whether the model sees them: see the tests of `side_by_side`."""
     random = np.random.default_rng(0)
-    truth, prediction = random.integers(0, 256, (2, 2, 5, 8, 8, 1), dtype=np.uint8)
+    truth, prediction = random.integers(0, 256, (2, 2, 5, 64, 64, 1), dtype=np.uint8)
     picture = tools.triptych(truth, prediction, context=2)
-    assert picture.shape == (5, 2 * 12, 3 * 12, 3)
-    np.testing.assert_array_equal(picture[3, 14:22, 2:10, 0], truth[1, 3, ..., 0])
-    np.testing.assert_array_equal(picture[3, 14:22, 14:22, 1], prediction[1, 3, ..., 0])
-    np.testing.assert_array_equal(picture[3, 14:22, 26:34, 2], np.abs(truth.astype(int) - prediction)[1, 3, ..., 0])
-    assert picture[1, 0, 12].tolist() != picture[2, 0, 12].tolist() == picture[4, 0, 12].tolist()
+    assert picture.shape == (5, 2 * 64 + 2 + 4 + 2 * 14, 3 * 68, 3)
+    error = np.abs(truth.astype(int) - prediction)
+    for column, video in enumerate((truth, prediction, error)):
+        for row in range(2):
+            y, x = 16 + 66 * row, 2 + 68 * column
+            np.testing.assert_array_equal(picture[:, y : y + 64, x : x + 64, 1], video[row, ..., 0])
+    assert (picture[:, 80:82, 2:66] == tools.GREY).all()
+
+
+def test_frames_say_whether_the_model_sees_them():
+    """Its colour and the word below it; the truth has the frame's number."""
+    video = np.zeros((5, 64, 64, 1), np.uint8)
+    font = ImageFont.load_default(9)
+    picture = tools.side_by_side({"truth": video, "model": video}, {"model": 2})
+    assert picture.shape == (5, 68 + 2 * 14, 2 * 68, 3)
+    for t in range(5):
+        own, word = (tools.GREEN, "reconstructed") if t < 2 else (tools.RED, "predicted")
+        for x, color, above, below in (0, tools.GREY, "truth", f"{t + 1} / 5"), (68, own, "model", word):
+            panel = picture[t, :, x : x + 68]
+            np.testing.assert_array_equal(panel[:14], tools.text(above, 68, 14, font))
+            np.testing.assert_array_equal(panel[-14:], tools.text(below, 68, 14, font))
+            frame = panel[14:-14]
+            assert all((edge == color).all() for edge in (frame[:2], frame[-2:], frame[:, :2], frame[:, -2:]))
+            assert not frame[2:-2, 2:-2].any()
+
+
+def test_words_have_room_beside_small_frames():
+    small = np.zeros((1000, 8, 8, 1), np.uint8)
+    picture = tools.side_by_side({"a": small, "b": small}, {"b": 36})
+    font = ImageFont.load_default(9)
+    widths = [4 + math.ceil(font.getlength(line)) for line in ("1000 / 1000", "reconstructed")]
+    assert sum(widths) - 3 <= picture.shape[2] <= sum(widths) + 3 and (picture[999, 14:16, :12] == tools.GREY).all()
 
 
 def test_gif_holds_every_frame(tmp_path):
@@ -129,7 +158,7 @@ def test_gif_of_all_greys_in_a_coloured_frame(tmp_path):
         for t in range(50):
             image.seek(t)
             error = np.asarray(image.convert("RGB"))[::2, ::2].astype(int) - video[t]
-            assert abs(error).max() <= 8 and abs(error[0, 40]).max() <= 2
+            assert abs(error).max() <= 8 and abs(error[14, 100]).max() <= 2
 
 
 def test_mp4_holds_every_frame(tmp_path):

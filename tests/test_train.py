@@ -21,11 +21,14 @@ from conftest import ROOT, TINY, flags, full_disk, log_of
 import config as configuration
 import data
 import eval
+import rollout
 import runs
+import tools
 import train
 import train_step
 from config import Config, ConfigError
 from cwvae import CWVAE
+from noise import key_for, sequence_keys
 from system import files
 from system.checkpoints import Checkpoints
 from system.devices import Devices
@@ -258,9 +261,13 @@ def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
     changed = video.copy()
     changed[:, tiny.open_loop_ctx :] = 255 - changed[:, tiny.open_loop_ctx :]
     a, b = (train.open_loop_video(model, params, data.Window(v, None)) for v in (video, changed))
-    assert a.shape == (12, 2 * 68, 3 * 68, 3)
+    assert a.shape == (12, 14 + 2 + 64 + 2 + 64 + 2 + 14, 3 * 68, 3)
     np.testing.assert_array_equal(a[:, :, 68 : 2 * 68], b[:, :, 68 : 2 * 68])
-    np.testing.assert_array_equal(a[5, 2:66, 2:66, 0], video[0, 5, ..., 0])
+    np.testing.assert_array_equal(a[5, 16:80, 2:66, 0], video[0, 5, ..., 0])
+    context, keys = video[:, : tiny.open_loop_ctx], sequence_keys(key_for("videos", tiny), 0, 2)
+    seen = rollout.open_loop(model, params, context, keys, 12 - tiny.open_loop_ctx)
+    frames = np.asarray(tools.to_uint8(seen.reconstruction))
+    np.testing.assert_array_equal(a[0, 16:80, 70:134, 0], frames[0, 0, ..., 0])
 
 
 @pytest.mark.slow

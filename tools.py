@@ -109,14 +109,14 @@ def save_frames(frames: np.ndarray, path: Path) -> None:
 
 
 def save_grid(video: np.ndarray, path: Path, columns: int | None = None) -> None:
-    """Write uint8 [T, H, W, C] as a PNG: rows of `columns` frames, 1 pixel apart; the last row may be shorter.
+    """Write uint8 [T, H, W, C] as a PNG: rows of `columns` frames between grey lines; the last row may be shorter.
 
     By default, the columns are so many tens that the grid is about square.
     """
     T, H, W, C = video.shape
     columns = min(T, columns or 10 * math.ceil(math.sqrt(T) / 10))
     rows = -(-T // columns)
-    grid = np.zeros((rows * columns, H + 1, W + 1, C), np.uint8)
+    grid = np.full((rows * columns, H + 1, W + 1, C), GREY[0], np.uint8)
     grid[:T, :H, :W] = video
     grid = (
         grid.reshape(rows, columns, H + 1, W + 1, C)

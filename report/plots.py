@@ -278,7 +278,7 @@ def save_rows(
     side = min(0.8, (PAGE - names) / len(times))
     height = 0.3 + side * len(rows) + 0.15 * len(boundaries or ())
     with new_figure(path, formats, figsize=(names + side * len(times), height), layout="compressed") as figure:
-        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.04, hspace=0.04)
         panels = figure.subplots(len(rows), len(times), squeeze=False)
         for y, (name, video) in enumerate(rows.items()):
             for x, time in enumerate(times):

@@ -736,11 +736,7 @@ def parse(
     argv: Sequence[str],
     program: str = "train.py",
     description: str = "Train a Clockwork VAE.",
-    examples: Sequence[str] = (
-        "python train.py --config configs/debug.yml",
-        "python train.py --config configs/minerl.yml --datadir DATASETS --logdir LOGS",
-        "python train.py --config logs/digits/NAME/config.yml    # resumes that run",
-    ),
+    examples: Sequence[str] = (),
 ) -> Config:
     """Return the configuration of a command line: defaults < `--config` file < flags.
 

@@ -20,7 +20,7 @@ import data
 import rollout
 import runs
 import tools
-from config import Config, ConfigError
+from config import Config, ConfigError, Flag
 from models import Model, make_model
 from noise import key_for, sequence_keys
 from runs import Run
@@ -230,8 +230,17 @@ def configurations(argv: Sequence[str]) -> list[Config]:
         argv,
         "train.py",
         "Train a Clockwork VAE.",
-        config="YAML file, e.g. configs/minerl.yml",
-        grid="file of a wandb sweep, e.g. configs/sweeps/levels.yml: train each point of its grid here, without wandb",
+        examples=(
+            "python train.py --config configs/debug.yml",
+            "python train.py --config configs/minerl.yml --datadir DATASETS --logdir LOGS",
+            "python train.py --config logs/digits/NAME/config.yml    # resumes that run",
+            "python train.py --grid configs/sweeps/levels.yml",
+        ),
+        config=Flag("FILE", "YAML file, e.g. configs/minerl.yml"),
+        grid=Flag(
+            "FILE",
+            "file of a wandb sweep, e.g. configs/sweeps/levels.yml: train each point of its grid here, without wandb",
+        ),
     )
     if "grid" not in special:
         return [configuration.for_program("train.py", special.get("config"), flags)]

@@ -9,7 +9,7 @@ import yaml
 
 import config as configuration
 import runs
-from config import Config, ConfigError
+from config import Config, ConfigError, Flag
 
 READ = {"program", "command", "method", "parameters"}
 
@@ -31,9 +31,14 @@ def grid(path: str, config: str | None, flags: Mapping[str, str]) -> list[Config
     """
     sweep = read(path)
     own, defaults = configuration.parse_flags(
-        [str(part) for part in sweep.get("command", []) if not str(part).startswith("${")], path, "", config=""
+        [str(part) for part in sweep.get("command", []) if not str(part).startswith("${")],
+        path,
+        "",
+        config=Flag("", ""),
     )
     choices = {key: values(path, key, parameter) for key, parameter in sweep["parameters"].items()}
+    if "name" in flags:
+        raise ConfigError(f"name: each run of a grid has its own, got {flags['name']}; leave it out")
     for key in choices:
         if key in flags:
             raise ConfigError(f"{key}: {path} sets it, got {flags[key]}; leave it out")

@@ -220,8 +220,8 @@ def help_of(main, *command):
 @pytest.mark.parametrize(
     "main, own, groups",
     [
-        (train.main, ["config"], ["MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES", "EVALUATION"]),
-        (stages.main, ["config"], ["MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES", "EVALUATION"]),
+        (train.main, ["config", "grid"], ["MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES", "EVALUATION"]),
+        (stages.main, ["config", "scale"], ["MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES", "EVALUATION"]),
         (data.main, ["config"], ["MODEL", "SVG", "VTA", "DATASET", "TRAINING", "SUMMARIES", "EVALUATION"]),
         (
             eval.main,
@@ -398,7 +398,7 @@ def programs(tmp_path_factory):
     (run / "config.yml").write_text(Config().to_yaml())
     with pytest.MonkeyPatch.context() as patch:
         for program, work in (train, "train"), (eval, "evaluate"), (data, "look"):
-            patch.setattr(program, work, lambda *_: None)
+            patch.setattr(program, work, lambda *_: Mock(step=1))
         yield directory
 
 

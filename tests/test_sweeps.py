@@ -99,7 +99,7 @@ def test_it_runs_as_an_agent_starts_it(name, tmp_path):
     arguments = [f"--{key}={list(value) if isinstance(value, tuple) else value}" for key, value in small.items()]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    (path,) = Path(tmp_path).glob("logs/*/*/config.yml")
+    (path,) = Path(tmp_path).glob("logs/digits/*/config.yml")
     c = configuration.load(path)
     for key, value in point.items():
         assert getattr(c, key) == (tuple(value) if isinstance(value, list) else value)
@@ -142,14 +142,14 @@ def test_a_grid_without_wandb(tmp_path, monkeypatch, capsys):
         patch.setattr(train, "train", interrupted)
         main(monkeypatch, *given)
     assert re.findall(".* done.*", capsys.readouterr().out) == ["1 of 3 done, 1 min left"]
-    (first,) = tmp_path.glob("logs/*/*")
+    (first,) = tmp_path.glob("logs/digits/*")
     before = (first / "checkpoints" / "2").stat().st_mtime_ns, (first / "metrics.jsonl").stat().st_mtime_ns
     assert main(monkeypatch, *given) == 0
     assert re.findall(".* done.*", capsys.readouterr().out) == [
         *("1 of 3 done", "2 of 3 done, 1 min left", "3 of 3 done"),
     ]
     assert before == ((first / "checkpoints" / "2").stat().st_mtime_ns, (first / "metrics.jsonl").stat().st_mtime_ns)
-    paths = sorted(tmp_path.glob("logs/*/*"))
+    paths = sorted(tmp_path.glob("logs/digits/*"))
     assert {configuration.load(path / "config.yml").digit_speed for path in paths} == {(1, 3), (2, 6), (4, 12)}
     assert all([line["step"] for line in log_of(path)] == [1, 2] for path in paths)
 

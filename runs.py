@@ -21,7 +21,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,8 @@ class Run:
         """Of process 0; opened by `restore`."""
         self.logged = 0
         """The last step that was logged."""
+        self.stages: list[int] | None = []
+        """As `earlier_stages` returns them; set by `restore`."""
 
     def restore(self, model: Model) -> tuple[int, TrainState, dict[str, float]]:
         """Load the newest intact checkpoint, or make the state before the first step; open the log there.
@@ -73,7 +75,8 @@ class Run:
             ConfigError: a new training can't start from what `init_from` names, or the directory can't be written.
         """
         newest = self.checkpoints.load_newest(make_state(model, draw=False)) if self.checkpoints.steps else None
-        step, state, notes = newest or (0, self.devices.from_first(initial_state(model)), {})
+        step, state, notes = newest or (0, self.devices.from_first(initial_state(model)), {"metrics": {}})
+        self.stages = earlier_stages(self.config, notes)
 
         def open_log() -> str:
             with writable(self.path):
@@ -106,9 +109,10 @@ class Run:
         return self.latest if leads_here and sys.stdout.isatty() else self.path
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, Any]) -> None:
-        """Save a checkpoint and the metrics of its step, unless the loss isn't finite any more."""
+        """Save a checkpoint, the metrics of its step and the stages before, unless the loss isn't finite any more."""
         if int(state.first_bad) == NEVER:
-            self.checkpoints.save(step, state, metrics={name: float(x) for name, x in metrics.items()})
+            values = {name: float(x) for name, x in metrics.items()}
+            self.checkpoints.save(step, state, metrics=values, stages=self.stages)
 
     def report(self, step: int, **metrics: Mapping[str, Any]) -> None:
         """Log the metrics of a step, by split."""
@@ -368,6 +372,57 @@ def find_checkpoint(logdir: Path) -> Checkpoint:
     if not steps:
         raise ConfigError(f"logdir: {path} holds no checkpoint yet; train longer, or lower --save_model_every")
     return Checkpoint(path, max(steps))
+
+
+def read_notes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint holds besides arrays.
+
+    Raises:
+        DamagedCheckpoint: it can't be read.
+        ConfigError: as `weights.read_notes`.
+    """
+    if checkpoint.alone:
+        return weights.read_notes(checkpoint.run)
+    with Checkpoints(checkpoint.run / "checkpoints") as checkpoints:
+        return checkpoints.notes(checkpoint.step)
+
+
+def earlier_stages(config: Config, notes: Mapping[str, Any]) -> list[int] | None:
+    """Return the steps of the trainings that a training started from, one after the other; the oldest first.
+
+    Checkpoints hold them as their note `stages`. Earlier versions kept no such note: then `init_from` tells.
+
+    Args:
+        config: of the training.
+        notes: of its checkpoint; before the first one, with empty `metrics`, which only a training leaves.
+
+    Returns:
+        [] if the training started from random parameters; None if that isn't recorded.
+    """
+    if "stages" in notes:
+        return notes["stages"]
+    if config.init_from is None:  # in an exported model, whatever it started from
+        return [] if "metrics" in notes else None
+    try:
+        source = find_checkpoint(Path(config.init_from))
+        before = stages_before(source)
+    except ConfigError:
+        return None
+    return None if before is None else [*before, source.step]
+
+
+def stages_before(checkpoint: Checkpoint) -> list[int] | None:
+    """Return the `earlier_stages` of a checkpoint's training; raise as `saved_config` and `read_notes`."""
+    return earlier_stages(saved_config(config_file(checkpoint.run)), read_notes(checkpoint))
+
+
+def steps_of_all_stages(step: int, stages: Sequence[int] | None) -> str:
+    """Return in words how long a checkpoint at `step`, after `stages`, was trained."""
+    if stages is None:
+        return f"step {step:,} (whether trainings came before isn't recorded)"
+    if not stages:
+        return f"step {step:,}"
+    return f"{sum(stages) + step:,} steps in {len(stages) + 1} stages, {step:,} of them in the last"
 
 
 class Loaded(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 import config as configuration
+import runs
 from analyses.arguments import TrainedModel
 from config import FRAME_SIZE, Config
 from report.statistics import DIGITS, NAMES
@@ -44,10 +45,8 @@ def facts(run: TrainedModel, params: Any) -> Iterator[tuple[str, str]]:
     keys = [key for key, value in vars(c).items() if key in shown and value is not None]
     yield "model", ", ".join(f"{key} {getattr(c, key)}" for key in keys)
     yield "parameters", f"{sum(math.prod(x.shape) for x in jax.tree.leaves(params['params'])):,}"
-    steps = (
-        f"step {run.checkpoint.step:,}, each of {c.batch_size} sequences of {c.seq_len} frames, learning rate {c.lr}"
-    )
-    yield "checkpoint", steps + ("" if c.init_from is None else "; the training started from another one's parameters")
+    yield "checkpoint", runs.steps_of_all_stages(run.checkpoint.step, runs.stages_before(run.checkpoint))
+    yield "last stage", f"batches of {c.batch_size} sequences of {c.seq_len} frames, learning rate {c.lr}"
     if c.seed is not None:
         yield "seed", str(c.seed)
     yield "licence of the code", "MIT"

@@ -51,7 +51,8 @@ def export(arguments: Sequence[str]) -> None:
     if kind == "run":
         state = runs.load_state(make_model(run.config), run.checkpoint)
         directory = directory_for("export", models, given)
-        write(directory, run.config, dataclasses.replace(state, params=jax.tree.map(rounded, state.params)))
+        smaller = dataclasses.replace(state, params=jax.tree.map(rounded, state.params))
+        write(directory, run.config, smaller, runs.stages_before(run.checkpoint))
         print(f"Evaluate it with: python eval.py --logdir {directory}")
         return
     if suffix != SUFFIXES[kind]:
@@ -77,7 +78,8 @@ def write_file(kind: str, run: TrainedModel, path: Path) -> None:
     state = runs.load_state(model, run.checkpoint)
     text = card(run, state.params, path)
     if kind == "safetensors":
-        content = weights.to_bytes(state.params, int(state.step), dataclasses.asdict(portable(run.config)))
+        keys = dataclasses.asdict(portable(run.config))
+        content = weights.to_bytes(state.params, int(state.step), keys, runs.stages_before(run.checkpoint))
     else:
         assert isinstance(model, CWVAE)
         programs = Programs(model, state.params).exported()
@@ -110,8 +112,10 @@ def portable(config: Config) -> Config:
     return dataclasses.replace(config, datadir=default.datadir, logdir=default.logdir, init_from=None)
 
 
-def write(directory: Path, config: Config, state: TrainState) -> None:
+def write(directory: Path, config: Config, state: TrainState, stages: Sequence[int] | None) -> None:
     """Write a run for evaluation, with the configuration but for its paths, and a checkpoint without Adam's state.
+
+    `stages` are the steps of the trainings before, None if that isn't known.
 
     Raises:
         ConfigError: it can't be written.
@@ -119,7 +123,9 @@ def write(directory: Path, config: Config, state: TrainState) -> None:
     replace_file(directory / "config.yml", portable(config).to_yaml().encode())
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(
-            int(state.step), dataclasses.replace(state, opt_state=jax.tree.map(np.zeros_like, state.opt_state))
+            int(state.step),
+            dataclasses.replace(state, opt_state=jax.tree.map(np.zeros_like, state.opt_state)),
+            stages=stages,
         )
     with Checkpoints(directory / "checkpoints") as checkpoints:
         if not checkpoints.steps:

@@ -337,7 +337,7 @@ def training(setting: Setting) -> Iterator[Row]:
         checkpoint = runs.find_checkpoint(runs.directory(c))
         copy, log = Path(logdir) / "copy", checkpoint.run / "metrics.jsonl"
         copy.mkdir()
-        export.write(copy, c, runs.load_state(CWVAE(c), checkpoint))
+        export.write(copy, c, runs.load_state(CWVAE(c), checkpoint), [])
         if log.exists():
             shutil.copy(log, copy)
         yield split(copy, setting.out)

@@ -111,6 +111,20 @@ class Checkpoints:
             raise DamagedCheckpoint(f"checkpoint: {path} is damaged (its checksum isn't the saved one); choose another")
         return state, notes
 
+    def notes(self, step: int) -> dict[str, Any]:
+        """Return the notes of what was saved at `step`, without its arrays, and so without the checksum's test.
+
+        Raises:
+            DamagedCheckpoint: they can't be read.
+        """
+        try:
+            return self.orbax.metadata(step).custom_metadata["notes"]
+        except Exception as error:  # whatever Orbax meets in a damaged file
+            path = self.directory / str(step)
+            raise DamagedCheckpoint(
+                f"checkpoint: {path} is damaged ({type(error).__name__}); choose another"
+            ) from error
+
     def load_newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Return step, state and notes of the newest intact checkpoint, if any. Say which newer ones are damaged."""
         for step in reversed(self.steps):

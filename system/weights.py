@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,16 @@ def named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def to_bytes(params: Any, step: int, config: Mapping[str, Any]) -> bytes:
-    """Return the content of a file with parameters, the step that they are of and the keys of their configuration."""
+def to_bytes(params: Any, step: int, config: Mapping[str, Any], stages: Sequence[int] | None) -> bytes:
+    """Return the content of a file with parameters, the step that they are of, the keys of their configuration and
+    the steps of the trainings before (None: unknown)."""
     import safetensors.numpy
 
     notes = {
         "format": FORMAT,
         "step": step,
         "config": dict(config),
+        "stages": stages,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "safetensors")}
         | {"python": platform.python_version()},
     }
@@ -48,7 +50,7 @@ def to_bytes(params: Any, step: int, config: Mapping[str, Any]) -> bytes:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """Return what a file holds besides arrays: `step`, `config` and others.
+    """Return what a file holds besides arrays: `step`, `config`, `stages` and others.
 
     Raises:
         DamagedCheckpoint: it isn't whole, or not one of ours.

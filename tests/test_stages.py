@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from conftest import flags
 from test_train import assert_same, parameters
@@ -11,7 +12,9 @@ from test_train import assert_same, parameters
 import runs
 import stages
 import train
-from config import ConfigError
+from analyses import export
+from config import Config, ConfigError
+from system.checkpoints import Checkpoints
 
 
 def arguments(tmp_path, **keys):
@@ -31,6 +34,13 @@ def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch, capsys):
     assert [(c.seq_len, c.batch_size, c.max_steps, c.lr) for c in configs] == [(4, 4, 2, 5e-4), (8, 2, 3, 1e-3)]
     assert a.init_from is None and b.init_from == str(runs.directory(a))
     assert runs.find(tmp_path / "logs") == runs.directory(b)  # what eval.py --logdir logs takes
+    assert runs.stages_before(runs.find_checkpoint(runs.directory(a))) == []
+    own = runs.directory(b)
+    exported = [tmp_path / "b.safetensors", tmp_path / "copy"]
+    for path in exported:
+        export.export([str(own), f"--out={path}"])
+    for path in own, *exported:
+        assert runs.stages_before(runs.find_checkpoint(path)) == [2]
     again = [parameters(train.train(c)) for c in stages.configurations(arguments(tmp_path))]
     assert_same(again, states)
     monkeypatch.setattr(sys, "argv", ["stages.py", *arguments(tmp_path)])
@@ -74,6 +84,24 @@ def test_a_scale_belongs_to_a_run(tmp_path, monkeypatch, capsys):
 def test_a_scale_is_a_number_above_0(tmp_path, scale):
     with pytest.raises(ConfigError, match=f"scale: must be a number above 0, got '{scale}'"):
         next(stages.configurations([*arguments(tmp_path), f"--scale={scale}"]))
+
+
+def test_stages_that_no_note_tells(tmp_path):
+    """Those of earlier versions: `init_from` tells, unless its run is gone, or an export has dropped it."""
+    alone, gone = Config(), Config(init_from=str(tmp_path / "gone"))
+    assert runs.earlier_stages(alone, {"metrics": {}}) == []
+    assert runs.earlier_stages(alone, {}) is None and runs.earlier_stages(gone, {"metrics": {}}) is None
+    assert (
+        runs.earlier_stages(alone, {"stages": [4, 2]}) == [4, 2] and runs.earlier_stages(gone, {"stages": None}) is None
+    )
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yml").write_text(Config(seed=0).to_yaml())
+    with Checkpoints(tmp_path / "a" / "checkpoints") as checkpoints:
+        checkpoints.save(7, {"x": np.zeros(2)}, metrics={})
+    assert runs.earlier_stages(Config(init_from=str(tmp_path / "a")), {"metrics": {}}) == [7]
+    assert runs.steps_of_all_stages(400, [16000, 600]) == "17,000 steps in 3 stages, 400 of them in the last"
+    assert runs.steps_of_all_stages(400, []) == "step 400"
+    assert runs.steps_of_all_stages(400, None) == "step 400 (whether trainings came before isn't recorded)"
 
 
 def test_configurations_of_the_stages(tmp_path):

@@ -1,6 +1,8 @@
 """Evaluate open-loop predictions of a trained Clockwork VAE: python eval.py --logdir <run> [--key value ...]"""
 
 import contextlib
+import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +25,7 @@ from config import Config, ConfigError, Flag
 from fast.backend import on_cpu
 from models import Model, make_model
 from noise import example_keys
-from report.output import FORMAT, Formats, formats, open_directory, writing
+from report.output import FORMAT, VIDEOS, Formats, formats, open_directory, writing
 from report.results import is_done, log_to_wandb, print_table, save_example, summarise
 from report.statistics import goodness
 from system.checkpoints import DamagedCheckpoint
@@ -84,7 +86,12 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     if out is None and checkpoint.alone:
         raise ConfigError(f"out: {checkpoint.run} has no run's directory; name a new one for the results with --out")
     output = Output(out, formats(special.get("format")), videos == "all", lpips, fvd)
-    return runs.load_config(checkpoint.run, flags), checkpoint, output
+    config = runs.load_config(checkpoint.run, flags)
+    if "save_gifs" not in flags:  # whatever the training saved
+        config = dataclasses.replace(config, save_gifs=True)
+    if not config.save_gifs and re.search("|".join(VIDEOS), special.get("format", "").lower()):
+        raise ConfigError(f"save_gifs: false leaves out videos, --format {special['format']} asks for some; drop one")
+    return config, checkpoint, output
 
 
 # ---------------------------------------------------------------------------------------------- predictions
@@ -291,7 +298,7 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
     devices = Devices()
     model = make_model(c)
     test = data.windows(c, "test")
-    params = runs.load_params(model, checkpoint)
+    params, stages = runs.load_params(model, checkpoint), runs.stages_before(checkpoint)
     length = len(test[0])
     if c.open_loop_ctx >= length:
         raise ConfigError(f"open_loop_ctx: must be less than {length}, a test video's frames, got {c.open_loop_ctx}")
@@ -308,7 +315,7 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
         if devices.process == 0:
             found = perceptual.measured(networks, directory, count)
             with writing(directory):
-                results = summarise(c, checkpoint.step, directory, count, output.formats, output.all_videos, found)
+                results = summarise(c, checkpoint, stages, directory, count, output.formats, output.all_videos, found)
             log_to_wandb(c, checkpoint.run, directory, results)
             print_table(results)
             print(f"Results: {directory}")

@@ -412,7 +412,10 @@ def earlier_stages(config: Config, notes: Mapping[str, Any]) -> list[int] | None
 
 
 def stages_before(checkpoint: Checkpoint) -> list[int] | None:
-    """Return the `earlier_stages` of a checkpoint's training; raise as `saved_config` and `read_notes`."""
+    """Return the `earlier_stages` of a checkpoint's training; raise as `saved_config` and `read_notes`.
+
+    Several processes call it together.
+    """
     return earlier_stages(saved_config(config_file(checkpoint.run)), read_notes(checkpoint))
 
 

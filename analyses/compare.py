@@ -14,9 +14,9 @@ import runs
 import tools
 from analyses.arguments import new_directory, parse_named, with_names
 from config import Config, ConfigError, Flag, whole
-from report import plots, statistics, tables
+from report import page, plots, statistics, tables
 from report.output import FORMAT, formats, writing
-from report.results import load_frames
+from report.results import FIRST, figure_formats, result_files, with_context
 
 SAME = ("dataset", "open_loop_ctx", "eval_seq_len", "num_samples", "num_digits", "digit_speed")
 """Configuration keys that evaluations must share to be compared."""
@@ -25,7 +25,7 @@ SAME = ("dataset", "open_loop_ctx", "eval_seq_len", "num_samples", "num_digits",
 def compare(arguments: Sequence[str]) -> None:
     """Draw the quality over distance of several evaluations, and write their table with ranks.
 
-    `<metric>_<protocol>.png`, comparison.md, comparison.csv, comparison.json, `example_<i>.gif`.
+    index.html, `<metric>_<protocol>.png`, comparison.md, comparison.csv, comparison.json, `example_<i>.gif`.
     """
     named, given, _ = parse_named(
         arguments,
@@ -36,7 +36,7 @@ def compare(arguments: Sequence[str]) -> None:
         format=FORMAT,
         example=Flag("INT", "number of the example whose predictions are shown in a video (default: 0)"),
     )
-    figures, videos = formats(given.get("format"))
+    asked = formats(given.get("format"))
     example = whole(given, "example", 0, at_least=0)
     paths = [find_results(path) for _, path in named]
     found = [read_json(path) for path in paths]
@@ -45,32 +45,53 @@ def compare(arguments: Sequence[str]) -> None:
     names = with_names([name for name, _ in named], configs)
     models = with_common_metrics(dict(zip(names, found, strict=True)))
     check_comparable(models)
-    shown = predictions({name: path.parent for name, path in zip(names, paths, strict=True)}, example)
+    directories = {name: path.parent for name, path in zip(names, paths, strict=True)}
+    numbers = [example, *(i for i in range(min(FIRST, models[names[0]]["num_examples"])) if i != example)]
+    shown = {number: rows for number in numbers if (rows := predictions(directories, number))}
     directory = new_directory("compare", given.get("out"))
     with writing(directory):
-        write_comparison(dict(zip(names, paths, strict=True)), models, configs[0], directory, figures)
-        if shown:
-            rows, context = shown
-            tools.save_video(tools.side_by_side(rows, context), directory / f"example_{example}.gif", videos)
+        if example in shown:
+            context = dict.fromkeys(names, configs[0].open_loop_ctx)
+            video = tools.side_by_side(shown[example], context)
+            tools.save_video(video, directory / f"example_{example}.gif", asked.videos)
+        examples = [write_sheets(directory, number, rows) for number, rows in shown.items()]
+        write_comparison(
+            dict(zip(names, paths, strict=True)), models, configs[0], directory, figure_formats(asked), examples
+        )
     print(f"Results: {directory}")
 
 
+def write_sheets(directory: Path, number: int, rows: Mapping[str, np.ndarray]) -> page.Example:
+    """Write all frames of an example's named videos, uint8 [T, H, W, C] each, for the page."""
+    paths = {name: directory / f"example_{number}_{i}_sheet.png" for i, name in enumerate(rows)}
+    for name, video in rows.items():
+        tools.save_grid(video, paths[name])
+    return page.Example(f"Example {number}", {name: path.name for name, path in paths.items()})
+
+
 def write_comparison(
-    paths: Mapping[str, Path], models: Mapping[str, Any], c: Config, directory: Path, figures: Sequence[str]
+    paths: Mapping[str, Path],
+    models: Mapping[str, Any],
+    c: Config,
+    directory: Path,
+    figures: Sequence[str],
+    examples: Sequence[page.Example],
 ) -> None:
-    """Write plots, tables and ranks of named evaluations, and print the table."""
+    """Write plots, tables, ranks and the page of named evaluations, and print the table."""
     for path in paths.values():
         print(f"Comparing {path}")
     lines = compared_lines(models)
     first = next(iter(models.values()))
     own = list(dict.fromkeys(line for results in models.values() for line in results["lines"]["paper"]["ssim"]))
     own = [line for line in own if line not in statistics.REFERENCES.values()]
+    pictures = []
     for protocol, metric in ((protocol, metric) for protocol, metrics in lines.items() for metric in metrics):
         for line in own:
             stem = f"{metric}_{protocol}" + (f"_{line.replace(' ', '_')}" if len(own) > 1 else "")
             label = statistics.NAMES[metric] + (f", {protocol} protocol" if protocol in first["protocols"] else "")
             label += f", {line}" if len(own) > 1 else ""
             drawn = comparison_plot(models, protocol, metric, line)
+            pictures.append(f"{stem}.png")
             plots.plot_lines(drawn, directory / f"{stem}.png", label, formats=figures)
     found = {protocol: scores(models, protocol, own[0]) for protocol in first["protocols"]}
     places = {protocol: rank(by_model) for protocol, by_model in found.items()}
@@ -103,11 +124,15 @@ def write_comparison(
         "ranks": places,
     }
     tables.write(directory / "comparison.json", tables.to_json(summary))
+    shown = {*pictures, *(sheet for example in examples for sheet in example.sheets.values())}
+    linked = [file.name for file in result_files(directory) if file.name not in shown]
+    text = page.comparison_page(models, lines, places, examples, pictures, linked)
+    tables.write(directory / "index.html", text)
     print(f"\n{markdown}")
 
 
-def predictions(directories: Mapping[str, Path], example: int) -> tuple[dict[str, np.ndarray], dict[str, int]] | None:
-    """Return the truth of an example and each model's first sample, the context reconstructed, and its length by model.
+def predictions(directories: Mapping[str, Path], example: int) -> dict[str, np.ndarray] | None:
+    """Return the truth and each model's first prediction of an example, after its context.
 
     None, with one line that says so, if an evaluation's frames aren't there.
 
@@ -115,19 +140,16 @@ def predictions(directories: Mapping[str, Path], example: int) -> tuple[dict[str
         ConfigError: the models predicted different videos.
     """
     rows: dict[str, np.ndarray] = {}
-    context = {}
     for name, directory in directories.items():
         try:
-            names = "gt_ctx", "gt_pred", "context", "random_sample_1"
-            parts = [load_frames(directory, example, part) for part in names]
+            truth, prediction = (with_context(directory, example, part) for part in ("gt_pred", "random_sample_1"))
         except OSError:
-            print(f"Without a video, since {directory} lacks frames of example {example}; evaluate again")
+            print(f"Without videos of example {example}, since {directory} has no frames of it")
             return None
-        truth = np.concatenate(parts[:2])
         if not np.array_equal(rows.setdefault("truth", truth), truth):
             raise ConfigError(f"example: {example} of {directory} is another video; evaluate on the same data")
-        rows[name], context[name] = np.concatenate(parts[2:]), len(parts[0])
-    return rows, context
+        rows[name] = prediction
+    return rows
 
 
 def find_results(path: Path) -> Path:

@@ -1,99 +1,281 @@
-"""An evaluation as a page to look at in a browser."""
+"""An evaluation, or a comparison of several, as a page for a browser: videos in sync, curves, tables, links to files.
 
-import html
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-from report.statistics import METRICS, PERCEPTION, REFERENCES
-from report.tables import fvd_table, table
-
-STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent); }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.5rem; margin-bottom: .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-p, figcaption { color: color-mix(in srgb, currentColor 70%, transparent); max-width: 60rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; margin-bottom: 1rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-tr.own td { font-weight: 600; }
-.by2, .by3 { display: grid; gap: 1.25rem; }
-@media (min-width: 48rem) {
-  .by2 { grid-template-columns: repeat(2, 1fr); }
-  .by3 { grid-template-columns: repeat(3, 1fr); }
-}
-figure { margin: 0; }
-figure img { width: 100%; border-radius: 4px; background: #fff; }
-figure video { width: 100%; }
-.frames { image-rendering: pixelated; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
+A page needs the files beside it and no network. Its videos are sheets of frames (PNG), which a script draws: unlike a
+GIF, or an MP4 between its key frames, they show any frame at once.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
 
-def page(results: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """Return an HTML page that needs nothing but the files beside it.
+from config import FRAME_SIZE
+from report.statistics import METRICS, NAMES, PERCEPTION, REFERENCES
+from report.tables import fvd_table, table
+from runs import steps_of_all_stages
+from tools import FRAMES_PER_SECOND, GREEN, RED
+
+SPEEDS = {"¼": 0.25, "½": 0.5, "1": 1, "2": 2, "4": 4}
+
+
+class Example(NamedTuple):
+    """A test sequence whose videos are shown."""
+
+    caption: str
+    sheets: Mapping[str, str]
+    """Name -> path of a sheet of all frames, as `tools.save_grid` writes it: of the truth, then of predictions."""
+    videos: Sequence[str] = ()
+    """Paths of videos that are linked, to be shown elsewhere."""
+
+
+class Row(NamedTuple):
+    """What is listed of each test sequence: its averages over time, and the paths of its files."""
+
+    averages: Mapping[str, float]
+    files: Sequence[str]
+
+
+def evaluation_page(results: Mapping[str, Any], plots: Sequence[str], files: Sequence[str], rows: Sequence[Row]) -> str:
+    """Return the page of an evaluation. Paths are relative to it.
 
     Args:
         results: what `metrics.json` holds.
-        plots: paths of pictures, relative to the page.
+        plots: paths of pictures.
+        files: paths of what else is linked.
+        rows: of the examples.
     """
-    config, count = results["config"], results["num_examples"]
-    name = f"{config['dataset']}, step {results['checkpoint_step']}"
+    c, count, samples = results["config"], results["num_examples"], results["config"]["num_samples"]
+    facts = provenance(results)
+    title = f"{c['model']} on {c['dataset']}"
     parts = [
-        f"<h1>Open-loop predictions: {html.escape(name)}</h1>",
+        f"<h1>{escape(title)}: open-loop predictions</h1>",
+        definitions(facts),
         f"<p>{count} test sequence{'s' * (count > 1)}; {results['predicted_frames']} frames predicted from "
-        f"{config['open_loop_ctx']} context frames; {config['num_samples']} sample{'s' * (config['num_samples'] > 1)} "
-        f"of each.{' In brackets: 95 % confidence, from a bootstrap over the sequences.' * (count > 1)}</p>",
+        f"{c['open_loop_ctx']} context frames; {samples} sample{'s' * (samples > 1)} of each.</p>",
+        *player(
+            [Example(**example) for example in results.get("examples", [])],
+            c["open_loop_ctx"],
+            results["predicted_frames"],
+            "The best, the median and the worst example (by SSIM, paper protocol), and the first ones.",
+        ),
+        *curves(plots),
+        *tables(results["lines"], results["protocols"], count, samples),
+        *perceptual_tables(results["lines"], {"first sample of each": results}),
+        *links(files, rows),
+        "<h2>Configuration</h2><details><summary>All keys and versions</summary>",
+        definitions({**c, **results["versions"]}),
+        "</details>",
     ]
-    for protocol, description in results["protocols"].items():
-        parts += [f"<h2>Protocol <code>{protocol}</code></h2>", f"<p>{html.escape(description)}</p>"]
-        for metric in METRICS:
-            parts.append(html_table(*table(results["lines"], protocol, [metric]), set(REFERENCES.values())))
-    if perceptual := results.get("perceptual"):
-        parts += ["<h2>LPIPS and FVD</h2>", f"<p>{html.escape(PERCEPTION)}</p>"]
-        if "lpips" in perceptual:
-            parts.append(html_table(*table(results["lines"], "perceptual", ["lpips"]), set()))
-        if "fvd" in perceptual:
-            parts.append(html_table(*fvd_table({"first sample of each": results}), set()))
-    parts += ["<h2>Quality over distance</h2>", '<div class="by2">']
-    parts += [f'<figure><img src="{html.escape(path)}" alt="{html.escape(path)}"></figure>' for path in plots]
-    parts.append("</div>")
-    if results["videos"]:
-        parts.append(
-            "<h2>Examples</h2><p>Chosen by SSIM (paper protocol). Green: context, which the model is given. Red: "
-            "predicted. The error is absolute.</p>"
+    named = [facts["run"], facts["checkpoint"], facts["evaluated"], f"commit {facts['commit']}"]
+    return document(", ".join([title, *named]), parts)
+
+
+def comparison_page(
+    models: Mapping[str, Mapping[str, Any]],
+    lines: Mapping[str, Any],
+    ranks: Mapping[str, Mapping[str, Mapping[str, float]]],
+    examples: Sequence[Example],
+    plots: Sequence[str],
+    files: Sequence[str],
+) -> str:
+    """Return the page of a comparison. Paths are relative to it.
+
+    Args:
+        models: name -> what `metrics.json` holds.
+        lines: of all models, as of one evaluation.
+        ranks: protocol -> name -> metric, or "average" -> rank.
+        examples: with one prediction of each model.
+        plots, files: as of `evaluation_page`.
+    """
+    first = next(iter(models.values()))
+    c, count = first["config"], first["num_examples"]
+    title = f"{len(models)} models on {c['dataset']}"
+    facts = {name: provenance(results) for name, results in models.items()}
+    different = {
+        name: fact
+        | {key: str(value) for key, value in {**models[name]["config"], **models[name].get("versions", {})}.items()}
+        for name, fact in facts.items()
+    }
+    every = dict.fromkeys(key for values in different.values() for key in values)
+    keys = [key for key in every if len({values.get(key) for values in different.values()}) > 1]
+    parts = [
+        f"<h1>{escape(title)}: open-loop predictions</h1>",
+        definitions({name: ", ".join(fact.values()) for name, fact in facts.items()}),
+        f"<p>{count} test sequence{'s' * (count > 1)}; {first['predicted_frames']} frames predicted from "
+        f"{c['open_loop_ctx']} context frames.</p>",
+        *player(
+            examples,
+            c["open_loop_ctx"],
+            first["predicted_frames"],
+            "The same test sequences for each model; the first sample of each.",
+        ),
+        *curves(plots),
+        "<h2>Ranks</h2><p>Over all predicted frames; 1 is the best.</p>",
+        html_table(
+            ["average rank", *(f"{protocol} protocol" for protocol in ranks)],
+            [[name, *(f"{by_model[name]['average']:.2f}" for by_model in ranks.values())] for name in models],
+        ),
+        *tables(lines, first["protocols"], count, c["num_samples"]),
+        *perceptual_tables(lines, models),
+        "<h2>Differences</h2><p>Of configuration and versions.</p>",
+        html_table(["key", *models], [[key, *(values.get(key, "-") for values in different.values())] for key in keys]),
+        *links(files),
+    ]
+    return document(f"{title}: {', '.join(models)}", parts)
+
+
+def provenance(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is known of where an evaluation comes from: earlier versions kept less of that."""
+    kept = results.get("provenance", {})
+    return {
+        "model": results["config"]["model"],
+        "run": kept.get("run", "not recorded"),
+        "checkpoint": steps_of_all_stages(results["checkpoint_step"], kept.get("stages")),
+        "evaluated": kept.get("date", "not recorded"),
+        "commit": kept.get("commit", "not recorded"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- parts of a page
+
+
+def player(examples: Sequence[Example], context: int, predicted: int, choice: str) -> Iterable[str]:
+    """Yield videos under one control: of each example the truth, and each prediction with its error."""
+    if not examples:
+        return
+    frames = context + predicted
+    share = f"{100 * context / frames:.2f}%"
+    speeds = "".join(
+        f'<option value="{value}"{" selected" * (value == 1)}>{name}x</option>' for name, value in SPEEDS.items()
+    )
+    yield f"<h2>Examples</h2><p>{escape(choice)} Frames of the context, which the model sees and reconstructs, have a "
+    yield "green border, predicted ones a red one. The error is absolute.</p>"
+    yield (
+        f'<div class="player" data-frames="{frames}" data-context="{context}" data-rate="{FRAMES_PER_SECOND}" '
+        f'style="--context: rgb{GREEN}; --predicted: rgb{RED}">'
+    )
+    yield (
+        '<nav aria-label="All videos"><button type="button">Play</button>'
+        '<button type="button" aria-label="One frame back" title="One frame back">-1</button>'
+        '<button type="button" aria-label="One frame on" title="One frame on">+1</button>'
+        '<button type="button">First predicted frame</button>'
+        f'<select aria-label="Speed" title="Speed">{speeds}</select>'
+        f'<div class="time"><input type="range" min="1" max="{frames}" value="1" aria-label="Frame">'
+        f'<div class="phases" style="background: linear-gradient(to right, var(--context) {share}, '
+        f'var(--predicted) {share})"></div></div><output></output></nav>'
+    )
+    yield "<noscript><p>The videos need JavaScript; their files are linked below.</p></noscript>"
+    most = max(len(example.sheets) for example in examples)
+    yield f'<div class="examples{" wide" * (most > 2)}">'
+    for example in examples:
+        (truth, of_truth), *others = example.sheets.items()
+        linked = "".join(f' <a href="{escape(path)}">{escape(path.rsplit(".")[-1])}</a>' for path in example.videos)
+        yield f'<figure><figcaption>{escape(example.caption)}{linked}</figcaption><div class="panels">'
+        yield panel(truth, of_truth)
+        for name, sheet in others:
+            yield panel(name, sheet, model=True)
+            yield panel("error" if len(others) == 1 else f"error of {name}", of_truth, minus=sheet)
+        yield "</div></figure>"
+    yield "</div></div>"
+    yield f"<script>\n{beside('page.js')}</script>"
+
+
+def panel(name: str, sheet: str, minus: str = "", model: bool = False) -> str:
+    """Return a video of a sheet's frames, or of its difference from another one's."""
+    other = f' data-minus="{escape(minus)}"' if minus else ""
+    return (
+        f'<div><canvas width="{FRAME_SIZE}" height="{FRAME_SIZE}"{" class=model" * model} role="img" '
+        f'aria-label="{escape(name)}" data-sheet="{escape(sheet)}"{other}></canvas><span>{escape(name)}</span></div>'
+    )
+
+
+def curves(plots: Sequence[str]) -> Iterable[str]:
+    """Yield pictures of curves, which link to themselves."""
+    yield '<h2>Quality over distance</h2><div class="plots">'
+    for path in map(escape, plots):
+        yield f'<figure><a href="{path}"><img src="{path}" alt="{path}"></a></figure>'
+    yield "</div>"
+
+
+def tables(lines: Mapping[str, Any], protocols: Mapping[str, str], count: int, samples: int) -> Iterable[str]:
+    """Yield the averages in each protocol."""
+    yield "<h2>Averages</h2><p>Over all predicted frames, and over the first ones."
+    if count > 1:
+        yield "In brackets: 95 % confidence, from a bootstrap over the sequences."
+    if samples > 1:
+        yield (
+            f"The best of {samples} is the sample of a sequence that is the best over all its frames. Over the first "
+            f"ones another may be better, so that it can be below the mean of {samples} there."
         )
-        parts.append(f'<div class="by{3 if config["num_samples"] == 1 else 2}">')
-        parts += [
-            f"<figure>{moving(path)}<figcaption>{html.escape(caption)}</figcaption></figure>"
-            for caption, path in results["videos"].items()
-        ]
-        parts.append("</div>")
-    parts.append("<h2>Configuration</h2><details><summary>All keys and versions</summary><dl>")
-    parts += [
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
-        for key, value in {**config, **results["versions"]}.items()
-    ]
-    parts.append("</dl></details>")
-    head = f'<meta charset="utf-8"><title>{html.escape(name)}</title><style>{STYLE}</style>'
+    yield "</p>"
+    for protocol, description in protocols.items():
+        yield f"<h3>Protocol <code>{protocol}</code></h3><p>{escape(description)}.</p>"
+        for metric in METRICS:
+            yield html_table(*table(lines, protocol, [metric]))
+
+
+def perceptual_tables(lines: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    """Yield LPIPS and FVD, as far as all models have them."""
+    measured = next(iter(models.values())).get("perceptual", {})
+    if not measured:
+        return
+    yield f"<h3>{' and '.join(NAMES[metric] for metric in measured)}</h3><p>{escape(PERCEPTION)}</p>"
+    if "lpips" in measured:
+        yield html_table(*table(lines, "perceptual", ["lpips"]))
+    if "fvd" in measured:
+        yield html_table(*fvd_table(models))
+
+
+def links(files: Sequence[str], rows: Sequence[Row] = ()) -> Iterable[str]:
+    """Yield links to files, and a table of the examples' own."""
+    yield f"<h2>Files</h2><p>{', '.join(map(link, files))}</p>"
+    if not rows:
+        return
+    shown = [key for key in ("paper_ssim", "paper_psnr", "standard_ssim", "standard_psnr") if key in rows[0].averages]
+    header = ["example", *(f"{NAMES[key.split('_')[1]]}, {key.split('_')[0]}" for key in shown), "files"]
+    cells = (
+        [str(number), *(f"{row.averages[key]:.4g}" for key in shown), Raw(" ".join(map(link, row.files)))]
+        for number, row in enumerate(rows)
+    )
+    yield f"<details><summary>{len(rows)} example{'s' * (len(rows) > 1)}</summary>{html_table(header, cells)}</details>"
+
+
+class Raw(str):
+    """HTML, which isn't escaped."""
+
+
+def link(path: str) -> str:
+    return f'<a href="{escape(path)}">{escape(path.rsplit("/")[-1])}</a>'
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in a box that scrolls. Beside references, other rows stand out."""
+    rows = list(rows)
+    references = [row[0].endswith(tuple(REFERENCES.values())) for row in rows]
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = ""
+    for row, reference in zip(rows, references, strict=True):
+        cells = "".join(f"<td>{cell if isinstance(cell, Raw) else escape(cell)}</td>" for cell in row)
+        own = ' class="own"' if any(references) and not reference else ""
+        body += f"<tr{own}>{cells}</tr>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(header[-1])}">{table}</div>'
+
+
+def definitions(facts: Mapping[str, Any]) -> str:
+    """Return facts as a list of names and values."""
+    return f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>' for key, value in facts.items())}</dl>"
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """Return a page of a title and the parts of its body."""
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>\n{beside('page.css')}</style>"
+    )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
-def moving(path: str) -> str:
-    """Return the element that shows a GIF or an MP4."""
-    if path.endswith(".mp4"):
-        return f'<video class="frames" src="{html.escape(path)}" autoplay muted loop controls></video>'
-    return f'<img class="frames" src="{html.escape(path)}" alt="">'
-
-
-def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], references: set[str]) -> str:
-    """Return a table whose rows stand out unless their first cell is one of `references`."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = ""
-    for row in rows:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        body += f"<tr>{cells}</tr>" if row[0] in references else f'<tr class="own">{cells}</tr>'
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def beside(name: str) -> str:
+    """Return the text of a file of this folder, which a page contains."""
+    return Path(__file__).with_name(name).read_text()

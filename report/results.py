@@ -1,9 +1,11 @@
 """What an evaluation leaves: each example's frames and metrics; then curves, tables, plots, videos and a page."""
 
 import dataclasses
+import datetime
 import importlib.metadata
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import runs
 import tools
 from config import Config, ConfigError
 from report import plots, statistics, tables
-from report.output import Formats
-from report.page import page
+from report.output import FIGURES, VIDEOS, Formats
+from report.page import Example, Row, evaluation_page
 from system import logs
 from system.files import load_arrays, replace_arrays
 
@@ -65,17 +67,23 @@ def remedy(directory: Path, number: int) -> str:
     return f"delete {metrics_file(directory, number).parent}, and evaluate again"
 
 
-def video_names(config: Config) -> list[str]:
-    """Return the predictions of an example that are shown as videos."""
-    return ["random_sample_1"] + ["best_ssim_sample"] * (config.num_samples > 1)
+def video_names(config: Config) -> dict[str, str]:
+    """Return what the page calls an example's predictions that are shown as videos -> their names."""
+    if config.num_samples == 1:
+        return {"prediction": "random_sample_1"}
+    return {"first sample": "random_sample_1", "best sample": "best_ssim_sample"}
 
 
-def example_video(directory: Path, number: int, name: str) -> np.ndarray:
+def with_context(directory: Path, number: int, name: str) -> np.ndarray:
+    """Return `gt_pred` after its context, or a prediction after the reconstructed one, uint8 [T, H, W, C]."""
+    context = "gt_ctx" if name == "gt_pred" else "context"
+    return np.concatenate([load_frames(directory, number, part) for part in (context, name)])
+
+
+def example_video(config: Config, directory: Path, number: int, name: str) -> np.ndarray:
     """Return an example's truth, prediction and absolute error, see `tools.triptych`."""
-    seen, truth, context, prediction = (
-        load_frames(directory, number, part) for part in ("gt_ctx", "gt_pred", "context", name)
-    )
-    return tools.triptych(np.concatenate([seen, truth])[None], np.concatenate([context, prediction])[None], len(seen))
+    truth, prediction = (with_context(directory, number, part)[None] for part in ("gt_pred", name))
+    return tools.triptych(truth, prediction, config.open_loop_ctx)
 
 
 # ---------------------------------------------------------------------------------------------- all examples
@@ -99,7 +107,8 @@ def save_metrics(directory: Path, number: int, metrics: Mapping[str, np.ndarray]
 
 def summarise(
     config: Config,
-    step: int,
+    checkpoint: runs.Checkpoint,
+    stages: Sequence[int] | None,
     directory: Path,
     count: int,
     formats: Formats,
@@ -109,7 +118,8 @@ def summarise(
     """Write what is told of all examples, from their files. Returns what `metrics.json` holds.
 
     Args:
-        config, step: what was evaluated.
+        config, checkpoint: what was evaluated.
+        stages: before the checkpoint's training, as `runs.stages_before` returns them.
         directory: where to.
         count: how many examples there are.
         formats: of figures and videos.
@@ -134,17 +144,42 @@ def summarise(
         "averages": averages,
         "num_examples": count,
         "predicted_frames": len(examples[0]["paper_ssim"]),
-        "checkpoint_step": step,
+        "checkpoint_step": checkpoint.step,
+        "provenance": provenance(checkpoint, stages),
         "protocols": tools.PROTOCOLS,
         "lines": lines,
-        "videos": dict(draw_videos(config, directory, means, formats, all_videos)) if config.save_gifs else {},
+        "videos": {},
+        "examples": [],
         "config": dataclasses.asdict(config),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
         | {"python": sys.version.split()[0], "device": jax.devices()[0].device_kind},
     }
+    if config.save_gifs:
+        results |= draw_videos(config, directory, means, formats, all_videos)
     add_perceptual(config, directory, results, perceptual or {}, examples, figures)
     write_results(directory, results, means)
     return results
+
+
+def provenance(checkpoint: runs.Checkpoint, stages: Sequence[int] | None) -> dict[str, Any]:
+    """Return which run a checkpoint is of, the stages before, and when and by which commit it is evaluated."""
+    return {
+        "run": checkpoint.run.resolve().name,
+        "stages": stages,
+        "date": f"{datetime.date.today()}",
+        "commit": commit(),
+    }
+
+
+def commit(source: Path = Path(__file__).parent.parent) -> str:
+    """Return the commit of these programs, with `-dirty` behind it if files differ from it."""
+    if not (source / ".git").exists():  # git would look for one above
+        return "unknown, since the programs aren't in a git repository"
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown, since git failed ({' '.join(str(error).split())})"
 
 
 def figure_formats(formats: Formats) -> tuple[str, ...]:
@@ -182,8 +217,26 @@ def write_results(directory: Path, results: Mapping[str, Any], means: Sequence[M
     rows = [*tables.csv_rows(results["lines"]), *tables.fvd_rows(results)]
     tables.write(directory / "examples.csv", examples_csv(means))
     tables.write(directory / "metrics.csv", tables.to_csv(tables.CSV_HEADER, rows))
-    tables.write(directory / "index.html", page(results, figures))
+    listed = [
+        Row(
+            mean,
+            [
+                str(path.relative_to(directory))
+                for kind in ("_gt", "")
+                for path in result_files(directory / f"sample{i}{kind}")
+            ],
+        )
+        for i, mean in enumerate(means)
+    ]
+    own = {path.name for path in result_files(directory)} - {*figures, "index.html"} | {"metrics.json"}
+    tables.write(directory / "index.html", evaluation_page(results, figures, sorted(own), listed))
     tables.write(directory / "metrics.json", tables.to_json(results))  # last: with it, the evaluation is finished
+
+
+def result_files(directory: Path) -> list[Path]:
+    """Return the files of results in a directory, without those in directories below it."""
+    kinds = {".npz", ".csv", ".json", ".yml", ".md", ".html", *(f".{kind}" for kind in (*FIGURES, *VIDEOS))}
+    return sorted(path for path in directory.iterdir() if path.suffix in kinds and not path.name.startswith("."))
 
 
 def averages_of(examples: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, float]]:
@@ -221,19 +274,46 @@ def examples_csv(means: Sequence[Mapping[str, float]]) -> str:
     return tables.to_csv(["example", *keys], rows)
 
 
+FIRST = 4
+"""How many of the first examples a page shows."""
+
+
 def draw_videos(
     config: Config, directory: Path, means: Sequence[Mapping[str, float]], formats: Formats, all_videos: bool
-) -> Iterator[tuple[str, str]]:
-    """Write videos of the best, the median and the worst example, or of all; yield those three's captions and paths."""
+) -> dict[str, Any]:
+    """Write the examples that the page shows: the best, the median, the worst and the first ones; and videos of them,
+    or of all.
+
+    Returns:
+        "examples": captions and sheets, as `page.Example` has them; "videos": captions and paths of the first three.
+    """
     order = sorted(range(len(means)), key=lambda number: -means[number]["paper_ssim"])
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
-    for number in range(len(means)) if all_videos else sorted(set(chosen.values())):
-        for name in video_names(config):
+    shown = list(dict.fromkeys([*chosen.values(), *range(min(FIRST, len(means)))]))
+    for number in range(len(means)) if all_videos else shown:
+        for name in video_names(config).values():
             path = directory / f"sample{number}" / f"{name}.gif"
-            tools.save_video(example_video(directory, number, name), path, formats.videos)
-    for rank, number in chosen.items():
-        for name in video_names(config):
-            yield f"{rank}: example {number}, {name.replace('_', ' ')}", f"sample{number}/{name}.{formats.videos[0]}"
+            tools.save_video(example_video(config, directory, number, name), path, formats.videos)
+    captions = {number: f"Example {number}" for number in shown}
+    for number in set(chosen.values()):
+        captions[number] += f": {', '.join(rank for rank, of in chosen.items() if of == number)}"
+    videos = {
+        f"{rank}: example {number}, {name.replace('_', ' ')}": f"sample{number}/{name}.{formats.videos[0]}"
+        for rank, number in chosen.items()
+        for name in video_names(config).values()
+    }
+    examples = [draw_example(config, directory, number, captions[number], formats.videos) for number in shown]
+    return {"videos": videos, "examples": [example._asdict() for example in examples]}
+
+
+def draw_example(config: Config, directory: Path, number: int, caption: str, videos: Sequence[str]) -> Example:
+    """Write the sheets of an example's truth and predictions; return what the page shows, with videos in formats."""
+    sheets, names = {}, video_names(config)
+    for label, name in {"truth": "gt_pred", **names}.items():
+        path = frames_file(directory, number, name).with_name(f"{name}_sheet.png")
+        tools.save_grid(with_context(directory, number, name), path)
+        sheets[label] = str(path.relative_to(directory))
+    return Example(caption, sheets, [f"sample{number}/{name}.{kind}" for name in names.values() for kind in videos])
 
 
 def print_table(results: Mapping[str, Any]) -> None:

@@ -61,7 +61,7 @@ def fvd_rows(results: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
 def table(lines: Lines, protocol: str, metrics: Sequence[str] = tuple(METRICS)) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the averages in one protocol: a row per line; over all frames, with intervals, and at
     the distances."""
-    header, rows = ["line"], []
+    header, rows = ["prediction / reference"], []
     for metric in metrics:
         name = NAMES[metric]
         any_line = next(iter(lines[protocol][metric].values()))
@@ -80,7 +80,7 @@ def table(lines: Lines, protocol: str, metrics: Sequence[str] = tuple(METRICS)) 
 def fvd_table(models: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the FVD of named results' first samples: a row per name, with the number of clips."""
     any_fvd = next(iter(models.values()))["perceptual"]["fvd"]
-    header = ["line", *(f"FVD, {frames} frames" for frames in any_fvd["frames"]), "clips"]
+    header = ["prediction / reference", *(f"FVD, {frames} frames" for frames in any_fvd["frames"]), "clips"]
     rows = []
     for name, results in models.items():
         fvd = results["perceptual"]["fvd"]

@@ -61,8 +61,9 @@ def test_models_side_by_side_in_one_video(tmp_path, capsys):
             frame = np.asarray(gif.convert("RGB")).astype(int)
             np.testing.assert_allclose([frame[100, 2 * (34 + 68 * i), 0] for i in range(3)], shown, atol=3)
     compare.compare([*paths, f"--out={tmp_path / 'none'}", "--format=pdf"])  # example 0 has no frames
-    assert "Without a video, since" in capsys.readouterr().out
-    assert {path.suffix for path in (tmp_path / "none").iterdir()} == {".pdf", ".md", ".csv", ".json"}
+    assert "Without videos of example 0, since" in capsys.readouterr().out
+    assert not list((tmp_path / "none").glob("example_0*"))
+    assert {path.suffix for path in (tmp_path / "none").iterdir()} == {".pdf", ".png", ".md", ".csv", ".json", ".html"}
 
 
 def test_predictions_of_different_videos_are_refused(tmp_path):

@@ -62,7 +62,7 @@ def test_metrics_of_several_predictions(monkeypatch, backend, rows):
 
 
 def test_files_and_their_contents(run, capsys):
-    directory, results = evaluate(run, "--num_samples=2", "--save_gifs")
+    directory, results = evaluate(run, "--num_samples=2")
     printed = capsys.readouterr().out
     assert (
         f"best of 2                {results['averages']['paper']['ssim']:.4f} (" in printed
@@ -80,7 +80,11 @@ def test_files_and_their_contents(run, capsys):
     }
     assert set(got) == names | curves
     pictures = {p.relative_to(directory).with_suffix(".npz").as_posix() for p in directory.glob("*/*.png")}
-    assert pictures == names
+    assert pictures == names | {
+        f"sample{i}{name}_sheet.npz"
+        for i in range(3)
+        for name in ("_gt/gt_pred", "/random_sample_1", "/best_ssim_sample")
+    }
     assert {p.name for p in directory.glob("*.png")} == {
         *(f"{m}{p}_range.png" for m in ("ssim", "psnr") for p in ("", "_standard")),
         *(f"{m}_{p}.png" for m in ("ssim", "psnr") for p in ("paper", "standard")),
@@ -262,16 +266,20 @@ def test_without_training_data_there_is_no_random_line(run, tmp_path, monkeypatc
 
 def test_page_and_tables(run):
     """What the page shows is there, and nothing of it is elsewhere; the tables hold the JSON's figures."""
-    directory, results = evaluate(run, "--num_samples=2", "--save_gifs")
+    directory, results = evaluate(run, "--num_samples=2")
     page = (directory / "index.html").read_text()
     shown = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len([path for path in shown if path.endswith(".gif")]) == 3 * 2
-    assert len([path for path in shown if path.endswith(".png")]) == 4
+    assert len({path for path in shown if path.endswith(".gif")}) == 3 * 2
+    assert len([path for path in shown if path.endswith("_paper.png")]) == 2 * 2
+    shown += re.findall(r'data-(?:sheet|minus)="([^"]*)"', page)
+    assert len({path for path in shown if path.endswith("_sheet.png")}) == 3 * 3
     assert all((directory / path).is_file() for path in shown) and "http" not in page and "url(" not in page
+    with Image.open(directory / "sample2" / "best_ssim_sample_sheet.png") as sheet:
+        assert sheet.size == (12 * 65 - 1, 64)  # from the context on
     ssim = [np.load(directory / f"sample{i}" / "metrics.npz")["paper_ssim"].mean() for i in range(3)]
     best, median, worst = np.argsort(ssim)[::-1]
     for rank, number in ("best", best), ("median", median), ("worst", worst):
-        assert f"{rank}: example {number}, best ssim sample" in page
+        assert re.search(rf"Example {number}: [\w, ]*{rank}", page)
     with (directory / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 5 * (8 + 1)
@@ -297,8 +305,9 @@ def test_page_and_tables(run):
 
 def test_options(run):
     flags = ["--no_save_grid", "--num_examples=1", "--eval_seq_len=9", "--open_loop_ctx=8", "--use_obs=TF"]
-    directory, results = evaluate(run, *flags)
-    assert not list(directory.glob("*/*.png")) and results["predicted_frames"] == 1 and results["num_examples"] == 1
+    directory, results = evaluate(run, *flags, "--save_gifs=false")
+    assert not [path for path in directory.glob("*/*") if path.suffix != ".npz"] and results["examples"] == []
+    assert results["predicted_frames"] == 1 and results["num_examples"] == 1
     config, checkpoint, _ = evaluation.parse(["--logdir", str(run), *flags])
     model, context = CWVAE(config), data.windows(config, "test")[0][None, :8]
     params = runs.load_params(model, checkpoint)
@@ -502,20 +511,24 @@ def test_a_checkpoint_that_a_training_removes(run, monkeypatch, capsys):
 
 
 def test_videos_of_the_examples_that_the_page_shows(run, tmp_path):
-    flags = ["--save_gifs", "--no_save_grid", "--num_examples=5", "--format=pdf,mp4"]
+    """Though its training saved none."""
+    assert not configuration.load(run / "config.yml").save_gifs
+    flags = ["--no_save_grid", "--num_examples=5", "--format=pdf,mp4"]
     directory, found = evaluate(run, *flags)
     videos = {str(path.relative_to(directory)) for path in directory.glob("*/*.mp4")}
-    assert len(videos) == 3 and videos == set(found["videos"].values()) and not list(directory.glob("*/*.gif"))
-    assert all(f'<video class="frames" src="{path}"' in (directory / "index.html").read_text() for path in videos)
+    assert videos == {path for example in found["examples"] for path in example["videos"]}
+    assert len(videos) in (4, 5) and videos >= set(found["videos"].values()) and not list(directory.glob("*/*.gif"))
+    assert all(f'<a href="{path}">mp4</a>' in (directory / "index.html").read_text() for path in videos)
     assert {path.suffix for path in directory.glob("*paper*")} == {".png", ".pdf"}
     directory, _ = evaluate(run, *flags[:-1], "--videos=all")
     assert len(list(directory.glob("*/random_sample_1.gif"))) == 5
     for flag, message in (
         ("--videos=some", "videos: must be one of shown, all, got 'some'"),
         ("--format=jpg", "format: must be a list of png, pdf, gif, mp4, got 'jpg'"),
+        ("--format=pdf,mp4", "save_gifs: false leaves out videos, --format pdf,mp4 asks for some; drop one"),
     ):
         with pytest.raises(ConfigError, match=message):
-            evaluation.parse(["--logdir", str(run), flag])
+            evaluation.parse(["--logdir", str(run), "--save_gifs=false", flag])
 
 
 def test_one_row_per_example(run):
@@ -536,7 +549,7 @@ def test_one_sequence_has_no_intervals(run, capsys):
     directory, _ = evaluate(run, "--num_examples=1", "--no_save_grid")
     printed, page = capsys.readouterr().out, (directory / "index.html").read_text()
     assert "Averages over 1 sequence and 8 predicted frames, step 4:" in printed and " to " not in printed
-    assert "1 test sequence;" in page and "95 %" not in page and " to " not in page
+    assert "1 test sequence;" in page and "95 %" not in page and " to " not in page.split("</script>")[1]
 
 
 def test_frames_of_one_sample_are_not_copied():
@@ -559,7 +572,7 @@ def test_wandb_has_the_evaluation_of_a_run_that_it_has(run, monkeypatch, capsys)
         def log(self, values, step):
             logged.append((step, values))
 
-    flags = ["--num_examples=1", "--no_save_grid", "--save_gifs"]
+    flags = ["--num_examples=1", "--no_save_grid"]
     monkeypatch.setattr(logs, "start_wandb", lambda config, directory: WandbRun())
     evaluate(run, *flags, "--wandb=offline")
     (run / "wandb_id").write_text("abc")

@@ -1,6 +1,7 @@
 """Statistics against numpy and scipy; tables and text by reading them back."""
 
 import csv
+import html
 import io
 import itertools
 import json
@@ -20,7 +21,7 @@ from PIL import Image
 
 import tools
 from report import plots, statistics, tables
-from report.page import page
+from report.page import Row, evaluation_page
 
 
 def test_intervals_are_those_of_scipy():
@@ -110,7 +111,13 @@ def test_csv_holds_every_figure_once(frames):
 
 def test_table_names_its_protocol():
     header, rows = tables.table(lines(12), "standard")
-    assert header == ["line", "SSIM, standard, 12 frames", "first 10", "PSNR (dB), standard, 12 frames", "first 10"]
+    assert header == [
+        "prediction / reference",
+        "SSIM, standard, 12 frames",
+        "first 10",
+        "PSNR (dB), standard, 12 frames",
+        "first 10",
+    ]
     assert [row[0] for row in rows] == ["prediction", "last context frame"] and all(len(row) == 5 for row in rows)
     markdown = tables.to_markdown(header, rows).splitlines()
     assert len(markdown) == 4 and all(line.count("|") == 6 for line in markdown)
@@ -124,17 +131,31 @@ def test_json_is_whole_and_has_lists_on_one_line():
 
 def test_page_escapes_what_it_shows():
     results = {
-        "config": {"dataset": "videos", "datadir": "<script>", "open_loop_ctx": 4, "num_samples": 1},
+        "config": {"model": "cwvae", "dataset": "videos", "datadir": "<script>x", "open_loop_ctx": 4, "num_samples": 1},
         "checkpoint_step": 1,
         "num_examples": 1,
         "predicted_frames": 12,
         "protocols": {"paper": "a < b", "standard": ""},
         "lines": lines(12),
         "versions": {},
-        "videos": {},
+        "examples": [{"caption": "<best>", "sheets": {"truth": '"a"', "<model>": "b"}}],
+        "provenance": {"run": "<run>", "stages": [3], "date": "today", "commit": "abc"},
     }
-    shown = page(results, [])
-    assert "<script>" not in shown and "&lt;script&gt;" in shown and "a &lt; b" in shown and "1 sample of each" in shown
+    shown = evaluation_page(results, ["<plot>"], ["<file>"], [Row({"paper_ssim": 0.5}, ["<npz>"])])
+    for text in "<script>x", "<best>", "<model>", "<run>", "<plot>", "<file>", "<npz>", "a < b":
+        assert text not in shown and html.escape(text) in shown
+    assert 'data-sheet="&quot;a&quot;"' in shown and "1 sample of each" in shown
+    title = re.search("<title>(.*)</title>", shown)[1]
+    assert title == "cwvae on videos, &lt;run&gt;, 4 steps in 2 stages, 1 of them in the last, today, commit abc"
+
+
+def test_page_of_an_earlier_version():
+    """It kept neither where it came from nor examples; analysis.py perceptual writes its page again."""
+    config = {"model": "cwvae", "dataset": "videos", "open_loop_ctx": 4, "num_samples": 2}
+    results = {"config": config, "checkpoint_step": 4000, "num_examples": 2, "predicted_frames": 12, "protocols": {}}
+    shown = evaluation_page(results | {"lines": lines(12), "versions": {}, "videos": {}}, [], [], [])
+    assert "step 4,000 (whether trainings came before isn" in shown and "<dd>not recorded</dd>" in shown
+    assert "<script>" not in shown and "so that it can be below the mean of 2" in shown
 
 
 def test_intervals_without_extent_are_left_out():
@@ -146,7 +167,11 @@ def test_tables_of_one_metric_are_narrow():
     """On the page, each metric has a table of its own: at most eight columns, which a window has room for."""
     made = lines(1000)
     header, rows = tables.table(made, "paper", ["psnr"])
-    assert header == ["line", "PSNR (dB), paper, 1000 frames", *(f"first {d}" for d in statistics.DISTANCES)]
+    assert header == [
+        "prediction / reference",
+        "PSNR (dB), paper, 1000 frames",
+        *(f"first {d}" for d in statistics.DISTANCES),
+    ]
     both, _ = tables.table(made, "paper")
     assert len(both) == 2 * len(header) - 1 and all(len(row) == len(header) for row in rows)
 

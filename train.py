@@ -5,10 +5,12 @@ Or each of a grid, one after the other: python train.py --grid configs/sweeps/le
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -96,7 +98,9 @@ def train(config: Config) -> TrainState:
                 "same command again to resume"
             )
         devices.say(f"Trained for {step} steps. Run directory: {run.path}")
-        devices.say(f"Evaluate it with: python eval.py --logdir {run.short_path}")
+        here = Path(sys.executable).is_relative_to(Path.cwd())
+        python = os.path.relpath(sys.executable) if here else "python"  # make train's environment isn't activated
+        devices.say(f"Evaluate it with: {python} eval.py --logdir {run.short_path}")
     return state
 
 

@@ -139,7 +139,7 @@ def test_best_samples_by_average_over_time(tiny, tmp_path):
     c = dataclasses.replace(tiny, num_samples=3)
     ssim, psnr = np.array([[0.1, 0.9], [0.4, 0.4], [0.6, 0.5]]), np.array([[20.0, 20], [10, 31], [15, 15]])
     copy = {protocol: {"ssim": np.full((2, 2), 0.3)} for protocol in ("paper", "standard")}
-    samples = evaluation.Samples(3, {"copy": copy})
+    samples = evaluation.Samples(3, {"copy": copy}, np.zeros((2, 4, 64, 64, 1), np.uint8))
     for i in range(3):
         frames = np.full((2, 2, 64, 64, 1), i, np.uint8)
         metrics = {"ssim": np.stack([ssim[i], ssim[2 - i]]), "psnr": np.stack([psnr[i], psnr[2 - i]])}
@@ -275,7 +275,7 @@ def test_page_and_tables(run):
     assert len({path for path in shown if path.endswith("_sheet.png")}) == 3 * 3
     assert all((directory / path).is_file() for path in shown) and "http" not in page and "url(" not in page
     with Image.open(directory / "sample2" / "best_ssim_sample_sheet.png") as sheet:
-        assert sheet.size == (12 * 65 - 1, 64)  # from the context on
+        assert sheet.size == (10 * 65 - 1, 2 * 65 - 1)  # 12 frames, from the context on
     ssim = [np.load(directory / f"sample{i}" / "metrics.npz")["paper_ssim"].mean() for i in range(3)]
     best, median, worst = np.argsort(ssim)[::-1]
     for rank, number in ("best", best), ("median", median), ("worst", worst):

@@ -32,7 +32,8 @@ FRAMES = CONTEXT + PREDICTED
 
 
 def write_evaluation(directory, trained, dataset="digits"):
-    """Write what eval.py leaves of three test videos: frame t is of grey level 10 t, as predicted 10 t + 30 and more."""
+    """Write what eval.py leaves of three test videos: frame t is of grey level 10 t, reconstructed 10 t + 20, predicted
+    10 t + 30 and more."""
     config = Config(**TINY | dict(dataset=dataset, num_examples=3, save_gifs=True))
     truth = np.broadcast_to(10 * np.arange(FRAMES, dtype=np.uint8)[:, None, None, None], (FRAMES, 64, 64, 1))
     directory.mkdir()
@@ -40,7 +41,8 @@ def write_evaluation(directory, trained, dataset="digits"):
         prediction = truth[CONTEXT:] + np.uint8(30 + 10 * number)
         keys = [f"{protocol}_{metric}" for protocol in ("paper", "standard") for metric in ("ssim", "psnr")]
         metrics = {key: np.linspace(1, 1 - number / 3, PREDICTED) for key in keys}
-        results.save_example(config, directory, number, truth, {"random_sample_1": prediction}, metrics)
+        frames = {"context": truth[:CONTEXT] + np.uint8(20), "random_sample_1": prediction}
+        results.save_example(config, directory, number, truth, frames, metrics)
     results.summarise(config, find_checkpoint(trained), [], directory, 3, Formats(videos=("gif", "mp4")), False)
     return directory / "index.html"
 
@@ -124,7 +126,7 @@ def assert_in_sync(browser, frame, videos):
     assert shown(browser) == [frame] * videos
     grey, want = 10 * (frame - 1), []
     for number in range(3):
-        error = 30 + 10 * number if frame > CONTEXT else 0
+        error = 30 + 10 * number if frame > CONTEXT else 20
         want += [grey] + [grey + error, error] * (videos // 6)
     np.testing.assert_allclose(grey_levels(browser), want, atol=1)
 

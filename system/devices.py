@@ -33,6 +33,8 @@ def connect(config: Config) -> Config:
     c = config
     keys = c.coordinator_address, c.num_processes, c.process_id
     several = announced()
+    if jax.distributed.is_initialized():  # by this program's training before: stages and grids have several
+        return dataclasses.replace(c, coordinator_address=None, num_processes=None, process_id=None)
     if c.coordinator_address is not None and c.num_processes is not None and c.process_id is not None:
         if not re.fullmatch(r".+:\d{1,5}", c.coordinator_address):
             raise ConfigError(f"coordinator_address: must be host:port, got {c.coordinator_address!r}")

@@ -209,7 +209,7 @@ def test_open_mpi_is_seen_below_slurm(monkeypatch):
 
 
 def test_the_keys_work_where_open_mpi_announces_itself(tmp_path):
-    """From 5 on, JAX alone would ask for mpi4py."""
+    """From 5 on, JAX alone would ask for mpi4py. A second training in the same program finds them connected."""
     announced = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     program = f"""
 import os, sys; sys.path[:0] = [{str(ROOT)!r}]
@@ -217,8 +217,9 @@ os.environ |= {announced!r}
 import jax
 from config import Config
 from system.devices import connect
-connect(Config(coordinator_address={cluster(1)[0][0].split("=")[1]!r}, num_processes=1, process_id=0))
-assert jax.distributed.is_initialized()
+for training in 1, 2:
+    c = connect(Config(coordinator_address={cluster(1)[0][0].split("=")[1]!r}, num_processes=1, process_id=0))
+    assert jax.distributed.is_initialized() and c.num_processes is None
 """
     finished(start(1, "-c", program))
 

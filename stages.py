@@ -2,7 +2,7 @@
 
 It takes what train.py takes, resumes as it does, and leaves the last stage's run where train.py would; those before are
 in `<logdir>/stages/<number>`. With `--scale 0.01`, each stage has a hundredth of its steps, to try it.
-docs/results.md says what the stages are for.
+docs/notebook/results.md says what the stages are for.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ import config as configuration
 import eval as evaluation
 
 PRETRAINED = ROOT / "pretrained"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 
 
@@ -76,14 +76,21 @@ def test_markdown_keeps_what_is_meant(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_links_lead_to_files(path):
-    links = [link for link in re.findall(r"\]\(([^)#]+)", path.read_text()) if "://" not in link]
-    assert not [link for link in links if not (path.parent / link).exists()]
+def test_links_lead_to_files_and_headings(path):
+    for link in re.findall(r"\]\(([^)]+)", path.read_text()):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        there = path.parent / name if name else path
+        assert there.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
 def test_readme_leads_to_each_page_and_file():
     text = (ROOT / "README.md").read_text()
-    for page in PAGES[1:]:
+    for page in ROOT.glob("docs/*.md"):
         assert f"(docs/{page.name})" in text, page.name
     tree = re.findall(r"^    ([\w/.]+)  ", text, re.MULTILINE)
     assert "train.py" in tree and not [name for name in tree if not (ROOT / name).exists()]

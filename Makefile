@@ -1,5 +1,6 @@
 # make train: sets everything up and trains a small model on the embedded dataset, within minutes on two CPU cores.
 # make test:  sets everything up and runs the linter, the type checker and the tests.
+# --no-compile: Python compiles what it imports, which is a small part of what is installed.
 
 VENV ?= .venv
 # The first Python that is new enough. (A version manager may have a command for one that isn't installed: hence the trial.)
@@ -20,11 +21,11 @@ test: $(VENV)/test
 $(VENV)/train: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
 	touch $@
 
 $(VENV)/test: tests/requirements.txt $(VENV)/train
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
 .PHONY: train test

@@ -90,7 +90,7 @@ def reconstruct(
     posterior that sees them all. The noise of the context is that of `predict`."""
     c, T, context = model.config, video.shape[1], model.config.open_loop_ctx
     inputs = model.draw(keys, T, actions=actions)
-    state = last_state(model, params, place(video[:, :context]), model.part(inputs, 0, context), None)
+    _, state = filter_context(model, params, video, inputs, None, place)
     for start, stop in chunks(c, T, None, context):
         seen = place(video[:, start:stop])
         frames, state = filter_frames(model, params, seen, model.part(inputs, start, stop), None, state)
@@ -152,24 +152,36 @@ def predict(
 ) -> Iterator[Array]:
     """Yield one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), in chunks of time.
 
-    As `open_loop` predicts them, but nothing of the context is decoded.
+    As `open_loop` predicts them.
     """
     c, T = model.config, model.config.open_loop_ctx
     inputs = model.draw(keys, video.shape[1], context=T, actions=actions)
-    state = last_state(model, params, place(video[:, :T]), model.part(inputs, 0, T), c.use_obs)
+    _, state = filter_context(model, params, video, inputs, c.use_obs, place)
     return imagine(model, params, inputs, state, T, video.shape[1] - T, None)
 
 
 def reconstruct_context(
     model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
-) -> Iterator[Array]:
-    """Yield the context of a video, in chunks of time, as decoded from the states that `predict` starts from."""
-    c, T = model.config, model.config.open_loop_ctx
-    inputs, state = model.draw(keys, video.shape[1], context=T, actions=actions), None
-    for start, stop in chunks(c, T, None):
+) -> list[Array]:
+    """Return the context of a video, in chunks of time, as decoded from the states that `predict` starts from."""
+    c = model.config
+    inputs = model.draw(keys, video.shape[1], context=c.open_loop_ctx, actions=actions)
+    return filter_context(model, params, video, inputs, c.use_obs, place)[0]
+
+
+def filter_context(
+    model: Model, params: Any, video: Any, inputs: Any, use_obs: str | None, place: Place
+) -> tuple[list[Array], Any]:
+    """Return the context of a video as its posterior decodes it, in chunks of time, and the state behind it.
+
+    Decoding costs less than another program, without it, would take to compile.
+    """
+    frames, state = [], None
+    for start, stop in chunks(model.config, model.config.open_loop_ctx, None):
         seen = place(video[:, start:stop])
-        frames, state = filter_frames(model, params, seen, model.part(inputs, start, stop), c.use_obs, state)
-        yield frames
+        decoded, state = filter_frames(model, params, seen, model.part(inputs, start, stop), use_obs, state)
+        frames.append(decoded)
+    return frames, state
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="use_obs")
@@ -185,12 +197,6 @@ def filter_frames(
     """Return a chunk as its posterior decodes it, and the state behind it. Its rollouts would cost time to compile."""
     rollouts, state = model.apply(params, video, inputs, state, use_obs, method="observe")
     return model.apply(params, rollouts, method="decode"), state
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def last_state(model: Model, params: Any, video: Array, inputs: Any, use_obs: str | None) -> Any:
-    """Return the state behind a context."""
-    return model.apply(params, video, inputs, use_obs=use_obs, method="observe")[1]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -547,7 +547,7 @@ def bench_accelerator(out: Path, limit: float, rehearse: bool) -> None:
                 share = max(item.limit, spare)
             allowed = min(left, share)
             if rehearse:
-                allowed = left if item.limit else min(left, TO_SAVE + 30)
+                allowed = left if item.limit else min(left, TO_SAVE + 20)
             if allowed < (5 if item.limit else TO_SAVE + 20):
                 tell(out, name, {"what": "ended", "how": "not begun, since no time was left"})
                 continue

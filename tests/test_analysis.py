@@ -351,6 +351,7 @@ def test_compare(tmp_path, capsys):
     call("compare", *paths, f"--out={out}")
     assert {p.name for p in out.iterdir()} == {
         *(f"{metric}_{protocol}.png" for metric in ("ssim", "psnr") for protocol in ("paper", "standard")),
+        "index.html",
         *(f"comparison.{suffix}" for suffix in ("md", "csv", "json")),
     }
     summary = json.loads((out / "comparison.json").read_text())

@@ -41,7 +41,11 @@ def moving(split, frames=20, digits=2):
 @functools.cache
 def easy_reader():
     """A classifier of the easy glyphs, trained as the command does, but shortly."""
-    return reading.train_digit_reader(moving("train"), steps=500, batch_size=24, copies=0)
+    jax.config.update("jax_disable_most_optimizations", False)  # most of its time isn't compilation
+    try:
+        return reading.train_digit_reader(moving("train"), steps=500, batch_size=24, copies=0)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_labels_belong_to_their_glyphs():

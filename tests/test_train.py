@@ -275,7 +275,14 @@ def test_learns(tmp_path):
     """A model of a few thousand parameters soon explains frames far better than the mean frame does."""
     c = configuration.load(ROOT / "configs" / "debug.yml")
     c = dataclasses.replace(
-        c, max_steps=60, seed=0, wandb="disabled", logdir=str(tmp_path), save_gifs=False, save_scalars_every=60
+        c,
+        max_steps=60,
+        batch_size=4,
+        seed=0,
+        wandb="disabled",
+        logdir=str(tmp_path),
+        save_gifs=False,
+        save_scalars_every=60,
     )
     train.train(c)
     (line,) = log_of(runs.directory(c))

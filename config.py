@@ -391,7 +391,8 @@ class Config:
                 )
         if self.name is not None and (self.name == LATEST or not re.fullmatch(r"\w[\w.+-]*", self.name)):
             raise ConfigError(
-                f"name: needs letters and digits, with _ . + - between them, and not {LATEST}, got {self.name!r}"
+                f"name: may have letters, digits and _ . + - only, must begin with a letter, a digit or _, and "
+                f"can't be {LATEST}; got {self.name!r}"
             )
         if self.seed is not None and self.seed >= 2**32:  # JAX's keys are the same for seeds 2**32 apart
             raise ConfigError(f"seed: must be at most {2**32 - 1}, got {self.seed}")
@@ -628,7 +629,7 @@ def parse_flags(
         The special flags that were given, and the configuration keys that were given, as text.
 
     Raises:
-        ConfigError: an unknown or repeated flag, or one that lacks its value.
+        ConfigError: an unknown or repeated flag, or one whose value is missing or empty.
     """
     parser = ArgumentParser(
         usage=f"python {program.removeprefix('python ')} [--flag value ...]",
@@ -659,6 +660,8 @@ def parse_flags(
         name = rest[0].split("=")[0]
         raise ConfigError(f"command line: unknown argument {rest[0]!r}{nearest(name, known)}")
     values = vars(given)
+    if empty := [key for key, value in values.items() if not value]:  # as of a variable of the shell that isn't set
+        raise ConfigError(f"{empty[0]}: the value is empty; give one, or leave --{empty[0]} out")
     return {k: v for k, v in values.items() if k in special}, {k: v for k, v in values.items() if k not in special}
 
 

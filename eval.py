@@ -89,8 +89,10 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     config = runs.load_config(checkpoint.run, flags)
     if "save_gifs" not in flags:  # whatever the training saved
         config = dataclasses.replace(config, save_gifs=True)
-    if not config.save_gifs and re.search("|".join(VIDEOS), special.get("format", "").lower()):
-        raise ConfigError(f"save_gifs: false leaves out videos, --format {special['format']} asks for some; drop one")
+    asking = [f"--{key} {special[key]}" for key in ("format", "videos") if key in special]
+    asking = [flag for flag in asking if re.search("|".join([*VIDEOS, "all"]), flag.lower())]
+    if asking and not config.save_gifs:
+        raise ConfigError(f"save_gifs: false writes no videos, but {asking[0]} asks for some; leave out one of the two")
     return config, checkpoint, output
 
 

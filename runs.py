@@ -290,9 +290,15 @@ def find(logdir: Path) -> Path:
         ConfigError: there is none, or more than one.
     """
     if not logdir.is_dir():
+        for link in (logdir, *logdir.parents):
+            if link.name == LATEST and link.is_symlink() and not link.exists():
+                raise ConfigError(f"logdir: {link} leads to {os.readlink(link)}, which isn't there; name another run")
+        if logdir.name.isdigit() and logdir.parent.name == "checkpoints" and logdir.parent.is_dir():
+            steps = sorted(int(path.name) for path in logdir.parent.iterdir() if path.name.isdigit())
+            raise ConfigError(f"logdir: {logdir.parent} has no step {logdir.name}; name one of {steps}")
         raise ConfigError(
-            f"logdir: {logdir} is not a directory; name a run directory, one of its checkpoints, a --logdir of "
-            f"train.py, or a {weights.SUFFIX} file"
+            f"logdir: {logdir} is not a directory; name a run directory, the beginning of its name, one of its "
+            f"checkpoints, a --logdir of train.py, or a {weights.SUFFIX} file"
         )
     found = [logdir] if (logdir / "config.yml").exists() else below(logdir)
     if not found:
@@ -346,9 +352,10 @@ def load_config(run: Path, flags: Mapping[str, str]) -> Config:
         if key in configuration.marked("shapes") and value != there:
             raise ConfigError(f"{key}: the parameters of {run} were trained with {there}, got {value}; leave it out")
     c = Config(**saved | given)
-    for key in vars(c):
-        if key not in saved and key not in flags and key in configuration.read_by(c.model):
-            print(f"{path} is older than the key {key}; using its default, {getattr(c, key)}")
+    newer = [key for key in vars(c) if key not in saved and key not in flags and key in configuration.read_by(c.model)]
+    if newer:
+        values = ", ".join(f"{key} = {getattr(c, key)}" for key in newer)
+        print(f"{path} is older than some keys, whose defaults are used: {values}")
     return c
 
 

@@ -38,10 +38,10 @@ def grid(path: str, config: str | None, flags: Mapping[str, str]) -> list[Config
     )
     choices = {key: values(path, key, parameter) for key, parameter in sweep["parameters"].items()}
     if "name" in flags:
-        raise ConfigError(f"name: each run of a grid has its own, got {flags['name']}; leave it out")
+        raise ConfigError(f"name: the runs of a grid can't share one, got {flags['name']}; leave --name out")
     for key in choices:
         if key in flags:
-            raise ConfigError(f"{key}: {path} sets it, got {flags[key]}; leave it out")
+            raise ConfigError(f"{key}: {path} varies it, got {flags[key]}; leave --{key} out")
     points = [dict(zip(choices, point, strict=True)) for point in itertools.product(*choices.values())]
     configs: dict[Path, Config] = {}
     for point in points:
@@ -69,6 +69,10 @@ def read(path: str) -> dict[str, Any]:
         raise ConfigError(f"grid: {path} has the method {sweep.get('method')}, not grid; call wandb sweep {path}")
     if sweep.get("program", "train.py") != "train.py":
         raise ConfigError(f"grid: {path} is for {sweep['program']}, not train.py; call wandb sweep {path}")
+    if not isinstance(sweep.get("command", []), list):
+        raise ConfigError(f"grid: {path} has the command {sweep['command']}; make it a list, or leave it out")
+    if not sweep["parameters"]:
+        raise ConfigError(f"grid: {path} varies nothing; name parameters as configs/sweeps/levels.yml does")
     for key in sweep:
         if key not in READ | DESCRIBING:
             raise ConfigError(f"grid: {path} has {key}, which only wandb does; call wandb sweep {path}")
@@ -77,10 +81,11 @@ def read(path: str) -> dict[str, Any]:
 
 def values(path: str, key: str, parameter: Any) -> list[Any]:
     """Return the values of a parameter; raise ConfigError if it doesn't name them."""
-    if isinstance(parameter, dict) and set(parameter) == {"value"}:
-        return [parameter["value"]]
-    if isinstance(parameter, dict) and set(parameter) == {"values"} and isinstance(parameter["values"], list):
-        return parameter["values"]
+    match parameter:
+        case {"value": only, **others} if not others:
+            return [only]
+        case {"values": [_, *_] as several, **others} if not others:
+            return several
     raise ConfigError(
-        f"grid: {path} has no value or values of {key}, got {parameter}; name them, or call wandb sweep {path}"
+        f"grid: {path} needs either a value or a list of values of {key}, got {parameter}; or call wandb sweep {path}"
     )

@@ -106,7 +106,7 @@ def test_flags(arguments, key, value):
         *(
             (
                 [f"--name={name}"],
-                f"name: needs letters and digits, with _ . + - between them, and not latest, got {name!r}",
+                f"name: may have letters, digits and _ . + - only, must begin with a letter, a digit or _, and can't be latest; got {name!r}",
             )
             for name in ("latest", "a/b", "..", ".hidden", "-x", "two words", "a\n")
         ),
@@ -513,3 +513,11 @@ def test_keys_that_change_the_parameters_shapes_are_declared():
 
 def shapes_of(c):
     return runs.shapes(train_step.make_state(make_model(c)).params)
+
+
+@pytest.mark.parametrize("flag", ["--name=", "--logdir=", "--config="])
+def test_an_empty_value_is_refused(flag):
+    """As "$NAME" is, if the shell has no such variable."""
+    key = flag.strip("-=")
+    with pytest.raises(ConfigError, match=f"^{key}: the value is empty; give one, or leave --{key} out$"):
+        configuration.parse(["--dataset=digits", flag])

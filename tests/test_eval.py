@@ -394,10 +394,10 @@ def test_a_truncated_configuration_is_refused(run, monkeypatch, capsys):
     monkeypatch.setattr(configuration, "marked", {"later": configuration.marked("later") | {"clip_grad_norm_by"}}.get)
     assert evaluation.parse(["--logdir", str(run)])[0].clip_grad_norm_by == 10000
     printed = capsys.readouterr().out
-    assert printed.endswith(f"{path} is older than the key clip_grad_norm_by; using its default, 10000.0\n")
+    assert printed.endswith(f"{path} is older than some keys, whose defaults are used: clip_grad_norm_by = 10000.0\n")
     path.write_text("".join(line for line in lines if not line.startswith(("model:", "svg_", "vta_"))))
     evaluation.parse(["--logdir", str(run)])
-    assert capsys.readouterr().out == f"{path} is older than the key model; using its default, cwvae\n"
+    assert capsys.readouterr().out == f"{path} is older than some keys, whose defaults are used: model = cwvae\n"
     assert evaluation.parse(["--logdir", str(ROOT / "pretrained")])[0].filters == 8
 
 
@@ -504,7 +504,10 @@ def test_a_checkpoint_that_a_training_removes(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*flags, f"--logdir={older}"])
     with pytest.raises(SystemExit) as exit:
         evaluation.main()
-    assert exit.value.code == 2 and f"logdir: {older} is not a directory" in capsys.readouterr().err
+    assert (
+        exit.value.code == 2
+        and f"logdir: {older.parent} has no step {older.name}; name one of" in capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what is shown
@@ -525,7 +528,11 @@ def test_videos_of_the_examples_that_the_page_shows(run, tmp_path):
     for flag, message in (
         ("--videos=some", "videos: must be one of shown, all, got 'some'"),
         ("--format=jpg", "format: must be a list of png, pdf, gif, mp4, got 'jpg'"),
-        ("--format=pdf,mp4", "save_gifs: false leaves out videos, --format pdf,mp4 asks for some; drop one"),
+        ("--videos=all", "save_gifs: false writes no videos, but --videos all asks for some; leave out one of the two"),
+        (
+            "--format=pdf,mp4",
+            "save_gifs: false writes no videos, but --format pdf,mp4 asks for some; leave out one of the two",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluation.parse(["--logdir", str(run), "--save_gifs=false", flag])

@@ -247,3 +247,15 @@ def test_training_starts_from_no_run_whose_name_changes(run, tiny):
     with pytest.raises(ConfigError, match=f"init_from: {link} will lead to the new run; name {run}"):
         begin(c)
     assert link.resolve() == run.resolve()
+
+
+def test_a_run_that_is_gone_and_a_step_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = tmp_path / "logs" / "digits" / "first" / "checkpoints"
+    (checkpoints / "20").mkdir(parents=True)
+    (checkpoints.parent / "config.yml").write_text("")
+    (tmp_path / "logs" / "latest").symlink_to("digits/gone")
+    with pytest.raises(ConfigError, match=r"logs/latest leads to digits/gone, which isn't there; name another run"):
+        runs.find_checkpoint(runs.named("logs/latest"))
+    with pytest.raises(ConfigError, match=r"first/checkpoints has no step 15; name one of \[20\]"):
+        runs.find_checkpoint(Path("logs/digits/first/checkpoints/15"))

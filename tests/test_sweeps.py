@@ -196,12 +196,15 @@ def test_a_grid_of_another_configuration(monkeypatch):
         (dict(parameters=[]), "lacks parameters"),
         (
             dict(parameters={"lr": {"min": 1e-4, "max": 1e-3}}),
-            "has no value or values of lr, got {.*; name them, or call wandb sweep .*yml",
+            "needs either a value or a list of values of lr, got {.*; or call wandb sweep .*yml",
         ),
         (dict(parameters={"levles": {"values": [1]}}), "unknown key 'levles'; did you mean 'levels'?"),
         (dict(parameters={"levels": {"values": [1, 0]}}), "levels: must be at least 1, got 0"),
         (dict(parameters={"num_val_batches": {"values": [1, 2]}}), "are the same run, .*vary keys that are part of"),
-        (dict(parameters={"seed": {"values": [0, 1]}}), "seed: .*sweep.yml sets it, got 7; leave it out"),
+        (dict(parameters={"seed": {"values": [0, 1]}}), "seed: .*sweep.yml varies it, got 7; leave --seed out"),
+        (dict(parameters={}), "varies nothing; name parameters as"),
+        (dict(parameters={"lr": {"values": []}}), "needs either a value or a list of values of lr"),
+        (dict(command=3), "has the command 3; make it a list, or leave it out"),
     ],
 )
 def test_grids_that_cannot_work(tmp_path, monkeypatch, capsys, changes, message):

@@ -172,7 +172,10 @@ def test_a_start_that_cant_work_is_refused(tiny, tmp_path):
     other = dataclasses.replace(tiny, logdir=str(tmp_path / "other"))
     for keys, message in (
         (dict(init_from=str(tmp_path / "nowhere")), "init_from: logdir: .*nowhere is not a directory"),
-        (dict(init_from=str(source / "checkpoints" / "7")), "init_from: logdir: .*7 is not a directory"),
+        (
+            dict(init_from=str(source / "checkpoints" / "7")),
+            "init_from: logdir: .*checkpoints has no step 7; name one of",
+        ),
         (dict(init_from=str(source), cell_deter_size=6), r"init_from: .* params/cell_0/\S+ first \(.*config.yml"),
         (dict(init_from=str(source), levels=1), r"init_from: .* params/cell_1/\S+ first \(\(.*\) there, None here\)"),
     ):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,10 +88,11 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     config = runs.load_config(checkpoint.run, flags)
     if "save_gifs" not in flags:  # whatever the training saved
         config = dataclasses.replace(config, save_gifs=True)
-    asking = [f"--{key} {special[key]}" for key in ("format", "videos") if key in special]
-    asking = [flag for flag in asking if re.search("|".join([*VIDEOS, "all"]), flag.lower())]
-    if asking and not config.save_gifs:
-        raise ConfigError(f"save_gifs: false writes no videos, but {asking[0]} asks for some; leave out one of the two")
+    for key, kinds in ("format", VIDEOS), ("videos", ["all"]):
+        if not config.save_gifs and any(kind in special.get(key, "").lower() for kind in kinds):
+            raise ConfigError(
+                f"save_gifs: false writes no videos, but --{key} {special[key]} asks for some; leave out one of the two"
+            )
     return config, checkpoint, output
 
 
@@ -104,9 +104,10 @@ Metrics = dict[str, dict[str, np.ndarray]]
 
 
 class Prediction(NamedTuple):
-    """One sample for each sequence of a batch, without the context."""
+    """One sample for each sequence of a batch."""
 
-    frames: np.ndarray  # uint8 [B, T, H, W, C]
+    context: np.ndarray  # uint8 [B, T, H, W, C], as the model reconstructs it
+    frames: np.ndarray  # uint8 [B, T, H, W, C], what it predicts after that
     metrics: Metrics
 
 
@@ -162,15 +163,16 @@ def predict(
 
     A model that takes actions is given those of all frames, [B, T, A].
     """
-    frames = []
+    seen, frames = rollout.predict(model, params, video, keys, place, actions), []
 
     def chunks() -> Iterator[dict[str, Array]]:
-        for chunk in rollout.predict(model, params, video, keys, place, actions):
+        for chunk in seen.prediction:
             frames.append(tools.to_uint8(chunk))
             yield {"prediction": chunk}
 
     metrics = measure(video[:, model.config.open_loop_ctx :], chunks(), place)
-    return Prediction(np.concatenate(jax.device_get(frames), axis=1), metrics["prediction"])
+    context = tools.joined([seen.reconstruction])
+    return Prediction(context, np.concatenate(jax.device_get(frames), axis=1), metrics["prediction"])
 
 
 def references(
@@ -247,9 +249,9 @@ class Samples:
     "<protocol>_<metric>_<reference>" of each reference; of several samples, "<protocol>_<metric>_mean" over them.
     """
 
-    def __init__(self, count: int, references: Mapping[str, Metrics], context: np.ndarray) -> None:
+    def __init__(self, count: int, references: Mapping[str, Metrics]) -> None:
         self.count = count
-        self.frames: dict[str, np.ndarray] = {"context": context}
+        self.frames: dict[str, np.ndarray] = {}
         self.metrics = {
             f"{protocol}_{name}_{reference}": values
             for reference, metrics in references.items()
@@ -258,6 +260,8 @@ class Samples:
         }
 
     def add(self, number: int, prediction: Prediction) -> None:
+        if number == 0:
+            self.frames["context"] = prediction.context
         if number < 2:
             self.frames[f"random_sample_{number + 1}"] = prediction.frames
         for protocol, by_name in prediction.metrics.items():
@@ -368,8 +372,7 @@ def predict_all(
             first = number * batch_size + own.start
             keys = example_keys(c, first, len(batch.video), 0)
             compared = references(model, params, batch.video, keys, first, pool, devices.put, batch.actions)
-            context = rollout.reconstruct_context(model, params, batch.video, keys, devices.put, batch.actions)
-            samples = Samples(c.num_samples, compared, tools.joined(context))
+            samples = Samples(c.num_samples, compared)
             for sample in range(c.num_samples):
                 keys = example_keys(c, first, len(batch.video), sample)
                 prediction = predict(model, params, batch.video, keys, devices.put, batch.actions)

@@ -90,7 +90,7 @@ def reconstruct(
     posterior that sees them all. The noise of the context is that of `predict`."""
     c, T, context = model.config, video.shape[1], model.config.open_loop_ctx
     inputs = model.draw(keys, T, actions=actions)
-    _, state = filter_context(model, params, video, inputs, None, place)
+    _, state = filter_frames(model, params, place(video[:, :context]), model.part(inputs, 0, context), None)
     for start, stop in chunks(c, T, None, context):
         seen = place(video[:, start:stop])
         frames, state = filter_frames(model, params, seen, model.part(inputs, start, stop), None, state)
@@ -149,39 +149,11 @@ def imagine(
 
 def predict(
     model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
-) -> Iterator[Array]:
-    """Yield one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), in chunks of time.
-
-    As `open_loop` predicts them.
-    """
+) -> OpenLoop:
+    """Predict one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), see `open_loop`."""
     c, T = model.config, model.config.open_loop_ctx
-    inputs = model.draw(keys, video.shape[1], context=T, actions=actions)
-    _, state = filter_context(model, params, video, inputs, c.use_obs, place)
-    return imagine(model, params, inputs, state, T, video.shape[1] - T, None)
-
-
-def reconstruct_context(
-    model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
-) -> list[Array]:
-    """Return the context of a video, in chunks of time, as decoded from the states that `predict` starts from."""
-    c = model.config
-    inputs = model.draw(keys, video.shape[1], context=c.open_loop_ctx, actions=actions)
-    return filter_context(model, params, video, inputs, c.use_obs, place)[0]
-
-
-def filter_context(
-    model: Model, params: Any, video: Any, inputs: Any, use_obs: str | None, place: Place
-) -> tuple[list[Array], Any]:
-    """Return the context of a video as its posterior decodes it, in chunks of time, and the state behind it.
-
-    Decoding costs less than another program, without it, would take to compile.
-    """
-    frames, state = [], None
-    for start, stop in chunks(model.config, model.config.open_loop_ctx, None):
-        seen = place(video[:, start:stop])
-        decoded, state = filter_frames(model, params, seen, model.part(inputs, start, stop), use_obs, state)
-        frames.append(decoded)
-    return frames, state
+    frames = video.shape[1] - T
+    return open_loop(model, params, video[:, :T], keys, frames, c.use_obs, place=place, actions=actions)
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="use_obs")

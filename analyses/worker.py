@@ -52,8 +52,8 @@ class Worker:
     def predictions(self, batch: data.Batch, first: int, sample: int) -> np.ndarray:
         """Return the frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
         keys = self.keys(first, len(batch.video), sample)
-        chunks = rollout.predict(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
-        return tools.joined(chunks)
+        seen = rollout.predict(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
+        return tools.joined(seen.prediction)
 
     def reconstructions(self, batch: data.Batch, first: int) -> np.ndarray:
         """Return the same frames as the posterior, which sees them, reconstructs them: the bound of predictions."""

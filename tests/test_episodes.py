@@ -285,7 +285,7 @@ def test_train_resume_and_evaluate(episodes, tmp_path, capsys):
     shown = results["lines"]["paper"]["psnr"]
     assert "shuffled actions" in shown
     for line, actions in ("prediction", test.actions), ("shuffled actions", evaluation.shuffled(test.actions, 4, 0)):
-        frames = np.concatenate(list(rollout.predict(model, params, test.video, keys, actions=actions)), 1)
+        frames = np.concatenate(list(rollout.predict(model, params, test.video, keys, actions=actions).prediction), 1)
         metrics = evaluation.measure(test.video[:, 4:], [{"x": frames}])["x"]["paper"]["psnr"]
         np.testing.assert_allclose(shown[line]["curve"]["value"], metrics.mean(0), rtol=1e-5)
     capsys.readouterr()
@@ -339,7 +339,9 @@ def test_actions_are_learned_unless_they_are_of_another_frame(tmp_path):
         c, test = data.with_action_size(c, test_set), data.stacked(test_set, range(40))
         key = noise.example_keys(c, 0, 40, 0)
         for name, actions in ("true", test.actions), ("others", 1 - test.actions):
-            frames = np.concatenate(list(rollout.predict(CWVAE(c), params, test.video, key, actions=actions)), 1)
+            frames = np.concatenate(
+                list(rollout.predict(CWVAE(c), params, test.video, key, actions=actions).prediction), 1
+            )
             errors[leads, name] = float(((frames - test.video[:, 1:] / 255) ** 2).mean())
     # Half of the frames have a brightness of 200 / 255, the others none: who can't tell errs by 0.15 at least.
     assert errors[True, "true"] < 0.05 and errors[True, "others"] > 0.4, errors

@@ -139,13 +139,12 @@ def test_best_samples_by_average_over_time(tiny, tmp_path):
     c = dataclasses.replace(tiny, num_samples=3)
     ssim, psnr = np.array([[0.1, 0.9], [0.4, 0.4], [0.6, 0.5]]), np.array([[20.0, 20], [10, 31], [15, 15]])
     copy = {protocol: {"ssim": np.full((2, 2), 0.3)} for protocol in ("paper", "standard")}
-    samples = evaluation.Samples(3, {"copy": copy}, np.zeros((2, 4, 64, 64, 1), np.uint8))
+    samples = evaluation.Samples(3, {"copy": copy})
     for i in range(3):
         frames = np.full((2, 2, 64, 64, 1), i, np.uint8)
         metrics = {"ssim": np.stack([ssim[i], ssim[2 - i]]), "psnr": np.stack([psnr[i], psnr[2 - i]])}
-        samples.add(
-            i, evaluation.Prediction(frames, {"paper": metrics, "standard": {k: -v for k, v in metrics.items()}})
-        )
+        both = {"paper": metrics, "standard": {k: -v for k, v in metrics.items()}}
+        samples.add(i, evaluation.Prediction(np.zeros((2, 4, 64, 64, 1), np.uint8), frames, both))
     for row in range(2):
         save_example(c, tmp_path, 7 + row, np.zeros((6, 64, 64, 1), np.uint8), *samples.row(row))
     got = arrays(tmp_path)
@@ -562,8 +561,8 @@ def test_one_sequence_has_no_intervals(run, capsys):
 def test_frames_of_one_sample_are_not_copied():
     frames = np.zeros((2, 3, 64, 64, 1), np.uint8)
     metrics = {protocol: {name: np.zeros((2, 3)) for name in ("ssim", "psnr")} for protocol in tools.PROTOCOLS}
-    samples = evaluation.Samples(1, {}, context := frames[:, :1])
-    samples.add(0, evaluation.Prediction(frames, metrics))
+    samples = evaluation.Samples(1, {})
+    samples.add(0, evaluation.Prediction(context := frames[:, :1], frames, metrics))
     assert samples.frames.keys() == {"context", "random_sample_1"}
     assert samples.frames["random_sample_1"] is frames and samples.frames["context"] is context
     assert set(samples.metrics) == {f"{protocol}_{name}" for protocol in tools.PROTOCOLS for name in ("ssim", "psnr")}

@@ -426,7 +426,10 @@ def test_later_chunks_and_frames_after_the_context_change_nothing(monkeypatch):
     keys = jax.random.split(jax.random.key(0), 2)
     changed = video.copy()
     changed[:, 4:] = 0
-    a, b, c = (np.concatenate(list(rollout.predict(model, variables, v, keys)), 1) for v in (video, changed, 0 * video))
+    a, b, c = (
+        np.concatenate(list(rollout.predict(model, variables, v, keys).prediction), 1)
+        for v in (video, changed, 0 * video)
+    )
     assert a.shape == (2, 8, 64, 64, 1)
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a, c)

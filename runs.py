@@ -293,9 +293,6 @@ def find(logdir: Path) -> Path:
         for link in (logdir, *logdir.parents):
             if link.name == LATEST and link.is_symlink() and not link.exists():
                 raise ConfigError(f"logdir: {link} leads to {os.readlink(link)}, which isn't there; name another run")
-        if logdir.name.isdigit() and logdir.parent.name == "checkpoints" and logdir.parent.is_dir():
-            steps = sorted(int(path.name) for path in logdir.parent.iterdir() if path.name.isdigit())
-            raise ConfigError(f"logdir: {logdir.parent} has no step {logdir.name}; name one of {steps}")
         raise ConfigError(
             f"logdir: {logdir} is not a directory; name a run directory, the beginning of its name, one of its "
             f"checkpoints, a --logdir of train.py, or a {weights.SUFFIX} file"
@@ -372,13 +369,21 @@ def find_checkpoint(logdir: Path) -> Checkpoint:
     """
     if weights.is_named_by(logdir):
         return Checkpoint(logdir, weights.read_notes(logdir)["step"])
-    if logdir.is_dir() and logdir.name.isdigit() and logdir.parent.name == "checkpoints":
+    if logdir.name.isdigit() and logdir.parent.name == "checkpoints" and logdir.parent.is_dir():
+        if not logdir.is_dir():
+            there = steps_in(logdir.parent)
+            raise ConfigError(f"logdir: {logdir.parent} has no step {logdir.name}; name one of {there}")
         return Checkpoint(logdir.parent.parent, int(logdir.name))
     path = find(logdir)
-    steps = [int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit()]
+    steps = steps_in(path / "checkpoints")
     if not steps:
         raise ConfigError(f"logdir: {path} holds no checkpoint yet; train longer, or lower --save_model_every")
-    return Checkpoint(path, max(steps))
+    return Checkpoint(path, steps[-1])
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    """Return the steps of the checkpoints in a directory, in order."""
+    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
 
 
 def read_notes(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from report.output import writing
 from system.files import dated_directory, require_utf8
 
 OUT = Flag("DIR", "new directory for the results; for a single run by default below its directory")
+EXAMPLE = Flag("INT", "number of the test sequence (default: 0)")
+"""`--out` and `--example`"""
 
 
 class TrainedModel(NamedTuple):

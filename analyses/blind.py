@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 import tools
-from analyses.arguments import directory_for, parse_models, single
+from analyses.arguments import EXAMPLE, directory_for, parse_models, single
 from analyses.worker import Worker
 from config import ConfigError, Flag, whole
 from cwvae import CWVAE
@@ -28,7 +28,7 @@ def blind(arguments: Sequence[str]) -> None:
         __doc__,
         arguments,
         ["python analysis.py blind pretrained --eval_seq_len 200 --out DIR"],
-        example=Flag("INT", "number of the test sequence (default: 0)"),
+        example=EXAMPLE,
         blind_ctx=Flag(
             "INT", "context frames where the top level is blind (default: 8, as in the paper; else open_loop_ctx)"
         ),

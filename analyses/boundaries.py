@@ -7,9 +7,9 @@ import numpy as np
 
 import rollout
 import tools
-from analyses.arguments import directory_for, parse_models, single
+from analyses.arguments import EXAMPLE, directory_for, parse_models, single
 from analyses.worker import Worker
-from config import ConfigError, Flag, whole
+from config import ConfigError, whole
 from report import plots
 from system.files import replace_arrays
 
@@ -21,7 +21,7 @@ def boundaries(arguments: Sequence[str]) -> None:
         __doc__,
         arguments,
         ["python analysis.py boundaries RUN --example 3"],
-        example=Flag("INT", "number of the test sequence (default: 0)"),
+        example=EXAMPLE,
     )
     run = single("boundaries", models)
     if run.config.model != "vta":

@@ -104,15 +104,13 @@ class Config:
 
     model: str = option(
         "cwvae",
-        "cwvae, or of the models that the paper compares it with: svg, vta",
+        "cwvae, or a baseline: svg, vta",
         later=True,
         shapes=True,
         choices=MODELS,
         group="MODEL",
     )
-    levels: int = option(
-        3, "levels in the hierarchy; level 0 ticks at every frame", at_least=1, models=CWVAE, shapes=True
-    )
+    levels: int = option(3, "number of levels; level 0 ticks at every frame", at_least=1, models=CWVAE, shapes=True)
     tmp_abs_factor: int = option(
         6, "temporal abstraction factor k: level l ticks every k^l frames", at_least=1, models=CWVAE
     )
@@ -120,8 +118,10 @@ class Config:
     enc_dense_layers: int = option(
         3, "Dense layers of the encoder per level above 0", at_least=0, models=CWVAE, shapes=True
     )
-    enc_dense_embed_size: int = option(1000, "width of those Dense layers", at_least=1, models=CWVAE, shapes=True)
-    cell_type: str = option("RSSMCell", "recurrent cell (RSSMCell is the only one)", models=CWVAE, choices=["RSSMCell"])
+    enc_dense_embed_size: int = option(
+        1000, "width of the encoder's Dense layers", at_least=1, models=CWVAE, shapes=True
+    )
+    cell_type: str = option("RSSMCell", "recurrent cell; only RSSMCell exists", models=CWVAE, choices=["RSSMCell"])
     cell_stoch_size: int = option(20, "size of a level's stochastic state", at_least=1, shapes=True)
     cell_deter_size: int = option(
         200, "size of a level's deterministic state", at_least=1, models=("cwvae", "vta"), shapes=True
@@ -130,16 +130,14 @@ class Config:
     cell_min_stddev: float = option(
         0.0001, "added to the standard deviation of prior and posterior", at_least=0, named=True, models=CWVAE
     )
-    cell_mean_only: bool = option(False, "use the mean in place of a sample", named=True, models=CWVAE)
+    cell_mean_only: bool = option(False, "use the mean instead of a sample", named=True, models=CWVAE)
     cell_reset_state: bool = option(
         False, "reset the stochastic state below the top level, as VTA does", named=True, models=CWVAE
     )
-    channels_mult: int = option(
-        1, "multiplies the number of convolution channels", at_least=1, models=CWVAE, shapes=True
-    )
+    channels_mult: int = option(1, "factor of the convolution channels", at_least=1, models=CWVAE, shapes=True)
     action_size: int | None = option(
         None,
-        "entries of the actions that level 0 takes as context; null: as many as the data has; 0: none",
+        "length of the action vectors that level 0 sees; null: as in the data; 0: no actions",
         at_least=0,
         later=True,
         shapes=True,
@@ -147,7 +145,7 @@ class Config:
     )
     filters: int = option(
         32,
-        "convolution channels of the widest layer; deeper ones have 2, 4, 8 times as many (for vta: as many)",
+        "channels of the first convolution; deeper ones have 2, 4, 8 times as many (vta: the same)",
         at_least=1,
         named=True,
         shapes=True,
@@ -155,7 +153,7 @@ class Config:
 
     dtype: str = option(
         "float32",
-        "arithmetic of the layers, float32 or bfloat16; parameters, states and losses are float32",
+        "arithmetic of the layers only: float32 or bfloat16",
         named=True,
         models=CWVAE,
         choices=["float32", "bfloat16"],
@@ -163,7 +161,7 @@ class Config:
 
     svg_network: str = option(
         "dcgan",
-        "encoder and decoder, dcgan or vgg",
+        "encoder and decoder: dcgan or vgg",
         named=True,
         later=True,
         models=("svg",),
@@ -175,12 +173,12 @@ class Config:
         128, "size of a frame's features", at_least=1, named=True, later=True, models=("svg",), shapes=True
     )
     svg_rnn_size: int = option(
-        256, "size of the LSTMs' states", at_least=1, named=True, later=True, models=("svg",), shapes=True
+        256, "size of the LSTM states", at_least=1, named=True, later=True, models=("svg",), shapes=True
     )
 
     vta_init_size: int = option(
         5,
-        "frames at each end of a training sequence that are seen and not modelled",
+        "frames at each end of a training sequence that are not modelled",
         at_least=1,
         named=True,
         later=True,
@@ -189,18 +187,23 @@ class Config:
     )
     vta_max_segments: int | None = option(
         None,
-        "segments of a training sequence, at most, by the prior; null: seq_len / 4",
+        "segments that the prior allows in a training sequence; null: seq_len / 4",
         at_least=1,
         named=True,
         later=True,
         models=("vta",),
     )
     vta_max_length: int = option(
-        8, "frames of a segment, at most, by the prior in training", at_least=1, named=True, later=True, models=("vta",)
+        8,
+        "frames that the prior allows in a segment, in training",
+        at_least=1,
+        named=True,
+        later=True,
+        models=("vta",),
     )
     vta_detector_layers: int = option(
         3,
-        "convolutions over time that find boundaries, before the one to logits",
+        "convolutions over time that find boundaries, not counting the last",
         at_least=0,
         named=True,
         later=True,
@@ -210,49 +213,46 @@ class Config:
 
     dataset: str = option(
         "mmnist",
-        "minerl, mazes, mmnist, kth; digits (embedded: no download); mnist (moving digits from MNIST's idx files in "
-        "datadir); videos (files below datadir/train and datadir/test); episodes (npz files there, with actions)",
+        "minerl, mazes, mmnist, kth; digits (no download); mnist (its idx files in datadir); videos (files in "
+        "datadir/train and datadir/test); episodes (npz files there, with actions)",
         choices=tuple(CHANNELS),
         group="DATASET",
     )
     datadir: str = option("datasets", "directory of the datasets", free=True, metavar="DIR")
     rebuild_frames: bool = option(
-        False, "decode the videos again; prepare a published dataset again if its zips changed", free=True
+        False, "decode videos again; prepare published datasets again if their zips changed", free=True
     )
     fit: str = option(
         "crop",
-        "crop, pad or stretch frames that aren't square (datasets videos, episodes)",
+        "crop, pad or stretch frames that are not square (videos, episodes)",
         named=True,
         later=True,
         choices=["crop", "pad", "stretch"],
     )
     split: float | None = option(
         None,
-        "share of the files that train, by their names, if datadir has no train and test (datasets videos, episodes)",
+        "training share of the files, chosen by name, if datadir has no train and test (videos, episodes)",
         above=0,
         named=True,
         later=True,
     )
-    partial_videos: bool = option(
-        False, "take what there is of videos that are cut off (dataset videos)", named=True, later=True
-    )
+    partial_videos: bool = option(False, "also use truncated videos (videos)", named=True, later=True)
     fps: float | None = option(
         None,
-        "take this many frames per second, by their times (dataset videos); null: each",
+        "frames to take per second, by their times; null: every frame (videos)",
         above=0,
         named=True,
         later=True,
     )
     action_leads: bool = option(
         True,
-        "action[t] led to image[t], and an episode's first action is a dummy; false: it is taken at image[t] and leads "
-        "to the next one (dataset episodes)",
+        "true: action[t] led to image[t], and the first is a dummy; false: it is taken at image[t] (episodes)",
         named=True,
         later=True,
     )
     num_actions: int | None = option(
         None,
-        "how many actions there are, if they are numbers from 0 (dataset episodes)",
+        "number of discrete actions, if stored as whole numbers from 0 (episodes)",
         at_least=1,
         named=True,
         later=True,
@@ -262,13 +262,11 @@ class Config:
         1000, "frames of a validation or evaluation sequence; 0: the whole video", at_least=0, free=True
     )
     channels: int = option(1, "colour channels of a frame", at_least=1, shapes=True)
-    random_start: bool = option(
-        False, "start training windows at a random frame of their video (not in the paper)", named=True
-    )
-    num_digits: int = option(2, "digits in a video of digits or mnist", at_least=1, named=True)
+    random_start: bool = option(False, "start training windows at random frames (not in the paper)", named=True)
+    num_digits: int = option(2, "digits in a video (digits, mnist)", at_least=1, named=True)
     digit_speed: tuple[float, ...] = option(
         (2.0, 6.0),
-        "their slowest and fastest speed, pixels per frame",
+        "lowest and highest speed of the digits, in pixels per frame",
         at_least=0,
         named=True,
         metavar="'[SLOW, FAST]'",
@@ -276,87 +274,79 @@ class Config:
 
     init_from: str | None = option(
         None,
-        "start from the parameters of this run, checkpoint or .safetensors file; null: from random ones",
+        "run, checkpoint or .safetensors file with the first parameters; null: random ones",
         later=True,
         metavar="RUN",
         group="TRAINING",
     )
-    lr: float = option(3e-4, "learning rate of Adam", above=0)
+    lr: float = option(3e-4, "learning rate", above=0)
     batch_size: int = option(50, "sequences in a batch, over all devices", at_least=1)
     num_epochs: int = option(300, "passes over the training sequences", at_least=1, free=True)
-    max_steps: int | None = option(
-        None, "stop after this many steps, if the epochs don't end before", at_least=1, free=True
-    )
+    max_steps: int | None = option(None, "maximum number of steps; null: num_epochs decides", at_least=1, free=True)
     clip_grad_norm_by: float | None = option(
-        10000.0, "bound on the gradient's global norm; 0 or null: none", at_least=0, named=True
+        10000.0, "maximum global norm of the gradient; 0 or null: none", at_least=0, named=True
     )
     kl_grad_post_perc: float | None = option(
-        None, "KL balancing: the share p of the KL that trains the posterior", at_least=0, named=True, models=CWVAE
+        None, "KL balancing: share of the KL that trains the posterior", at_least=0, named=True, models=CWVAE
     )
     free_nats: float | None = option(
-        None, "nats per level and sequence that cost nothing", at_least=0, named=True, models=CWVAE
+        None, "free nats: KL per level and sequence that costs nothing", at_least=0, named=True, models=CWVAE
     )
     beta: float | tuple[float, ...] | None = option(
-        None, "factor of the KL: one number, or one per level", at_least=0, named=True, models=CWVAE
+        None, "weight of the KL: one number, or one per level", at_least=0, named=True, models=CWVAE
     )
     seed: int | None = option(
-        None, "the same seed repeats a run exactly; null: a random one, saved with the run", at_least=0, named=True
+        None, "the same seed repeats a run; null: random, saved with the run", at_least=0, named=True
     )
 
     coordinator_address: str | None = option(
         None,
-        "several processes without SLURM, MPI or a TPU pod: host:port of the first",
+        "host:port of process 0, for launchers that are not recognised",
         free=True,
         metavar="HOST:PORT",
     )
-    num_processes: int | None = option(None, "how many they are", at_least=1, free=True)
-    process_id: int | None = option(None, "which of them this is, from 0", at_least=0, free=True)
+    num_processes: int | None = option(None, "number of processes", at_least=1, free=True)
+    process_id: int | None = option(None, "number of this process, from 0", at_least=0, free=True)
 
     logdir: str = option(
         "logs",
-        "directory of the runs: a run lives in <logdir>/<dataset>/<run name>",
+        "directory of the runs; a run is in <logdir>/<dataset>/<run name>",
         free=True,
         metavar="DIR",
         group="SUMMARIES",
     )
     name: str | None = option(
         None,
-        "run name; null: built from the keys that set a training apart",
+        "run name; null: built from the configuration",
         later=True,
         free=True,
         metavar="NAME",
     )
     open_loop_ctx: int = option(
         36,
-        "context frames of an open-loop prediction; a multiple of k**(levels-1); for svg, also of a training sequence",
+        "context frames of a prediction, a multiple of k**(levels-1); for svg, also in training",
         at_least=1,
         free=True,
     )
-    num_val_batches: int = option(1, "batches of a validation", at_least=1, free=True)
+    num_val_batches: int = option(1, "batches in a validation", at_least=1, free=True)
     save_gifs: bool = option(True, "save videos of open-loop predictions", free=True)
-    save_scalars_every: int = option(
-        1000, "steps between two logs of training and validation metrics", at_least=1, free=True
-    )
-    save_gifs_every: int = option(1000, "steps between two videos", at_least=1, free=True)
-    save_model_every: int = option(1000, "steps between two rolling checkpoints", at_least=1, free=True)
-    save_named_model_every: int = option(
-        5000, "steps between two checkpoints that are kept forever", at_least=1, free=True
-    )
+    save_scalars_every: int = option(1000, "steps between logs of metrics", at_least=1, free=True)
+    save_gifs_every: int = option(1000, "steps between videos", at_least=1, free=True)
+    save_model_every: int = option(1000, "steps between checkpoints (the newest two are kept)", at_least=1, free=True)
+    save_named_model_every: int = option(5000, "steps between checkpoints that are kept forever", at_least=1, free=True)
     wandb: str = option(
         "auto",
-        "auto (online if a key is configured, else offline), online, offline or disabled",
+        "auto (online with an API key, else offline), online, offline or disabled",
         free=True,
         choices=["auto", "online", "offline", "disabled"],
     )
-    tensorboard: bool = option(
-        False, "write TensorBoard's event files, too (needs tensorboardX)", free=True, later=True
-    )
+    tensorboard: bool = option(False, "also write TensorBoard event files (needs tensorboardX)", free=True, later=True)
 
-    num_examples: int = option(100, "sequences to evaluate", at_least=1, free=True, group="EVALUATION")
-    num_samples: int = option(1, "predictions sampled per sequence", at_least=1, free=True)
+    num_examples: int = option(100, "test sequences to evaluate", at_least=1, free=True, group="EVALUATION")
+    num_samples: int = option(1, "predictions per sequence", at_least=1, free=True)
     use_obs: str | None = option(
         None,
-        "levels that see the context, one T or F each from level 0 up: TTF blinds the top of three",
+        "levels that see the context, from level 0 up, e.g. TTF: all but the top",
         free=True,
         models=CWVAE,
         metavar="TF...",

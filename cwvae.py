@@ -13,27 +13,26 @@ hierarchy, the objective. Symbols of the paper and names here:
 B sequences, T frames, L levels, k = tmp_abs_factor. Levels count from 0 here (the paper's level 1 is our level 0), so
 that level l ticks every k**l frames and has T_l = ceil(T / k**l) ticks (Equation 1).
 
-What makes it fast without changing what it computes is in `fast`; noise is drawn in noise.py.
+What makes it fast without changing what it computes is in `fast`; noise is drawn in `sequences.noise`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 from jax import Array
 
 from config import Config
 from fast.convolutions import frame_by_frame
-from fast.initial import lecun_normal, orthogonal, zeros
-from fast.layers import Convolution, Dense, linear
+from fast.layers import GRU, Convolution, Dense, linear
 from fast.scan import unroll
-from noise import Inputs, draw, part, ticks
+from sequences.interface import Model, Terms, Training
+from sequences.noise import Inputs, ticks
 
 # ---------------------------------------------------------------------------------------------- one level
 
@@ -86,8 +85,8 @@ class RSSMCell(nn.Module):
         self.gru = GRU(c.cell_embed_size, c.cell_deter_size, multiply_in(c))
         self.prior = Prior(c)
         self.posterior = Posterior(c, self.feature_size)
-        for belief in self.prior, self.posterior:
-            nn.share_scope(self, belief)  # their parameters stand beside the transition's
+        for distribution in self.prior, self.posterior:
+            nn.share_scope(self, distribution)  # so that their parameters are next to the transition's
 
     def tick(
         self, state: LevelState, context: Array, features: Array | None, noise: Array, keep: Array | None
@@ -97,9 +96,10 @@ class RSSMCell(nn.Module):
         if keep is not None:
             stoch = stoch * keep
         deter = self.gru(nn.relu(self.transition(stoch, context)), deter)
-        belief = self.prior(deter) if features is None else self.posterior(deter, features)
-        stoch = belief.mean if self.config.cell_mean_only else belief.mean + belief.stddev * noise
-        return LevelState(stoch, deter), belief
+        distribution = self.prior(deter) if features is None else self.posterior(deter, features)
+        mean, stddev = distribution
+        stoch = mean if self.config.cell_mean_only else mean + stddev * noise
+        return LevelState(stoch, deter), distribution
 
     def __call__(
         self, state: LevelState, context: Array, features: Array | None, inputs: Inputs
@@ -117,12 +117,12 @@ class RSSMCell(nn.Module):
         """
         T, seen = inputs.noise.shape[1], 0 if features is None else features.shape[1]
         rollouts = []
-        for span, sight in (slice(seen), features), (slice(seen, T), None):
+        for span, observed in (slice(seen), features), (slice(seen, T), None):
             if len(range(T)[span]):
                 keep = None if inputs.keep is None else inputs.keep[None, span, None]
-                states, belief = unroll(self, state, (context[:, span], sight, inputs.noise[:, span], keep))
-                prior = belief if sight is None else self.prior(states.deter)
-                rollouts.append(LevelRollout(prior, belief, *states))
+                states, sampled = unroll(self, state, (context[:, span], observed, inputs.noise[:, span], keep))
+                prior = sampled if observed is None else self.prior(states.deter)
+                rollouts.append(LevelRollout(prior, sampled, *states))
                 state = jax.tree.map(lambda x: x[:, -1], states)
         return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *rollouts), state
 
@@ -178,32 +178,6 @@ class Stats(nn.Module):
         bias = jnp.concatenate([self.mean.bias, self.stddev.bias + 0.54 * self.stddev.kernel.sum(0)])
         mean, stddev = jnp.split(linear(h, kernel, bias, dtype=multiply_in(self.config)), 2, -1)
         return Gaussian(mean, nn.softplus(stddev) + self.config.cell_min_stddev)
-
-
-class GRU(nn.Module):
-    """A GRU whose reset gate acts after the recurrent matmul, as Flax's GRUCell; its three gates share one matmul.
-
-    The gates come in the order reset, update, candidate.
-    """
-
-    inputs: int
-    size: int
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(self, x: Array, state: Array) -> Array:
-        """[..., inputs], [..., D] -> the new state, [..., D]"""
-        D = self.size
-        input_kernel = self.param("input_kernel", lecun_normal, (self.inputs, 3 * D))
-        input_bias = self.param("input_bias", zeros, (3 * D,))
-        state_kernel = self.param("state_kernel", orthogonal, (D, 3 * D))
-        candidate_bias = self.param("candidate_bias", zeros, (D,))
-        state_bias = jnp.concatenate([jnp.zeros(2 * D), candidate_bias])
-
-        input_gates, input_candidate = jnp.split(linear(x, input_kernel, input_bias, dtype=self.dtype), [2 * D], -1)
-        state_gates, state_candidate = jnp.split(linear(state, state_kernel, state_bias, dtype=self.dtype), [2 * D], -1)
-        reset, update = jnp.split(nn.sigmoid(input_gates + state_gates), 2, -1)
-        return (1 - update) * jnp.tanh(input_candidate + reset * state_candidate) + update * state
 
 
 def multiply_in(config: Config) -> Any:
@@ -324,14 +298,12 @@ class State:
     """Whether all levels have finished their ticks; if not, no further frames can follow."""
 
 
-class CWVAE(nn.Module):
+class CWVAE(Model):
     """The Clockwork VAE: an encoder, a chain of states per level, a decoder (Figure 3, Equations 3 and 4).
 
     With `config.action_size` > 0, the inputs' actions [B, T, action_size] are part of the context of level 0: each
     action is the one that led to its frame.
     """
-
-    config: Config
 
     def setup(self) -> None:
         c = self.config
@@ -343,23 +315,6 @@ class CWVAE(nn.Module):
             RSSMCell(c, size, self.encoder.feature_size, name=f"cell_{level}")
             for level, size in enumerate(context_sizes)
         ]
-
-    @property
-    def shortest(self) -> int:
-        """The frames of one tick of the top level."""
-        return self.config.block
-
-    def draw(self, keys: Array, frames: int, context: int = 0, actions: Array | None = None) -> tuple[Inputs, ...]:
-        """As `noise.draw`."""
-        return draw(self.config, keys, frames, context, actions)
-
-    def part(self, inputs: Sequence[Inputs], start: int, stop: int) -> tuple[Inputs, ...]:
-        """As `noise.part`."""
-        return part(self.config, inputs, start, stop)
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """Return Adam with eps 1e-4, as in the official code."""
-        return optax.adam(self.config.lr, eps=1e-4)
 
     def observe(
         self, video: Array, inputs: Sequence[Inputs], state: State | None = None, use_obs: str | None = None
@@ -435,8 +390,8 @@ class CWVAE(nn.Module):
         return self.decoder(rollouts[0].output)
 
     def elbo(
-        self, video: Array, inputs: Sequence[Inputs], state: State | None = None, training: "Training | None" = None
-    ) -> tuple["Terms", State]:
+        self, video: Array, inputs: Sequence[Inputs], state: State | None = None, training: Training | None = None
+    ) -> tuple[Terms, State]:
         """Return the terms of the evidence lower bound (Equation 5), and the state.
 
         Arguments are as in `observe`; nothing here is different in training.
@@ -455,30 +410,8 @@ class CWVAE(nn.Module):
         )
         return terms, state
 
-    __call__ = elbo
-
 
 # ---------------------------------------------------------------------------------------------- objective
-
-
-class Terms(NamedTuple):
-    """Terms of the evidence lower bound in nats, summed over time, not over levels and sequences."""
-
-    nll: Array  # [B], -sum_t ln p(x_t | s_t^0)
-    kl: Array  # [L, B], sum_t KL[q_t^l || p_t^l]
-    kl_prior: Array  # the same values; gradients reach only the prior
-    kl_posterior: Array  # the same values; gradients reach only the posterior
-    entropy_prior: Array  # [L, B]
-    entropy_posterior: Array  # [L, B]
-    other: Mapping[str, Array] = {}  # further KLs that no level has, by name, [B] each
-
-
-class Training(NamedTuple):
-    """What a training step tells the model that it trains."""
-
-    step: Array  # []
-    weight: Array  # [B], 0 for sequences that are padding
-    axis: str  # the mapped axis over whose devices the batch is spread
 
 
 def negative_log_likelihood(video: Array, mean: Array, stddev: float) -> Array:

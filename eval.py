@@ -16,20 +16,21 @@ from tqdm import tqdm
 
 import config as configuration
 import data
-import perceptual
-import rollout
-import runs
 import tools
 from config import Config, ConfigError, Flag
 from fast.backend import on_cpu
-from models import Model, make_model
-from noise import example_keys
+from metrics import perceptual, similarity
 from report.output import FORMAT, VIDEOS, Formats, formats, open_directory, writing
 from report.results import is_done, log_to_wandb, print_table, save_example, summarise
 from report.statistics import goodness
+from sequences import rollout
+from sequences.interface import Model
+from sequences.noise import example_keys
 from system.checkpoints import DamagedCheckpoint
 from system.devices import Devices, connect, use_compilation_cache
 from system.interrupts import Interrupts, exit_codes
+from training import loading
+from training.models import make_model
 
 # ---------------------------------------------------------------------------------------------- what to evaluate
 
@@ -44,11 +45,11 @@ class Output(NamedTuple):
     fvd: Path | None = None
 
 
-def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
+def parse(argv: list[str]) -> tuple[Config, loading.Checkpoint, Output]:
     """Return the run's own configuration with the command line's keys in place of its values, and what to do with it.
 
     Raises:
-        ConfigError: as `runs.named`, `runs.find_checkpoint`, `config.parse_flags` and `runs.load_config` do.
+        ConfigError: as `loading.named`, `loading.find_checkpoint`, `config.parse_flags` and `loading.load_config` do.
     """
     special, flags = configuration.parse_flags(
         argv,
@@ -81,11 +82,11 @@ def parse(argv: list[str]) -> tuple[Config, runs.Checkpoint, Output]:
     videos = special.get("videos", "shown")
     configuration.choose("videos", videos, ["shown", "all"])
     out, lpips, fvd = (Path(special[key]) if key in special else None for key in ("out", "lpips", "fvd"))
-    checkpoint = runs.find_checkpoint(runs.named(special["logdir"]))
+    checkpoint = loading.find_checkpoint(loading.named(special["logdir"]))
     if out is None and checkpoint.alone:
         raise ConfigError(f"out: {checkpoint.run} has no run's directory; name a new one for the results with --out")
     output = Output(out, formats(special.get("format")), videos == "all", lpips, fvd)
-    config = runs.load_config(checkpoint.run, flags)
+    config = loading.load_config(checkpoint.run, flags)
     if "save_gifs" not in flags:  # whatever the training saved
         config = dataclasses.replace(config, save_gifs=True)
     for key, kinds in ("format", VIDEOS), ("videos", ["all"]):
@@ -123,8 +124,8 @@ def frame_metrics(truth: Array, predictions: dict[str, Array]) -> dict[str, dict
         now = truth[:, time]
         return {
             name: {
-                protocol: tools.frame_metrics(now, frames[:, jnp.minimum(time, frames.shape[1] - 1)], protocol)
-                for protocol in tools.PROTOCOLS
+                protocol: similarity.frame_metrics(now, frames[:, jnp.minimum(time, frames.shape[1] - 1)], protocol)
+                for protocol in similarity.PROTOCOLS
             }
             for name, frames in predictions.items()
         }
@@ -287,7 +288,7 @@ class Samples:
 # ---------------------------------------------------------------------------------------------- the evaluation
 
 
-def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None = None) -> dict[str, Any]:
+def evaluate(config: Config, checkpoint: loading.Checkpoint, output: Output | None = None) -> dict[str, Any]:
     """Predict `num_samples` times for each of `num_examples` test sequences, and write what comes out.
 
     Of several samples, the best of each sequence by its average over time (as in the earlier codes) and their mean are
@@ -304,7 +305,7 @@ def evaluate(config: Config, checkpoint: runs.Checkpoint, output: Output | None 
     devices = Devices()
     model = make_model(c)
     test = data.windows(c, "test")
-    params, stages = runs.load_params(model, checkpoint), runs.stages_before(checkpoint)
+    params, stages = loading.load_params(model, checkpoint), loading.stages_before(checkpoint)
     length = len(test[0])
     if c.open_loop_ctx >= length:
         raise ConfigError(f"open_loop_ctx: must be less than {length}, a test video's frames, got {c.open_loop_ctx}")

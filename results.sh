@@ -6,7 +6,7 @@
 # Keys apply to every training. The models: cwvae (three levels, k = 6), k2, k4, k8, notmpabs (k = 1), rssm (one level), and
 # if the dataset is generated, slow and fast digits; and svg and vta, for a CONFIG of configs/ that has a counterpart in configs/<model>/.
 # Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
-# With TRAIN=stages.py, each is trained in stages: TRAIN=stages.py bash results.sh configs/long.yml results
+# With TRAIN="-m training.stages", each is trained in stages: TRAIN="-m training.stages" bash results.sh configs/long.yml results
 # Paths are those from here. With another Python than the active one: PYTHON=.venv/bin/python bash results.sh ...
 set -eo pipefail
 if [ $# -lt 2 ]; then
@@ -55,7 +55,7 @@ training() { # NAME CONFIG [--key value ...]
     trained+=("$1")
     [ -e "$directory/$1/trained" ] && return
     mkdir -p "$directory/$1"
-    timed training "$1" "$python" "${TRAIN:-train.py}" --config "$2" --logdir "$directory/$1" "${keys[@]}" "${@:3}"
+    timed training "$1" "$python" ${TRAIN:-train.py} --config "$2" --logdir "$directory/$1" "${keys[@]}" "${@:3}"
     [ "$counting" ] || touch "$directory/$1/trained"
 }
 

@@ -1,4 +1,4 @@
-"""Frames: how good they are (SSIM, PSNR), how they look (grids, GIFs, MP4s) and how they are kept (NPZ)."""
+"""Write frames for people to look at (grids, GIFs, MP4s) and for programs to read (NPZ)."""
 
 import io
 import math
@@ -7,77 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from PIL import Image, ImageDraw, ImageFont
 
 from system.files import replace_file
-
-PROTOCOLS = {
-    "paper": "SSIM with data range 2; PSNR with data range 1 per channel, then averaged; predictions as they are",
-    "standard": "SSIM with data range 1; PSNR with data range 1, over all channels; frames as saved, with 8 bits",
-}
-"""How predictions are compared with the truth. Figures of different protocols can't be compared.
-
-paper is what both earlier codes computed, with scikit-image 0.18, on floats. standard can be computed from the saved
-frames. In both protocols, SSIM is per channel with a uniform 7x7 window and sample covariance.
-"""
-
-
-PSNR_OF_EQUAL_FRAMES = 100.0
-"""Bounds the PSNR, which is infinite for a frame that equals the truth, to keep averages finite."""
-
-
-def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, Array]:
-    """Return SSIM and PSNR (in dB) of each frame.
-
-    Args:
-        truth: [..., H, W, C], uint8 or floats in [0, 1].
-        prediction: likewise, but floats may leave [0, 1].
-        protocol: one of PROTOCOLS.
-
-    Returns:
-        "ssim" and "psnr", [...] each.
-    """
-    assert protocol in PROTOCOLS, protocol
-    if protocol == "standard":
-        truth, prediction = (x if x.dtype == jnp.uint8 else to_uint8(x) for x in (truth, prediction))
-    truth, prediction = (x / jnp.float32(255) if x.dtype == jnp.uint8 else x for x in (truth, prediction))
-    ssim = structural_similarity(truth, prediction, data_range=2.0 if protocol == "paper" else 1.0).mean(-1)
-    error = ((truth - prediction) ** 2).mean((-3, -2))
-    error = error if protocol == "paper" else error.mean(-1, keepdims=True)
-    psnr = -10 * jnp.log10(jnp.maximum(error, 10 ** (-PSNR_OF_EQUAL_FRAMES / 10)))
-    return {"ssim": ssim, "psnr": psnr.mean(-1)}
-
-
-def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7) -> Array:
-    """Return the SSIM per channel, [..., H, W, C] -> [..., C], as scikit-image's function with its defaults does."""
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    pixels = window**2
-
-    def window_mean(x: Array) -> Array:
-        """Over each window that lies within the frame, [..., H, W] -> [..., H - window + 1, W - window + 1]."""
-        for sizes in (1, window), (window, 1):
-            x = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1,) * (x.ndim - 2) + sizes, (1,) * x.ndim, "valid")
-        return x / pixels
-
-    # A single channel as the last axis would be slow. Variances don't change when a constant is subtracted, but their
-    # rounding errors shrink.
-    a, b = (jnp.moveaxis(x, -1, -3) for x in (a, b))
-    center = a.mean((-2, -1), keepdims=True)
-    a, b = a - center, b - center
-    mean_a, mean_b = window_mean(a), window_mean(b)
-    sample = pixels / (pixels - 1)
-    var_a = sample * (window_mean(a**2) - mean_a**2)
-    var_b = sample * (window_mean(b**2) - mean_b**2)
-    covariance = sample * (window_mean(a * b) - mean_a * mean_b)
-    mean_a, mean_b = mean_a + center, mean_b + center
-    similarity = (
-        (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    )
-    return similarity.mean((-2, -1))
 
 
 def to_uint8(video: Array) -> Array:

@@ -19,20 +19,21 @@ import numpy as np
 import config as configuration
 import cwvae
 import data
-import rollout
-import runs
 import tools
 from config import Config, ConfigError, Flag
-from models import Model, make_model
-from noise import key_for, sequence_keys
-from runs import Run
+from sequences import rollout
+from sequences.interface import Model
+from sequences.noise import key_for, sequence_keys
 from system.devices import Devices, connect, use_compilation_cache
 from system.files import replace_file
 from system.interrupts import Interrupted, Interrupts, exit_codes
 from system.logs import Overall, Progress, wandb_session, with_sweep
-from system.sweeps import grid
 from system.tensorboard import require_tensorboard
-from train_step import NEVER, TrainState, make_train_step
+from training import loading, runs
+from training.models import make_model
+from training.runs import Run
+from training.step import NEVER, TrainState, make_train_step
+from training.sweeps import grid
 
 
 def train(config: Config) -> TrainState:
@@ -208,7 +209,7 @@ def train_all(configs: Iterable[Config], work: Sequence[int] = (1,), independent
     for config in configs:
         before = 0
         with contextlib.suppress(ConfigError):  # no checkpoint yet
-            before = runs.find_checkpoint(runs.directory(config)).step
+            before = loading.find_checkpoint(runs.directory(config)).step
         try:
             step = int(train(config).step)
         except NonFinite as error:

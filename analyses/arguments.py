@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import config as configuration
-import runs
 from config import Config, ConfigError, Flag
 from report.output import writing
 from system.files import dated_directory, require_utf8
+from training import loading
 
 OUT = Flag("DIR", "new directory for the results; for a single run by default below its directory")
 EXAMPLE = Flag("INT", "number of the test sequence (default: 0)")
@@ -21,7 +21,7 @@ class TrainedModel(NamedTuple):
 
     name: str
     config: Config
-    checkpoint: runs.Checkpoint
+    checkpoint: loading.Checkpoint
 
 
 def parse_directories(
@@ -84,8 +84,8 @@ def parse_models(
     """
     program, description = f"analysis.py {command} [NAME=]RUN ...", f"{description} RUN is as eval.py's --logdir."
     named, given, values = parse_named(arguments, program, description, True, examples, **special)
-    checkpoints = [runs.find_checkpoint(runs.named(path)) for _, path in named]
-    configs = [runs.load_config(found.run, values) for found in checkpoints]
+    checkpoints = [loading.find_checkpoint(loading.named(path)) for _, path in named]
+    configs = [loading.load_config(found.run, values) for found in checkpoints]
     names = with_names([name for name, _ in named], configs)
     return [TrainedModel(*run) for run in zip(names, configs, checkpoints, strict=True)], given
 

@@ -16,8 +16,8 @@ from analyses.worker import Worker
 from config import ConfigError, Flag, whole
 from cwvae import CWVAE
 from data import Window
-from noise import Inputs, draw
 from report import plots
+from sequences.noise import Inputs, draw
 from system.files import replace_arrays
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-import rollout
 import tools
 from analyses.arguments import EXAMPLE, directory_for, parse_models, single
 from analyses.worker import Worker
 from config import ConfigError, whole
 from report import plots
+from sequences import rollout
 from system.files import replace_arrays
 
 
@@ -52,11 +52,11 @@ def observe_and_imagine(worker: Worker, number: int, video: np.ndarray, frames: 
     inputs = model.draw(keys, T + frames, context=T)
     found, state = [], None
     for start, stop in rollout.chunks(c, T, None if frames == 0 else T):
-        part = model.part(inputs, start, stop)
+        part = model.time_slice(inputs, start, stop)
         observed, state = rollout.apply(model, "observe", params, video[None, start:stop], part, state)
         found.append(observed)
     for start, stop in rollout.chunks(c, frames, None):
-        part = model.part(inputs, T + start, T + stop)
+        part = model.time_slice(inputs, T + start, T + stop)
         imagined, state = rollout.apply(model, "imagine", params, part, state)
         found.append(imagined)
     decoded = [tools.to_uint8(rollout.apply(model, "decode", params, rollouts)) for rollouts in found]

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 import config as configuration
-import runs
 from analyses.arguments import TrainedModel
 from config import FRAME_SIZE, Config
 from report.statistics import DIGITS, NAMES
 from report.tables import to_markdown
 from system import weights
+from training import loading
 
 MODELS = {
     "cwvae": "the Clockwork VAE of [Saxena, Ba, Hafner 2021](https://arxiv.org/abs/2102.09532)",
@@ -45,7 +45,7 @@ def facts(run: TrainedModel, params: Any) -> Iterator[tuple[str, str]]:
     keys = [key for key, value in vars(c).items() if key in shown and value is not None]
     yield "model", ", ".join(f"{key} {getattr(c, key)}" for key in keys)
     yield "parameters", f"{sum(math.prod(x.shape) for x in jax.tree.leaves(params['params'])):,}"
-    yield "checkpoint", runs.steps_of_all_stages(run.checkpoint.step, runs.stages_before(run.checkpoint))
+    yield "checkpoint", loading.steps_of_all_stages(run.checkpoint.step, loading.stages_before(run.checkpoint))
     yield "last stage", f"batches of {c.batch_size} sequences of {c.seq_len} frames, learning rate {c.lr}"
     if c.seed is not None:
         yield "seed", str(c.seed)

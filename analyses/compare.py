@@ -10,13 +10,13 @@ import numpy as np
 import scipy.stats
 
 import config as configuration
-import runs
 import tools
 from analyses.arguments import new_directory, parse_named, with_names
 from config import Config, ConfigError, Flag, whole
 from report import page, plots, statistics, tables
 from report.output import FORMAT, formats, writing
 from report.results import FIRST, figure_formats, result_files, with_context
+from training import loading
 
 SAME = ("dataset", "open_loop_ctx", "eval_seq_len", "num_samples", "num_digits", "digit_speed")
 """Configuration keys that evaluations must share to be compared."""
@@ -158,10 +158,10 @@ def find_results(path: Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path = runs.named(path)
+    path = loading.named(path)
     if (path / "metrics.json").exists():
         return path / "metrics.json"
-    run = runs.find(path)
+    run = loading.find(path)
     found = sorted(run.glob("eval_*/metrics.json"))
     if not found:
         raise ConfigError(f"{run} holds no finished evaluation; evaluate it with: python eval.py --logdir {run}")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-import runs
 from analyses.arguments import new_directory, parse_named, with_names
 from config import ConfigError
 from report import plots, tables
 from report.output import FORMAT, formats, writing
 from system import logs
+from training import loading
 
 LOSSES = ("train/loss", "validation/loss", "validation/nll_term", "validation/kl_term")
 """What is drawn or told of each line of a log."""
@@ -33,8 +33,8 @@ def curves(arguments: Sequence[str]) -> None:
         format=FORMAT,
     )
     figures = formats(given.get("format")).figures
-    paths = [runs.find(runs.named(path)) for _, path in named]
-    names = with_names([name for name, _ in named], [runs.saved_config(path / "config.yml") for path in paths])
+    paths = [loading.find(loading.named(path)) for _, path in named]
+    names = with_names([name for name, _ in named], [loading.saved_config(path / "config.yml") for path in paths])
     found = {name: read_log(path) for name, path in zip(names, paths, strict=True)}
     for name, log in found.items():
         for line in log:
@@ -69,7 +69,7 @@ def curves(arguments: Sequence[str]) -> None:
 def read_log(run: Path) -> list[dict[str, float]]:
     """Return the lines of a run's `metrics.jsonl`, behind those of the runs that it goes on from (`init_from`).
 
-    Steps count on from the checkpoint that a run started from: what `stages.py` trains is one curve.
+    Steps count on from the checkpoint that a run started from: what `training.stages` trains is one curve.
 
     Raises:
         ConfigError: one of them holds no line yet.
@@ -84,12 +84,12 @@ def read_log(run: Path) -> list[dict[str, float]]:
     return log
 
 
-def lineage(run: Path) -> list[runs.Checkpoint]:
+def lineage(run: Path) -> list[loading.Checkpoint]:
     """Return the checkpoints that a run goes on from, the oldest first; then the run itself, without an end."""
-    found = [runs.Checkpoint(run, sys.maxsize)]
-    while (source := runs.saved_config(found[0].run / "config.yml").init_from) is not None:
+    found = [loading.Checkpoint(run, sys.maxsize)]
+    while (source := loading.saved_config(found[0].run / "config.yml").init_from) is not None:
         try:
-            start = runs.find_checkpoint(Path(source))
+            start = loading.find_checkpoint(Path(source))
             if start.alone:
                 raise ConfigError("a file has no log")
             found.insert(0, start)

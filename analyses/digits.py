@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax import Array
 
 import data
-from analyses import places
+from analyses import positions
 from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
 from analyses.arguments import directory_for, parse_models, same_readout
 from analyses.worker import Worker
@@ -33,7 +33,7 @@ def digits(arguments: Sequence[str]) -> None:
 
     Each frame counts by itself: right if the classifier finds the truth's digits in it, in any order. Frames where
     digits hide each other can't all be read: the same figure for the true frames is the ceiling. Of videos of a single
-    digit, also how far from its true place it is: place_distance.png, place_share.png, place.json, .csv.
+    digit, also how far from its true position it is: position_distance.png, position_share.png, position.json, .csv.
     """
     models, given = parse_models("digits", __doc__, arguments, ["python analysis.py digits k6=RUN k2=RUN --out DIR"])
     train_set, test_set = (
@@ -52,7 +52,7 @@ def digits(arguments: Sequence[str]) -> None:
             f"{100 * NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
         )
     directory = directory_for("digits", models, given)
-    place_by_chance = places.chance(train_set, test_set) if train_set.digits == 1 else None
+    position_by_chance = positions.chance(train_set, test_set) if train_set.digits == 1 else None
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     for run, worker in zip(models, workers, strict=True):
         context = run.config.open_loop_ctx
@@ -65,7 +65,7 @@ def digits(arguments: Sequence[str]) -> None:
             }
             if run is models[-1]:
                 shown |= {TRUTH: [truth], COPY: [batch.video[:valid, context - 1 : context]]}
-            read_all = functools.partial(readouts, read, labels, places.centers(truth), place_by_chance)
+            read_all = functools.partial(readouts, read, labels, positions.centers(truth), position_by_chance)
             for name, samples in shown.items():
                 mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *map(read_all, samples))
                 found.setdefault(name, []).append(mean)
@@ -77,11 +77,11 @@ def digits(arguments: Sequence[str]) -> None:
     lines[TRUTH] = plots.Line(np.array(results[TRUTH]["curve"]["value"]), reference=True)
     lines["chance"] = plots.Line(np.full(len(lines[TRUTH].values), by_chance), reference=True)
     plots.plot_lines(lines, directory / "digits.png", "accuracy of the digits' identities")
-    if place_by_chance:
+    if position_by_chance:
         of_models = {name: values for name, values in joined.items() if name != TRUTH}
-        places.write_places(models, of_models, place_by_chance, directory)
+        positions.write_positions(models, of_models, position_by_chance, directory)
     else:
-        print("\nPlaces are left out: of several digits, a frame doesn't say which is where")
+        print("\nPositions are left out: of several digits, a frame doesn't say which is where")
     more = {"classifier_accuracy_on_clean_frames": clean, "clean_frames": total, "chance": by_chance}
     write_readout("digits", results, directory, more)
 
@@ -277,12 +277,12 @@ def readouts(
     read: Reader,
     labels: np.ndarray,
     centers: np.ndarray,
-    place_by_chance: Mapping[str, float] | None,
+    position_by_chance: Mapping[str, float] | None,
     frames: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Return "right", see `right_digits`, and of a single digit what `places.read_places` returns, [B, T] each."""
+    """Return "right" of `right_digits`, and for a single digit all of `positions.compare_positions`, [B, T] each."""
     right = {"right": right_digits(read, frames, labels)}
-    return right | (places.read_places(centers, frames, place_by_chance) if place_by_chance else {})
+    return right | (positions.compare_positions(centers, frames, position_by_chance) if position_by_chance else {})
 
 
 def chance(windows: MovingDigits) -> float:

@@ -9,18 +9,18 @@ import jax
 import numpy as np
 
 import config as configuration
-import runs
 from analyses.arguments import TrainedModel, directory_for, parse_models, single
 from analyses.card import card
 from analyses.programs import Programs, archive
 from config import Config, ConfigError, Flag
 from cwvae import CWVAE
-from models import make_model
 from report.output import writing
 from system import weights
 from system.checkpoints import Checkpoints
 from system.files import replace_file
-from train_step import TrainState
+from training import loading
+from training.models import make_model
+from training.step import TrainState
 
 SUFFIXES = {"safetensors": weights.SUFFIX, "stablehlo": ".zip"}
 """Of the formats that are single files."""
@@ -49,10 +49,10 @@ def export(arguments: Sequence[str]) -> None:
     kind = given.get("format") or next((kind for kind, ending in SUFFIXES.items() if ending == suffix), "run")
     configuration.choose("format", kind, ["run", *SUFFIXES])
     if kind == "run":
-        state = runs.load_state(make_model(run.config), run.checkpoint)
+        state = loading.load_state(make_model(run.config), run.checkpoint)
         directory = directory_for("export", models, given)
         smaller = dataclasses.replace(state, params=jax.tree.map(rounded, state.params))
-        write(directory, run.config, smaller, runs.stages_before(run.checkpoint))
+        write(directory, run.config, smaller, loading.stages_before(run.checkpoint))
         print(f"Evaluate it with: python eval.py --logdir {directory}")
         return
     if suffix != SUFFIXES[kind]:
@@ -75,11 +75,11 @@ def write_file(kind: str, run: TrainedModel, path: Path) -> None:
     if kind == "stablehlo":
         check_programs(run.config)
     model = make_model(run.config)
-    state = runs.load_state(model, run.checkpoint)
+    state = loading.load_state(model, run.checkpoint)
     text = card(run, state.params, path)
     if kind == "safetensors":
         keys = dataclasses.asdict(portable(run.config))
-        content = weights.to_bytes(state.params, int(state.step), keys, runs.stages_before(run.checkpoint))
+        content = weights.to_bytes(state.params, int(state.step), keys, loading.stages_before(run.checkpoint))
     else:
         assert isinstance(model, CWVAE)
         programs = Programs(model, state.params).exported()

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax import Array
 
-import rollout
 from analyses.arguments import directory_for, parse_models
 from analyses.worker import Worker
 from config import ConfigError, Flag, whole
 from cwvae import LevelRollout, entropy, kl_divergence, per_level
 from report import plots, statistics, tables
+from sequences import rollout
 from system.files import replace_arrays
 
 

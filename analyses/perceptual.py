@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import config as configuration
-import perceptual as measures
 from analyses.arguments import parse_directories
 from analyses.compare import EVALUATION, find_results, read_json
 from config import Config, ConfigError
+from metrics import perceptual as measures
 from report.output import FORMAT, formats, lock, writing
 from report.results import (
     add_perceptual,

@@ -7,14 +7,14 @@ from jax import Array
 from tqdm import tqdm
 
 import data
-import rollout
-import runs
 import tools
 from analyses.arguments import TrainedModel
 from config import ConfigError
-from models import make_model
-from noise import example_keys
+from sequences import rollout
+from sequences.noise import example_keys
 from system.devices import Devices
+from training import loading
+from training.models import make_model
 
 
 class Worker:
@@ -26,7 +26,7 @@ class Worker:
         self.model = make_model(run.config)
         self.test = data.windows(run.config, "test")
         self.devices = Devices()
-        self.params = runs.load_params(self.model, run.checkpoint)
+        self.params = loading.load_params(self.model, run.checkpoint)
         self.count = min(run.config.num_examples, len(self.test))
 
     def sequence(self, number: int) -> data.Window:

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from cwvae import Training
 from fast.convolutions import LAYOUT, conv, conv_transpose
 from fast.initial import normal, ones, zeros
+from sequences.interface import Training
 
 MOMENTUM, EPSILON = 0.1, 1e-5
 """Of PyTorch, as the public codes leave them: a step's statistics are a tenth of the running averages."""

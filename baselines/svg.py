@@ -37,10 +37,11 @@ from jax import Array
 
 from baselines.layers import BatchNorm, convolve
 from config import Config
-from cwvae import Gaussian, Terms, Training, entropy, floats, kl_divergence, negative_log_likelihood
+from cwvae import Gaussian, entropy, floats, kl_divergence, negative_log_likelihood
 from fast.initial import normal, uniform, zeros
 from fast.layers import Dense, linear
-from noise import cut
+from sequences.interface import Model, Terms, Training
+from sequences.noise import cut
 
 small_normal = normal(0.02)
 
@@ -84,7 +85,7 @@ class LSTM(nn.Module):
         return hidden.swapaxes(0, 1), state
 
 
-class Belief(nn.Module):
+class GaussianLSTM(nn.Module):
     """The posterior or the prior: a Gaussian over z_t, given the features up to frame t or t - 1."""
 
     config: Config
@@ -281,27 +282,25 @@ class Rollout(NamedTuple):
     frames: Array  # [B, T, H, W, C]; with the video's first frame, as it was given
 
 
-class SVG(nn.Module):
-    """SVG-LP, with the face that models.py describes."""
-
-    config: Config
+class SVG(Model):
+    """SVG-LP."""
 
     def setup(self) -> None:
         c = self.config
         encoder, decoder = {"dcgan": (DCGANEncoder, DCGANDecoder), "vgg": (VGGEncoder, VGGDecoder)}[c.svg_network]
         self.encoder, self.decoder = encoder(c), decoder(c)
-        self.posterior, self.prior, self.predictor = Belief(c), Belief(c), Predictor(c)
+        self.posterior, self.prior, self.predictor = GaussianLSTM(c), GaussianLSTM(c), Predictor(c)
 
     @property
-    def shortest(self) -> int:
+    def min_frames(self) -> int:
         """A frame that is given and one that is predicted."""
         return 2
 
-    def draw(self, keys: Array, frames: int, context: int = 0, actions: None = None) -> Array:
+    def draw(self, keys: Array, frames: int, context: int = 0, actions: Array | None = None) -> Array:
         """Return standard normal noise [B, T, S], from one key per sequence [B]."""
         return jax.vmap(lambda key: jax.random.normal(key, (frames, self.config.cell_stoch_size)))(keys)
 
-    def part(self, inputs: Array, start: int, stop: int) -> Array:
+    def time_slice(self, inputs: Array, start: int, stop: int) -> Array:
         """Return the noise of frames `start` to `stop`; zeros behind its end."""
         return cut(inputs, start, stop - start, 1)
 
@@ -403,5 +402,3 @@ class SVG(nn.Module):
         kl = kl_divergence(rollout.posterior, rollout.prior).sum(1)[None]
         entropies = (entropy(rollout.prior).sum(1)[None], entropy(rollout.posterior).sum(1)[None])
         return Terms(nll, kl, kl, kl, *entropies), state
-
-    __call__ = elbo

@@ -54,8 +54,6 @@ from cwvae import (
     Gaussian,
     LevelRollout,
     LevelState,
-    Terms,
-    Training,
     entropy,
     floats,
     kl_divergence,
@@ -64,7 +62,8 @@ from cwvae import (
 from fast.initial import lecun_normal, ones, zeros
 from fast.layers import Dense
 from fast.scan import unroll
-from noise import cut
+from sequences.interface import Model, Terms, Training
+from sequences.noise import cut
 
 # ---------------------------------------------------------------------------------------------- layers
 
@@ -348,10 +347,8 @@ class Followed(NamedTuple):
     temperature: Array  # []
 
 
-class VTA(nn.Module):
-    """Variational temporal abstraction, with the face that models.py describes."""
-
-    config: Config
+class VTA(Model):
+    """Variational temporal abstraction."""
 
     def setup(self) -> None:
         c = self.config
@@ -363,11 +360,11 @@ class VTA(nn.Module):
         self.last_temperature = self.variable("schedule", "temperature", ones, None, ())
 
     @property
-    def shortest(self) -> int:
+    def min_frames(self) -> int:
         """One frame that is modelled, with those before and after."""
         return 2 * self.config.vta_init_size + 1
 
-    def draw(self, keys: Array, frames: int, context: int = 0, actions: None = None) -> Inputs:
+    def draw(self, keys: Array, frames: int, context: int = 0, actions: Array | None = None) -> Inputs:
         """Draw the noise of so many frames, from one PRNG key per sequence [B]."""
         S = self.config.cell_stoch_size
 
@@ -378,7 +375,7 @@ class VTA(nn.Module):
 
         return jax.vmap(of_sequence)(keys)
 
-    def part(self, inputs: Inputs, start: int, stop: int) -> Inputs:
+    def time_slice(self, inputs: Inputs, start: int, stop: int) -> Inputs:
         """Return the noise of frames `start` to `stop`; zeros behind its end."""
         return Inputs(*(cut(x, start, stop - start, 1) for x in inputs))
 
@@ -466,8 +463,6 @@ class VTA(nn.Module):
         following, log_sample = (x[:, start + 1 : stop + 1] for x in (followed.logits, followed.log_sample))
         log_q, log_p = (log_density(x, log_sample, followed.temperature) for x in (following, logits))
         return Terms(nll, kl, kl, kl, prior, posterior, {"boundary": (log_q - log_p).sum(1)}), state
-
-    __call__ = elbo
 
     def follow(
         self, video: Array, inputs: Inputs, state: State | None, training: Training | None

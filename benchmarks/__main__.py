@@ -31,7 +31,6 @@ import config as configuration
 import cwvae
 import data
 import eval as evaluation
-import rollout
 import train
 from benchmarks import accelerator, textbook
 from benchmarks.measuring import (
@@ -50,10 +49,11 @@ from benchmarks.measuring import (
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
 from fast import convolutions, scan
-from noise import Inputs, draw, sequence_keys, ticks
+from sequences import rollout
+from sequences.noise import Inputs, draw, sequence_keys, ticks
 from system.devices import Devices, use_compilation_cache
 from system.interrupts import exit_codes
-from train_step import make_optimizer, make_state, make_train_step
+from training.step import make_optimizer, make_state, make_train_step
 
 # ---------------------------------------------------------------------------------------------- training step
 

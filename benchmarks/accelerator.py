@@ -46,8 +46,6 @@ import numpy as np
 import config as configuration
 import data
 import eval as evaluation
-import rollout
-import runs
 import tools
 import train
 from analyses import export
@@ -68,10 +66,12 @@ from benchmarks.measuring import (
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import CWVAE
 from fast import convolutions, scan
-from noise import sequence_keys
+from sequences import rollout
+from sequences.noise import sequence_keys
 from system.devices import Devices
 from system.interrupts import Interrupted
-from train_step import make_state
+from training import loading, runs
+from training.step import make_state
 
 ROOT = Path(__file__).parent.parent
 PIECE = 15 * 2**20
@@ -334,10 +334,10 @@ def training(setting: Setting) -> Iterator[Row]:
             train.train(c)
         timer.cancel()
         took = time.perf_counter() - begin
-        checkpoint = runs.find_checkpoint(runs.directory(c))
+        checkpoint = loading.find_checkpoint(runs.directory(c))
         copy, log = Path(logdir) / "copy", checkpoint.run / "metrics.jsonl"
         copy.mkdir()
-        export.write(copy, c, runs.load_state(CWVAE(c), checkpoint), [])
+        export.write(copy, c, loading.load_state(CWVAE(c), checkpoint), [])
         if log.exists():
             shutil.copy(log, copy)
         yield split(copy, setting.out)
@@ -433,7 +433,7 @@ def rollouts(setting: Setting) -> Iterator[Row]:
         yield row(f"eval.py --logdir pretrained {' '.join(argv[4:])}", "s", took)
 
 
-def loading(setting: Setting) -> Iterator[Row]:
+def loader(setting: Setting) -> Iterator[Row]:
     """Time batches on their way to the devices: digits, drawn there, and frames in colour."""
     if setting.ahead:
         return
@@ -479,7 +479,7 @@ ITEMS = {
     "split-k": Item(with_flags, 15, "--xla_gpu_experimental_force_split_k=1"),
     "without command buffers": Item(with_flags, 15, "--xla_gpu_enable_command_buffer="),
     "rollout and evaluation": Item(rollouts, 45),
-    "loading": Item(loading, 25),
+    "loading": Item(loader, 25),
 }
 
 

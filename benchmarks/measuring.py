@@ -21,9 +21,9 @@ import data
 from benchmarks import textbook
 from config import FRAME_SIZE, Config
 from cwvae import CWVAE
-from noise import draw, sequence_keys, ticks
+from sequences.noise import draw, sequence_keys, ticks
 from system.devices import Devices
-from train_step import make_optimizer, make_state, make_train_step
+from training.step import make_optimizer, make_state, make_train_step
 
 Row = dict[str, Any]
 

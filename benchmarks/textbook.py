@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import oracle
 
 from cwvae import floats
-from noise import ticks
+from sequences.noise import ticks
 
 
 def lax_conv(x: Array, kernel: Array) -> Array:

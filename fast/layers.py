@@ -13,7 +13,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from fast import convolutions
-from fast.initial import lecun_normal, zeros
+from fast.initial import lecun_normal, orthogonal, zeros
 
 
 class Dense(nn.Module):
@@ -33,6 +33,32 @@ class Dense(nn.Module):
 
     def __call__(self, x: Array, given: Array | None = None) -> Array:
         return linear(x, self.kernel, self.bias, given, self.dtype)
+
+
+class GRU(nn.Module):
+    """A GRU whose reset gate acts after the recurrent matmul, as Flax's GRUCell; its three gates share one matmul.
+
+    The gates come in the order reset, update, candidate.
+    """
+
+    inputs: int
+    size: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, state: Array) -> Array:
+        """[..., inputs], [..., D] -> the new state, [..., D]"""
+        D = self.size
+        input_kernel = self.param("input_kernel", lecun_normal, (self.inputs, 3 * D))
+        input_bias = self.param("input_bias", zeros, (3 * D,))
+        state_kernel = self.param("state_kernel", orthogonal, (D, 3 * D))
+        candidate_bias = self.param("candidate_bias", zeros, (D,))
+        state_bias = jnp.concatenate([jnp.zeros(2 * D), candidate_bias])
+
+        input_gates, input_candidate = jnp.split(linear(x, input_kernel, input_bias, dtype=self.dtype), [2 * D], -1)
+        state_gates, state_candidate = jnp.split(linear(state, state_kernel, state_bias, dtype=self.dtype), [2 * D], -1)
+        reset, update = jnp.split(nn.sigmoid(input_gates + state_gates), 2, -1)
+        return (1 - update) * jnp.tanh(input_candidate + reset * state_candidate) + update * state
 
 
 class Convolution(nn.Module):

@@ -10,8 +10,8 @@ import filelock
 
 import config as configuration
 from config import Config, ConfigError, Flag
-from runs import Checkpoint
 from system.files import dated_directory, replace_file
+from training.loading import Checkpoint
 
 FIGURES, VIDEOS = ("png", "pdf"), ("gif", "mp4")
 FORMAT = Flag("FORMATS", "formats of figures (png, pdf) and videos (gif, mp4): a list, e.g. pdf,mp4 (default: png,gif)")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from config import FRAME_SIZE
 from report.statistics import METRICS, NAMES, PERCEPTION, REFERENCES
 from report.tables import fvd_table, table
-from runs import steps_of_all_stages
 from tools import FRAMES_PER_SECOND, GREEN, RED
+from training.loading import steps_of_all_stages
 
 SPEEDS = {"¼": 0.25, "½": 0.5, "1": 1, "2": 2, "4": 4}
 

@@ -12,14 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-import runs
 import tools
 from config import Config, ConfigError
+from metrics import similarity
 from report import plots, statistics, tables
 from report.output import FIGURES, VIDEOS, Formats
 from report.page import Example, Row, evaluation_page
 from system import logs
 from system.files import load_arrays, replace_arrays
+from training import loading, runs
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -107,7 +108,7 @@ def save_metrics(directory: Path, number: int, metrics: Mapping[str, np.ndarray]
 
 def summarise(
     config: Config,
-    checkpoint: runs.Checkpoint,
+    checkpoint: loading.Checkpoint,
     stages: Sequence[int] | None,
     directory: Path,
     count: int,
@@ -119,7 +120,7 @@ def summarise(
 
     Args:
         config, checkpoint: what was evaluated.
-        stages: before the checkpoint's training, as `runs.stages_before` returns them.
+        stages: before the checkpoint's training, as `loading.stages_before` returns them.
         directory: where to.
         count: how many examples there are.
         formats: of figures and videos.
@@ -131,7 +132,7 @@ def summarise(
     shown = {name: suffix for name, suffix in line_names(config).items() if f"paper_ssim{suffix}" in examples[0]}
     lines: dict[str, Any] = {}
     averages: dict[str, dict[str, float]] = {}
-    for protocol in tools.PROTOCOLS:
+    for protocol in similarity.PROTOCOLS:
         averages[protocol], lines[protocol] = {}, {}
         for metric, label in statistics.METRICS.items():
             key = f"{protocol}_{metric}"
@@ -146,7 +147,7 @@ def summarise(
         "predicted_frames": len(examples[0]["paper_ssim"]),
         "checkpoint_step": checkpoint.step,
         "provenance": provenance(checkpoint, stages),
-        "protocols": tools.PROTOCOLS,
+        "protocols": similarity.PROTOCOLS,
         "lines": lines,
         "videos": {},
         "examples": [],
@@ -161,7 +162,7 @@ def summarise(
     return results
 
 
-def provenance(checkpoint: runs.Checkpoint, stages: Sequence[int] | None) -> dict[str, Any]:
+def provenance(checkpoint: loading.Checkpoint, stages: Sequence[int] | None) -> dict[str, Any]:
     """Return which run a checkpoint is of, the stages before, and when and by which commit it is evaluated."""
     return {
         "run": checkpoint.run.resolve().name,
@@ -255,7 +256,7 @@ def draw_curves(
 ) -> None:
     """Write one metric's curves [N, T] over the predicted frames: plots, and the arrays of the earlier codes."""
     stem = metric if protocol == "paper" else f"{metric}_{protocol}"  # named as in the earlier codes
-    label = f"{label}, {protocol} protocol" if protocol in tools.PROTOCOLS else label
+    label = f"{label}, {protocol} protocol" if protocol in similarity.PROTOCOLS else label
     own, values = next(iter(curves.items()))
     mean, stddev = values.mean(0), values.std(0)
     replace_arrays(directory / f"{stem}_mean.npz", mean)

@@ -30,11 +30,11 @@ import analyses.export  # noqa: E402
 import analyses.worker  # noqa: E402
 import config as configuration  # noqa: E402
 import eval  # noqa: E402
-import models  # noqa: E402
-import runs  # noqa: E402
 import train  # noqa: E402
-import train_step  # noqa: E402
 from config import Config  # noqa: E402
+from sequences.interface import Model  # noqa: E402
+from training import models, runs  # noqa: E402
+from training.step import make_train_step  # noqa: E402
 
 # JAX keeps much, and tracing would search it for garbage again and again.
 gc.set_threshold(100_000, 50, 50)
@@ -97,7 +97,7 @@ def compile_once():
     The dataset that takes all numbers of channels stands for all.
     """
 
-    def model(config: Config) -> models.Model:
+    def model(config: Config) -> Model:
         keys = [
             *("logdir", "name", "datadir", "wandb", "tensorboard"),
             *("num_epochs", "max_steps", "save_model_every", "save_scalars_every"),
@@ -111,7 +111,7 @@ def compile_once():
     with pytest.MonkeyPatch.context() as patch:
         for program in train, eval, analyses.worker, analyses.export:
             patch.setattr(program, "make_model", model)
-        patch.setattr(train, "make_train_step", functools.cache(train_step.make_train_step))
+        patch.setattr(train, "make_train_step", functools.cache(make_train_step))
         yield
 
 

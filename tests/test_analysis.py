@@ -15,17 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, full_disk
+from helpers import walk
 from PIL import Image
-from test_digits_and_rooms import walk
 
 import analysis
 import config as configuration
 import data
 import eval as evaluation
-import rollout
-import runs
-import tools
-import train_step
 from analyses import digits
 from analyses.arguments import new_directory
 from analyses.blind import observe_and_imagine
@@ -33,9 +29,13 @@ from analyses.compare import find_results
 from analyses.worker import Worker
 from config import ConfigError
 from cwvae import CWVAE
-from noise import draw, example_keys, part
+from metrics import similarity
 from report import statistics, tables
+from sequences import rollout
+from sequences.noise import draw, example_keys, time_slice
 from system.devices import Devices
+from training import loading, runs
+from training.step import make_state
 
 
 def call(command, *arguments):
@@ -65,7 +65,7 @@ def test_levels_are_those_of_the_objective_and_of_the_latents(tiny):
         opened.save(1, state, {})
     directory = call("levels", runs.directory(c))
     (results,) = json.loads((directory / "levels.json").read_text()).values()
-    params = runs.load_params(model, runs.find_checkpoint(runs.directory(c)))
+    params = loading.load_params(model, loading.find_checkpoint(runs.directory(c)))
     video = np.stack([test[i][:8] for i in range(3)])
     terms = rollout.elbo(model, params, video, example_keys(c, 0, 3, 0), chunk=4)
     assert results["frames"] == 8 and [level["ticks"] for level in results["levels"]] == [8, 4, 2]
@@ -153,7 +153,7 @@ def test_a_blind_level_has_no_kl_and_does_not_see_the_frames(run, monkeypatch):
 
 def test_a_posterior_equal_to_the_prior_has_no_kl(run, monkeypatch):
     """Planted: the posterior's layers ignore the features and do what the prior's do."""
-    load = runs.load_params
+    load = loading.load_params
 
     def planted(model, checkpoint):
         tree = jax.tree.map(np.array, load(model, checkpoint))
@@ -182,7 +182,7 @@ def test_prediction_by_level_is_open_loop(tiny, use_obs):
     """Where the context is whole ticks of the top level, as open_loop needs it."""
     c = dataclasses.replace(tiny, levels=len(use_obs))
     model = CWVAE(c)
-    params = train_step.make_state(model).params
+    params = make_state(model).params
     video, keys = data.windows(c, "test")[0][None], jax.random.split(jax.random.key(0), 1)
     found = rollout.open_loop(model, params, video[:, :4], keys, 8, use_obs)
     want = np.concatenate([found.reconstruction, *found.prediction], axis=1)
@@ -211,7 +211,7 @@ def test_only_levels_that_see_depend_on_the_context(tiny):
     c = dataclasses.replace(tiny, cell_embed_size=16, enc_dense_embed_size=16)  # some units of each layer are active
     model, video = CWVAE(c), data.windows(c, "test")[0][None, :5]
     inputs = draw(c, jax.random.split(jax.random.key(0), 1), 12, context=5)
-    params = jax.jit(model.init)(jax.random.key(0), video[:, :4], part(c, inputs, 0, 4))
+    params = jax.jit(model.init)(jax.random.key(0), video[:, :4], time_slice(c, inputs, 0, 4))
     for use_obs, same in ("FF", True), ("FT", False), ("TF", False):
         a, b = (observe_and_imagine(model, params, frames, inputs, use_obs) for frames in (video, 255 - video))
         assert a.shape == (1, 12, 64, 64, 1) and np.array_equal(a, b) == same
@@ -326,14 +326,14 @@ def write_evaluation(directory, seed, quality=0.0, **keys):
             metric: {name: statistics.summary(quality + random.uniform(0, 0.01, size=(4, 12))) for name in names}
             for metric in statistics.METRICS
         }
-        for protocol in tools.PROTOCOLS
+        for protocol in similarity.PROTOCOLS
     }
     config = dataclasses.asdict(configuration.Config(dataset="digits", eval_seq_len=48)) | keys
     results = {
         "num_examples": 4,
         "predicted_frames": 12,
         "checkpoint_step": 1,
-        "protocols": tools.PROTOCOLS,
+        "protocols": similarity.PROTOCOLS,
         "lines": lines,
         "config": config,
     }
@@ -480,9 +480,9 @@ def test_export(run, tmp_path):
     out = call("export", run, "--seed=7", f"--init_from={run}", f"--out={tmp_path / 'out'}")
     c = configuration.load(out / "config.yml")
     assert (c.logdir, c.datadir, c.init_from, c.seed) == ("logs", "datasets", None, 7)
-    model, (original, exported) = CWVAE(c), map(runs.find_checkpoint, (run, out))
+    model, (original, exported) = CWVAE(c), map(loading.find_checkpoint, (run, out))
     assert exported.step == original.step
-    a, b = runs.load_params(model, original), runs.load_params(model, exported)
+    a, b = loading.load_params(model, original), loading.load_params(model, exported)
     assert any((x != y).any() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-7), a, b)
     size = [sum(p.stat().st_size for p in (r / "checkpoints").rglob("*") if p.is_file()) for r in (run, out)]

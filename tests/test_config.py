@@ -22,12 +22,11 @@ import config as configuration
 import data
 import eval
 import record
-import runs
-import stages
 import train
-import train_step
 from config import Config, ConfigError
-from models import make_model
+from training import loading, stages
+from training.models import make_model
+from training.step import make_state
 
 
 def test_precedence(tmp_path):
@@ -181,7 +180,7 @@ def test_nothing_is_downloaded_that_was_not_named(tmp_path, monkeypatch):
     for parse, program in (
         (lambda argv: configuration.parse(argv), "train.py"),
         (lambda argv: configuration.parse(argv, "data.py", ""), "data.py"),
-        (lambda argv: next(stages.configurations(argv)), "stages.py"),
+        (lambda argv: next(stages.configurations(argv)), "python -m training.stages"),
     ):
         for argv in [], ["--lr=1e-3"]:
             with pytest.raises(ConfigError) as error:
@@ -281,7 +280,7 @@ def test_shipped_configurations(name):
     if name not in ("debug", "dot", "small", "long") and c.model == "cwvae":
         assert (c.batch_size, c.enc_dense_layers) == (50, 3)
     header = path.read_text().split("\n\n")[0]
-    program = "stages.py" if name == "long" else "train.py"
+    program = "python -m training.stages" if name == "long" else "train.py"
     assert f"{program} --config configs/{name}.yml" in header and "Runtime" in header and "Score" in header
 
 
@@ -512,7 +511,7 @@ def test_keys_that_change_the_parameters_shapes_are_declared():
 
 
 def shapes_of(c):
-    return runs.shapes(train_step.make_state(make_model(c)).params)
+    return loading.shapes(make_state(make_model(c)).params)
 
 
 @pytest.mark.parametrize("flag", ["--name=", "--logdir=", "--config="])

@@ -11,55 +11,18 @@ import oracle
 import pytest
 import scipy.stats
 from conftest import ROOT, TINY
+from helpers import make
 
 import config as configuration
 import cwvae
-import rollout
-import runs
 from benchmarks import textbook
 from config import Config
-from cwvae import CWVAE, Gaussian, Terms
+from cwvae import CWVAE, Gaussian
 from fast import convolutions
-from noise import Inputs, draw, keep_patterns, part, ticks
-
-TINY_MODEL = {key: TINY[key] for key in TINY if key.startswith(("cell", "enc", "filters", "dataset"))}
-
-
-def make(T, B=2, dtype=np.float32, **keys):
-    """A model, random parameters (biases too), a video, noise and actions."""
-    c = Config(**{**TINY_MODEL, "open_loop_ctx": keys.get("tmp_abs_factor", 6) ** (keys.get("levels", 3) - 1), **keys})
-    model, action_size = CWVAE(c), c.action_size
-    random = np.random.default_rng(0)
-    video = random.uniform(size=(B, T, 64, 64, c.channels)).astype(dtype)
-    drawn = draw(c, jax.random.split(jax.random.key(0), B), T)
-    actions = random.normal(size=(B, T, action_size)).astype(dtype) if action_size else None
-    inputs = [
-        Inputs(random.normal(size=x.noise.shape).astype(dtype), x.keep, actions if level == 0 else None)
-        for level, x in enumerate(drawn)
-    ]
-    shapes = jax.eval_shape(model.init, jax.random.key(0), video, inputs)
-    params = jax.tree.map(
-        lambda x: (random.normal(size=x.shape) / math.sqrt(max(1, math.prod(x.shape[:-1])))).astype(dtype), shapes
-    )
-    return c, Compiled(model), params, video, inputs
-
-
-class Compiled:
-    """A model whose methods are compiled whole: op by op takes longer than the computation."""
-
-    def __init__(self, model):
-        self.module, self.config = model, model.config
-        self.init = model.init
-        self.compiled = {}
-
-    def apply(self, params, *arguments, method="__call__", **keys):
-        static = tuple((k, v) for k, v in keys.items() if isinstance(v, str))
-        keys = {k: v for k, v in keys.items() if not isinstance(v, str)}
-        name = (method, static)
-        if name not in self.compiled:
-            self.compiled[name] = jax.jit(lambda p, a, k: self.module.apply(p, *a, **k, **dict(static), method=method))
-        return self.compiled[name](params, arguments, keys)
-
+from sequences import rollout
+from sequences.interface import Terms
+from sequences.noise import Inputs, draw, keep_patterns, ticks, time_slice
+from training import loading
 
 GRID = [
     dict(T=11, levels=3, tmp_abs_factor=2, chunk=4),
@@ -214,7 +177,7 @@ def test_parameter_counts_of_the_published_configurations(name, channels, sizes,
     got = {module: sum(x.size for x in jax.tree.leaves(tree)) for module, tree in params.items()}
     assert got == want
     assert total in (None, sum(got.values()))
-    shapes = runs.shapes(params)
+    shapes = loading.shapes(params)
     assert shapes["encoder/conv_0/kernel"] == (4, 4, channels, 32)
     assert shapes["encoder/level_2_dense_2/kernel"] == (1000, 1024)
     assert shapes["decoder/conv_3/kernel"] == (6, 6, 32, channels)
@@ -297,7 +260,7 @@ def test_filtering_sees_no_frame_after_its_tick():
 
 def test_gradient_of_a_prediction_reaches_the_context_only_where_levels_see_it():
     c, model, params, video, inputs = make(T=8, levels=3, tmp_abs_factor=2)
-    ahead = part(c, inputs, 0, 4)
+    ahead = time_slice(c, inputs, 0, 4)
 
     def predict(video, use_obs):
         _, state = model.apply(params, video, inputs, use_obs=use_obs, method="observe")
@@ -323,9 +286,9 @@ def test_open_loop_equals_observe_then_imagine_for_any_chunk():
         for a, b in zip(got, want, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     inputs = draw(c, jax.random.split(jax.random.key(0), 2), 19, context=8)
-    rollouts, state = model.apply(params, video[:, :8], part(c, inputs, 0, 8), method="observe")
+    rollouts, state = model.apply(params, video[:, :8], time_slice(c, inputs, 0, 8), method="observe")
     np.testing.assert_allclose(model.apply(params, rollouts, method="decode"), want.reconstruction, atol=1e-5)
-    rollouts, _ = model.apply(params, part(c, inputs, 8, 19), state=state, method="imagine")
+    rollouts, _ = model.apply(params, time_slice(c, inputs, 8, 19), state=state, method="imagine")
     np.testing.assert_allclose(model.apply(params, rollouts, method="decode"), want.prediction, atol=1e-5)
 
 
@@ -344,7 +307,7 @@ def test_no_frame_can_follow_an_unfinished_tick():
     c, model, params, video, inputs = make(T=6, levels=3, tmp_abs_factor=2)
     _, state = model.apply(params, video, inputs, method="observe")
     with pytest.raises(ValueError, match="multiple of 4 frames"):
-        model.apply(params, part(c, inputs, 0, 2), state=state, method="imagine")
+        model.apply(params, time_slice(c, inputs, 0, 2), state=state, method="imagine")
 
 
 def test_uint8_videos_are_divided_by_255():

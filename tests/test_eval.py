@@ -20,17 +20,17 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import config as configuration
 import data
 import eval as evaluation
-import noise
-import rollout
-import runs
 import tools
 from config import ConfigError
 from cwvae import CWVAE
+from metrics import similarity
 from report import output, statistics
 from report.results import save_example
+from sequences import noise, rollout
 from system import logs
 from system.devices import Devices
 from system.interrupts import Interrupted
+from training import loading, runs
 
 
 def arrays(directory):
@@ -54,8 +54,8 @@ def test_metrics_of_several_predictions(monkeypatch, backend, rows):
     truth = random.integers(0, 256, (rows, 3, 8, 8, 1), dtype=np.uint8)
     predictions = {"float": random.normal(size=truth.shape).astype(np.float32), "still": 255 - truth[:, 1:2]}
     got = evaluation.frame_metrics(truth, predictions)
-    for name, protocol in itertools.product(predictions, tools.PROTOCOLS):
-        want = tools.frame_metrics(truth, np.broadcast_to(predictions[name], truth.shape), protocol)
+    for name, protocol in itertools.product(predictions, similarity.PROTOCOLS):
+        want = similarity.frame_metrics(truth, np.broadcast_to(predictions[name], truth.shape), protocol)
         for metric in "ssim", "psnr":
             assert got[name][protocol][metric].shape == (rows, 3)
             np.testing.assert_allclose(got[name][protocol][metric], want[metric], rtol=1e-5, atol=1e-6)
@@ -195,7 +195,7 @@ def test_repeatable_for_any_batch_size(run):
     (a, _), (b, _), (c, results) = (evaluate(run, *flags) for flags in ([], [], ["--batch_size=3"]))
     assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
     lines = json.loads((a / "metrics.json").read_text())["lines"]
-    for protocol, metric, line in itertools.product(tools.PROTOCOLS, statistics.METRICS, lines["paper"]["ssim"]):
+    for protocol, metric, line in itertools.product(similarity.PROTOCOLS, statistics.METRICS, lines["paper"]["ssim"]):
         x, y = (found[protocol][metric][line]["curve"]["value"] for found in (lines, results["lines"]))
         np.testing.assert_allclose(x, y, atol=1e-3)
     a, b, c = arrays(a), arrays(b), arrays(c)
@@ -216,7 +216,7 @@ def test_references_by_hand(tiny):
     run = runs.directory(config)
     _, results = evaluate(run)
     model = CWVAE(config)
-    params = runs.load_params(model, runs.find_checkpoint(run))
+    params = loading.load_params(model, loading.find_checkpoint(run))
     test, pool = data.windows(config, "test"), evaluation.random_frames(config)
     train_frames = np.concatenate([data.windows(config, "train")[i] for i in range(3)])
     assert pool.shape == (1000, 64, 64, 1) and len(train_frames) == 3 * 8
@@ -309,7 +309,7 @@ def test_options(run):
     assert results["predicted_frames"] == 1 and results["num_examples"] == 1
     config, checkpoint, _ = evaluation.parse(["--logdir", str(run), *flags])
     model, context = CWVAE(config), data.windows(config, "test")[0][None, :8]
-    params = runs.load_params(model, checkpoint)
+    params = loading.load_params(model, checkpoint)
     blind, seeing = (
         rollout.open_loop(model, params, context, noise.example_keys(config, 0, 1, 0), 1, use_obs).reconstruction
         for use_obs in ("TF", None)
@@ -320,7 +320,7 @@ def test_options(run):
 
 
 def test_which_checkpoint(run, tmp_path):
-    find = runs.find_checkpoint
+    find = loading.find_checkpoint
     assert find(run) == (run, 4)
     assert find(run / "checkpoints" / "2") == (run, 2)
     assert find(run.parent) == (run, 4)
@@ -343,7 +343,7 @@ def test_which_checkpoint(run, tmp_path):
 
 def test_the_named_checkpoint_is_used(run):
     model = CWVAE(configuration.load(run / "config.yml"))
-    a, b = (runs.load_params(model, runs.Checkpoint(run, step)) for step in (2, 4))
+    a, b = (loading.load_params(model, loading.Checkpoint(run, step)) for step in (2, 4))
     assert not np.array_equal(a["params"]["decoder"]["dense"]["kernel"], b["params"]["decoder"]["dense"]["kernel"])
 
 
@@ -481,7 +481,7 @@ def test_two_evaluations_at_once(run, tmp_path):
 def test_a_checkpoint_that_a_training_removes(run, monkeypatch, capsys):
     """Between finding and loading it: the newest is looked for again; one that was named is missed."""
     older, newest = (run / "checkpoints" / step for step in "24")
-    load_params = runs.load_params
+    load_params = loading.load_params
 
     kept = shutil.copytree(run, run.parent / "kept")
     aside = newest.rename(run.parent / "aside")
@@ -560,12 +560,14 @@ def test_one_sequence_has_no_intervals(run, capsys):
 
 def test_frames_of_one_sample_are_not_copied():
     frames = np.zeros((2, 3, 64, 64, 1), np.uint8)
-    metrics = {protocol: {name: np.zeros((2, 3)) for name in ("ssim", "psnr")} for protocol in tools.PROTOCOLS}
+    metrics = {protocol: {name: np.zeros((2, 3)) for name in ("ssim", "psnr")} for protocol in similarity.PROTOCOLS}
     samples = evaluation.Samples(1, {})
     samples.add(0, evaluation.Prediction(context := frames[:, :1], frames, metrics))
     assert samples.frames.keys() == {"context", "random_sample_1"}
     assert samples.frames["random_sample_1"] is frames and samples.frames["context"] is context
-    assert set(samples.metrics) == {f"{protocol}_{name}" for protocol in tools.PROTOCOLS for name in ("ssim", "psnr")}
+    assert set(samples.metrics) == {
+        f"{protocol}_{name}" for protocol in similarity.PROTOCOLS for name in ("ssim", "psnr")
+    }
 
 
 def test_wandb_has_the_evaluation_of_a_run_that_it_has(run, monkeypatch, capsys):

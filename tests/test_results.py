@@ -13,9 +13,9 @@ from conftest import ROOT
 
 import analysis
 import config as configuration
-import stages
 from analyses.arguments import parse_named
 from analyses.compare import SAME
+from training import stages
 
 NOTING = """#!{python}
 import json, pathlib, sys
@@ -115,12 +115,12 @@ def test_what_is_left_and_what_it_belongs_to(tmp_path):
 def test_training_in_stages(tmp_path):
     """Takes the place of training, and of nothing else."""
     _, calls = results(tmp_path, "configs/long.yml")
-    _, staged = results(tmp_path / "staged", "configs/long.yml", TRAIN="stages.py")
+    _, staged = results(tmp_path / "staged", "configs/long.yml", TRAIN="-m training.stages")
     text = json.dumps(staged).replace(str(tmp_path / "staged"), str(tmp_path))
-    assert text == json.dumps(calls).replace("train.py", "stages.py") != json.dumps(calls)
-    for program, *arguments in staged:
-        if program == "stages.py":
-            assert len(list(stages.configurations(arguments))) == 4
+    assert text == json.dumps(calls).replace('"train.py"', '"-m", "training.stages"') != json.dumps(calls)
+    for call in staged:
+        if call[:2] == ["-m", "training.stages"]:
+            assert len(list(stages.configurations(call[2:]))) == 4
 
 
 def test_usage():

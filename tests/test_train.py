@@ -17,31 +17,23 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY, flags, full_disk, log_of
+from helpers import assert_same, parameters
 
 import config as configuration
 import data
 import eval
-import rollout
-import runs
 import tools
 import train
-import train_step
 from config import Config, ConfigError
 from cwvae import CWVAE
-from noise import key_for, sequence_keys
+from sequences import rollout
+from sequences.noise import key_for, sequence_keys
 from system import files
 from system.checkpoints import Checkpoints
 from system.devices import Devices
+from training import loading, runs
+from training.step import make_optimizer, make_state, make_train_step
 from videos.digits import MovingDigits
-
-
-def parameters(state):
-    return jax.tree.map(np.asarray, state)
-
-
-def assert_same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def test_a_run_and_its_files(tiny, capsys):
@@ -151,7 +143,7 @@ def test_training_in_stages(tiny, tmp_path):
     first = train.train(dataclasses.replace(tiny, max_steps=2))
     source = runs.directory(tiny)
     c = dataclasses.replace(tiny, digit_speed=(1, 3), init_from=str(source), save_model_every=1)
-    state = runs.initial_state(CWVAE(c))
+    state = loading.initial_state(CWVAE(c))
     assert_same(parameters(state).params, parameters(first).params)
     assert state.step == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state))
 
@@ -208,13 +200,13 @@ def test_context_must_fit_training_videos(tiny):
 def test_padding_has_no_weight(tiny):
     """A batch of 2 padded to 4 rows gives the loss and the parameters of the batch alone, whatever the padding holds."""
     model, devices = CWVAE(tiny), Devices()
-    take_step = train_step.make_train_step(model)
+    take_step = make_train_step(model)
     windows = data.windows(tiny, "train")
     video = np.stack([windows[i] for i in range(2)])
     padding = np.random.default_rng(0).integers(0, 256, video.shape, dtype=np.uint8)
     results = []
     for rows, weight in (video, [1, 1]), (np.concatenate([video, padding]), [1, 1, 0, 0]):
-        state = devices.replicate(train_step.make_state(model))
+        state = devices.replicate(make_state(model))
         results.append(take_step(state, data.Batch(rows[None], np.array(weight, np.float32)[None])))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -225,8 +217,8 @@ def test_one_compiled_step_serves_all_seeds(tiny):
     programs = set()
     for seed in 1, 2:
         model = CWVAE(dataclasses.replace(tiny, seed=seed))
-        step = train_step.make_train_step(model)
-        programs.add(step.func.lower(*step.args, train_step.make_state(model), batch).as_text())
+        step = make_train_step(model)
+        programs.add(step.func.lower(*step.args, make_state(model), batch).as_text())
     assert len(programs) == 1
 
 
@@ -236,7 +228,7 @@ def test_gradient_clipping_and_adam(tiny):
 
     g = {"a": jnp.array([3e-3, -4e-3])}
     for clip, scale in (10000, 1.0), (0, 1.0), (None, 1.0), (1e-3, 0.2):
-        optimizer = train_step.make_optimizer(CWVAE(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1)))
+        optimizer = make_optimizer(CWVAE(dataclasses.replace(tiny, clip_grad_norm_by=clip, lr=0.1)))
         updates, _ = optimizer.update(g, optimizer.init(g))
         clipped = g["a"] * scale
         np.testing.assert_allclose(updates["a"], -0.1 * clipped / (abs(clipped) + 1e-4), rtol=1e-4)
@@ -244,7 +236,7 @@ def test_gradient_clipping_and_adam(tiny):
 
 def test_validation_does_not_depend_on_batch_size(tiny):
     model = CWVAE(tiny)
-    params = train_step.make_state(model).params
+    params = make_state(model).params
     windows = data.windows(tiny, "test")
     test = [windows[i] for i in range(6)]
     results = []
@@ -258,7 +250,7 @@ def test_validation_does_not_depend_on_batch_size(tiny):
 
 def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
     model = CWVAE(tiny)
-    params = train_step.make_state(model).params
+    params = make_state(model).params
     test = data.windows(tiny, "test")
     video = np.stack([test[0], test[1]])
     changed = video.copy()

@@ -1,0 +1,1 @@
+"""How good predicted frames are: SSIM and PSNR, LPIPS and FVD."""

@@ -1,0 +1,175 @@
+"""Long sequences in chunks of time, so that memory doesn't grow with their length: ELBO, filtering, open loop.
+
+Noise is drawn for the whole sequence at once, so that results don't depend on the chunks. Videos lie on the
+host; `place` puts a part of them on the devices.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from config import Config
+from cwvae import LevelRollout
+from sequences.interface import Model
+
+Place = Callable[[Any], Any]
+
+
+def chunk_size(config: Config) -> int:
+    """Return the frames of a chunk: a training sequence's, up to whole ticks of the top level."""
+    return -(-config.seq_len // config.block) * config.block
+
+
+def chunks(config: Config, frames: int, chunk: int | None, first: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the first frame of each chunk and the one after its last, from frame `first` on."""
+    chunk = chunk or chunk_size(config)
+    for start in range(first, frames, chunk):
+        yield start, min(start + chunk, frames)
+
+
+def elbo(
+    model: Model,
+    params: Any,
+    video: Any,
+    keys: Array,
+    chunk: int | None = None,
+    place: Place = jnp.asarray,
+    actions: Any = None,
+) -> dict[str, Array]:
+    """Return the terms of `CWVAE.elbo` for video [B, T, H, W, C] and actions [B, T, A], if the model takes any, with
+    noise from one PRNG key per sequence [B]."""
+    c, T = model.config, video.shape[1]
+    inputs, state, total = model.draw(keys, T, actions=actions), None, None
+    for start, stop in chunks(c, T, chunk):
+        terms, state = apply(
+            model, "elbo", params, place(video[:, start:stop]), model.time_slice(inputs, start, stop), state=state
+        )
+        total = terms if total is None else jax.tree.map(jnp.add, total, terms)
+    assert total is not None
+    return total
+
+
+def observe(
+    model: Model,
+    params: Any,
+    video: Any,
+    keys: Array,
+    use_obs: str | None = None,
+    chunk: int | None = None,
+    place: Place = jnp.asarray,
+    actions: Any = None,
+) -> Iterator[tuple[LevelRollout, ...]]:
+    """Infer the states behind all frames of a video; arguments as in `open_loop`, which draws the same noise.
+
+    Yields:
+        Each level's rollout over the ticks of a chunk.
+    """
+    c, T = model.config, video.shape[1]
+    inputs, state = model.draw(keys, T, actions=actions), None
+    for start, stop in chunks(c, T, chunk):
+        rollouts, state = apply(
+            model,
+            "observe",
+            params,
+            place(video[:, start:stop]),
+            model.time_slice(inputs, start, stop),
+            state=state,
+            use_obs=use_obs,
+        )
+        yield rollouts
+
+
+def reconstruct(
+    model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
+) -> Iterator[Array]:
+    """Yield the frames of a video after its context, which `predict` predicts, in chunks of time, as decoded from a
+    posterior that sees them all. The noise of the context is that of `predict`."""
+    c, T, context = model.config, video.shape[1], model.config.open_loop_ctx
+    inputs = model.draw(keys, T, actions=actions)
+    _, state = filter_frames(model, params, place(video[:, :context]), model.time_slice(inputs, 0, context), None)
+    for start, stop in chunks(c, T, None, context):
+        seen = place(video[:, start:stop])
+        frames, state = filter_frames(model, params, seen, model.time_slice(inputs, start, stop), None, state)
+        yield frames
+
+
+class OpenLoop(NamedTuple):
+    """Frames that an open loop predicts, all [B, T, H, W, C], not clipped to [0, 1]."""
+
+    reconstruction: Array  # the context, as its posterior decodes it
+    prediction: Iterator[Array]  # what follows, in chunks of time
+
+
+def open_loop(
+    model: Model,
+    params: Any,
+    context: Any,
+    keys: Array,
+    frames: int,
+    use_obs: str | None = None,
+    chunk: int | None = None,
+    place: Place = jnp.asarray,
+    actions: Any = None,
+) -> OpenLoop:
+    """Predict from context frames: filter them, then follow the prior at all levels (Section 3).
+
+    Args:
+        model: the model.
+        params: its parameters.
+        context: [B, T, H, W, C]; T a multiple of k**(L-1). Nothing else of a video enters here.
+        keys: one PRNG key per sequence [B].
+        frames: to predict after the context.
+        use_obs: the levels that see the context, see `CWVAE.observe`.
+        chunk: frames predicted at a time, a multiple of k**(L-1).
+        place: puts the context on the devices.
+        actions: [B, T + frames, A] for a model that takes them, those of the context and of what follows.
+
+    Raises:
+        ValueError: the context isn't a multiple of k**(L-1) frames.
+    """
+    T = context.shape[1]
+    inputs = model.draw(keys, T + frames, context=T, actions=actions)
+    reconstruction, state = filter_frames(model, params, place(context), model.time_slice(inputs, 0, T), use_obs)
+    return OpenLoop(reconstruction, imagine(model, params, inputs, state, T, frames, chunk))
+
+
+def imagine(
+    model: Model, params: Any, inputs: Any, state: Any, start: int, frames: int, chunk: int | None
+) -> Iterator[Array]:
+    """Yield so many frames from frame `start` on, in chunks of time that are all of one size: compiled once."""
+    size = chunk or chunk_size(model.config)
+    for first in range(start, start + frames, size):
+        predicted, state = imagine_frames(model, params, model.time_slice(inputs, first, first + size), state)
+        yield predicted[:, : start + frames - first]
+
+
+def predict(
+    model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
+) -> OpenLoop:
+    """Predict one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), see `open_loop`."""
+    c, T = model.config, model.config.open_loop_ctx
+    frames = video.shape[1] - T
+    return open_loop(model, params, video[:, :T], keys, frames, c.use_obs, place=place, actions=actions)
+
+
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="use_obs")
+def apply(model: Model, method: str, params: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Call a method of the model, compiled."""
+    return model.apply(params, *arguments, method=method, **keywords)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def filter_frames(model: Model, params: Any, video: Array, inputs: Any, use_obs: str | None, state: Any = None) -> Any:
+    """Return a chunk as its posterior decodes it, and the state behind it. Its rollouts would cost time to compile."""
+    rollouts, state = model.apply(params, video, inputs, state, use_obs, method="observe")
+    return model.apply(params, rollouts, method="decode"), state
+
+
+@partial(jax.jit, static_argnums=0)
+def imagine_frames(model: Model, params: Any, inputs: Any, state: Any) -> Any:
+    rollouts, state = model.apply(params, inputs, state, method="imagine")
+    return model.apply(params, rollouts, method="decode"), state

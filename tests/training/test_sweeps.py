@@ -1,0 +1,226 @@
+"""The shipped wandb sweeps: accepted by wandb's own check, valid at each point, and run as wandb's agent runs them.
+
+And those that are grids run without wandb.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, flags, log_of, tiny_keys
+
+import config as configuration
+import train
+from config import Config, ConfigError
+
+SWEEPS = sorted(path.stem for path in (ROOT / "configs" / "sweeps").glob("*.yml"))
+
+BOUNDS = {"lr": (1e-4, 1e-3), "dec_stddev": (0.1, 1.0)}
+"""The paper's tuning ranges."""
+
+
+def read(name):
+    return yaml.safe_load((ROOT / "configs" / "sweeps" / f"{name}.yml").read_text())
+
+
+def points(sweep):
+    """All combinations of values; of a range its ends."""
+    choices = []
+    for parameter in sweep["parameters"].values():
+        ends = [parameter.get("min"), parameter.get("max")]
+        choices.append(parameter.get("values") or ([parameter["value"]] if "value" in parameter else ends))
+    return [dict(zip(sweep["parameters"], values, strict=True)) for values in itertools.product(*choices)]
+
+
+def violations(sweep):
+    """What wandb's own check of sweep configurations says, nothing where it accepts one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pydantic, within wandb
+        from wandb import wandb_controller
+
+        return wandb_controller._WandbController._validate(None, sweep)
+
+
+def test_all_that_the_paper_varies():
+    values = {name: {key: p.get("values") for key, p in read(name)["parameters"].items()} for name in SWEEPS}
+    assert values["k"]["tmp_abs_factor"] == [1, 2, 4, 6, 8]
+    assert values["levels"]["levels"] == [1, 2, 3] and values["levels_k4"]["levels"] == [1, 2, 3, 4]
+    assert len(values["speed"]["digit_speed"]) == 3
+    for name in "baselines", "svg", "vta":
+        parameters = read(name)["parameters"]
+        for key, (low, high) in BOUNDS.items():
+            assert (parameters[key]["min"], parameters[key]["max"]) == (low, high)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_wandb_accepts_it(name):
+    sweep = read(name)
+    assert violations(sweep) == ""
+    assert "is not one of" in violations(sweep | {"method": "gird"})  # the check checks
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_each_point_is_a_valid_configuration(name):
+    sweep = read(name)
+    base = configuration.read_yaml(ROOT / sweep["command"][-1])
+    for point in points(sweep):
+        c = Config(**base).updated(point, "wandb")
+        assert c.save_gifs is False or c.open_loop_ctx < c.seq_len, point
+
+
+@pytest.mark.parametrize("name", ["k", "svg"])
+def test_it_runs_as_an_agent_starts_it(name, tmp_path):
+    """Its last point for one step, with layers of a few units: the sweep's values in a file that the environment names."""
+    sweep = read(name)
+    point = points(sweep)[-1]
+    model = configuration.read_yaml(ROOT / sweep["command"][-1]).get("model", "cwvae")
+    small = tiny_keys(model) | dict(
+        max_steps=1, batch_size=1, wandb="offline", seq_len=4, logdir=str(tmp_path / "logs")
+    )
+    if "open_loop_ctx" in point:
+        small |= dict(eval_seq_len=point["open_loop_ctx"] + 4)
+    small = {key: value for key, value in small.items() if key not in ("levels", "tmp_abs_factor", "open_loop_ctx")}
+    if "open_loop_ctx" not in point:
+        small |= dict(eval_seq_len=40, open_loop_ctx=36, save_gifs=False)
+    (tmp_path / "sweep.yml").write_text(
+        yaml.safe_dump({"wandb_version": 1, **{k: {"value": v} for k, v in point.items()}})
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= dict(WANDB_SWEEP_ID="abc", WANDB_RUN_ID="run1", WANDB_SWEEP_PARAM_PATH=str(tmp_path / "sweep.yml"))
+    program = {"${interpreter}": sys.executable, "${program}": str(ROOT / sweep["program"])}
+    command = [program.get(part, part) for part in sweep["command"] if part != "${env}"]
+    command = [str(ROOT / part) if part.startswith("configs/") else part for part in command]
+    arguments = [f"--{key}={list(value) if isinstance(value, tuple) else value}" for key, value in small.items()]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    (path,) = Path(tmp_path).glob("logs/digits/*/config.yml")
+    c = configuration.load(path)
+    for key, value in point.items():
+        assert getattr(c, key) == (tuple(value) if isinstance(value, list) else value)
+
+
+def main(monkeypatch, *arguments):
+    """Run train.py, and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    try:
+        train.main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def arguments(tmp_path, sweep, **keys):
+    """Flags that train each point of a sweep as a tiny model, from a file."""
+    path = tmp_path / "sweep.yml"
+    path.write_text(yaml.safe_dump(sweep))
+    keys = {"logdir": tmp_path / "logs", "datadir": tmp_path / "datasets", "save_scalars_every": 1} | keys
+    swept = [f"--{key}=" for key in sweep["parameters"]]
+    return ["--grid", str(path), *(flag for flag in flags(**keys) if not flag.startswith(tuple(swept)))]
+
+
+SPEED = dict(method="grid", program="train.py", parameters={"digit_speed": {"values": [[1, 3], [2, 6], [4, 12]]}})
+"""Points that share what is compiled."""
+
+
+def test_a_grid_without_wandb(tmp_path, monkeypatch, capsys):
+    """One after the other; the same command again resumes, and trains nothing that is done."""
+    given = arguments(tmp_path, SPEED, max_steps=2)
+    stopped = train.train
+
+    def interrupted(config):
+        if config.digit_speed == (2, 6):
+            raise KeyboardInterrupt
+        return stopped(config)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train", interrupted)
+        main(monkeypatch, *given)
+    assert re.findall(".* done.*", capsys.readouterr().out) == ["1 of 3 done, 1 min left"]
+    (first,) = tmp_path.glob("logs/digits/*")
+    before = (first / "checkpoints" / "2").stat().st_mtime_ns, (first / "metrics.jsonl").stat().st_mtime_ns
+    assert main(monkeypatch, *given) == 0
+    assert re.findall(".* done.*", capsys.readouterr().out) == [
+        *("1 of 3 done", "2 of 3 done, 1 min left", "3 of 3 done"),
+    ]
+    assert before == ((first / "checkpoints" / "2").stat().st_mtime_ns, (first / "metrics.jsonl").stat().st_mtime_ns)
+    paths = sorted(tmp_path.glob("logs/digits/*"))
+    assert {configuration.load(path / "config.yml").digit_speed for path in paths} == {(1, 3), (2, 6), (4, 12)}
+    assert all([line["step"] for line in log_of(path)] == [1, 2] for path in paths)
+
+
+def test_a_grid_goes_on_after_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def failing(config):
+        trained.append(config.digit_speed)
+        raise train.NonFinite("loss or gradient isn't finite since step 1")
+
+    monkeypatch.setattr(train, "train", failing)
+    assert main(monkeypatch, *arguments(tmp_path, SPEED)) == 1
+    assert trained == [(1, 3), (2, 6), (4, 12)]
+    assert capsys.readouterr().err.count("error: loss or gradient isn't finite since step 1") == 3
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_grids_are_those_of_wandb(name, monkeypatch):
+    """Each shipped file is one, or is refused with the command that runs it."""
+    monkeypatch.chdir(ROOT)
+    sweep, path = read(name), f"configs/sweeps/{name}.yml"
+    if sweep["method"] == "grid":
+        base = configuration.load(sweep["command"][-1])
+        assert train.configurations(["--grid", path]) == [base.updated(point, name) for point in points(sweep)]
+    else:
+        with pytest.raises(ConfigError, match=f"grid: {path} has the method random, not grid; call wandb sweep {path}"):
+            train.configurations(["--grid", path])
+
+
+def test_a_grid_of_another_configuration(monkeypatch):
+    """The command line wins over the sweep's command."""
+    monkeypatch.chdir(ROOT)
+    given = ["--grid=configs/sweeps/levels.yml", "--config=configs/small.yml", "--seed=3"]
+    small = configuration.load("configs/small.yml")
+    assert train.configurations(given) == [small.updated({"levels": n, "seed": 3}, "") for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(program="eval.py"), "is for eval.py, not train.py"),
+        (dict(early_terminate={"type": "hyperband"}), "has early_terminate, which only wandb does"),
+        (dict(parameters=[]), "lacks parameters"),
+        (
+            dict(parameters={"lr": {"min": 1e-4, "max": 1e-3}}),
+            "needs either a value or a list of values of lr, got {.*; or call wandb sweep .*yml",
+        ),
+        (dict(parameters={"levles": {"values": [1]}}), "unknown key 'levles'; did you mean 'levels'?"),
+        (dict(parameters={"levels": {"values": [1, 0]}}), "levels: must be at least 1, got 0"),
+        (dict(parameters={"num_val_batches": {"values": [1, 2]}}), "are the same run, .*vary keys that are part of"),
+        (dict(parameters={"seed": {"values": [0, 1]}}), "seed: .*sweep.yml varies it, got 7; leave --seed out"),
+        (dict(parameters={}), "varies nothing; name parameters as"),
+        (dict(parameters={"lr": {"values": []}}), "needs either a value or a list of values of lr"),
+        (dict(command=3), "has the command 3; make it a list, or leave it out"),
+    ],
+)
+def test_grids_that_cannot_work(tmp_path, monkeypatch, capsys, changes, message):
+    """One line before the first training."""
+    monkeypatch.setattr(train, "train", None)
+    path = tmp_path / "sweep.yml"
+    path.write_text(yaml.safe_dump(SPEED | changes))
+    assert main(monkeypatch, "--grid", str(path), "--dataset=digits", "--seed=7", f"--logdir={tmp_path}/logs") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(message, err) and not (tmp_path / "logs").exists()
+
+
+def test_a_file_that_is_no_sweep(tmp_path, monkeypatch, capsys):
+    for content, reason in (None, "No such file or directory"), ("{", "not YAML"), ("levels: 3", "lacks parameters"):
+        path = tmp_path / "sweep.yml"
+        if content:
+            path.write_text(content)
+        assert main(monkeypatch, "--grid", str(path)) == 2
+        assert reason in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Training: the step, runs and their checkpoints, stages, grids."""

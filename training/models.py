@@ -1,0 +1,15 @@
+"""The models that can be trained, by name."""
+
+from collections.abc import Callable
+
+from baselines.svg import SVG
+from baselines.vta import VTA
+from config import Config
+from cwvae import CWVAE
+from sequences.interface import Model
+
+
+def make_model(config: Config) -> Model:
+    """Return the model that `config.model` names."""
+    models: dict[str, Callable[[Config], Model]] = {"cwvae": CWVAE, "svg": SVG, "vta": VTA}
+    return models[config.model](config)

@@ -1,9 +1,9 @@
-# make train: sets everything up and trains a small model on the embedded dataset, within minutes on two CPU cores.
-# make test:  sets everything up and runs the linter, the type checker and the tests.
-# --no-compile: Python compiles what it imports, which is a small part of what is installed.
+# make train: set everything up, and train a small model on the embedded dataset, within minutes on two CPU cores.
+# make test:  set everything up, and run the linter, the type checker and the tests.
+# pip has --no-compile, because Python compiles the few modules that it imports by itself.
 
 VENV ?= .venv
-# The first Python that is new enough. (A version manager may have a command for one that isn't installed: hence the trial.)
+# The first Python that is new enough. Each is tried, since a version manager may have commands without an installation.
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 

@@ -1,17 +1,17 @@
 """The paper's analyses, each a command: python analysis.py <command> [NAME=]RUN ... [--out DIR] [--key value ...]
 
-Of trained models, with the keys of the configuration as in eval.py:
-    levels      information per level: KL and entropies (Table 1, Figure 8); exports the latents
+For trained models, with configuration keys as in eval.py:
+    levels      information per level: KL divergence and entropies (Table 1, Figure 8); also writes the latents
     blind       open-loop predictions where some levels don't see the context (Figure 7)
-    boundaries  where segments begin, as VTA finds and predicts it
-    digits      which digits are in the predicted frames, read by a classifier (Figure 5b); of one, also where
-    rooms       which rooms the predicted videos visit, read from their colours (Figure 5a)
-    export      writes a model to be used elsewhere: a small run, a file of parameters, programs
-Of what train.py and eval.py wrote:
-    perceptual  adds LPIPS and FVD to finished evaluations, with the networks' files
-    compare     quality over distance of several models on one dataset (Figure 1)
+    boundaries  frames at which VTA's segments begin, inferred and predicted
+    digits      accuracy of the digits in predicted frames, classified (Figure 5b); of one digit, also its position
+    rooms       accuracy of the rooms in predicted videos, told apart by their colours (Figure 5a)
+    export      a model for use elsewhere: a small run, a file of parameters, or programs
+For results of train.py, eval.py or digits:
+    perceptual  LPIPS and FVD of finished evaluations, with the networks' files
+    compare     quality of several models on one dataset, over the distance from the context (Figure 1)
     ranks       average ranks over several comparisons (Figure 5c)
-    seeds       averages what digits wrote of several seeds
+    seeds       results of digits, averaged over several seeds
     curves      losses over the steps of several trainings
 """
 

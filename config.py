@@ -1,7 +1,7 @@
-"""Configuration: defaults < YAML file < command line < wandb sweep, checked once for all of them.
+"""The configuration: defaults < YAML file < command line < wandb sweep, with one check for all sources.
 
-This module holds values and loads nothing. `Config` is the table of contents of the whole program:
-each field's text is also its line in `--help`.
+`Config` declares the keys of all programs. The help text of a field is also its line in `--help`. This module imports
+no other module of the repository.
 """
 
 import argparse
@@ -35,17 +35,17 @@ CHANNELS = {
     "videos": (1, 3),
     "episodes": (1, 3),
 }
-"""The datasets, and the colour channels each can have."""
+"""The datasets, with the numbers of colour channels that each can have."""
 
 LATEST = "latest"
-"""In a log directory, the link to the run that was started or resumed last."""
+"""The name of the link in a log directory to the run that was started or resumed last."""
 
 FRAME_SIZE = 64
-"""Height and width of a frame: what the encoder's and decoder's unpadded convolutions are made for."""
+"""Height and width of a frame, which the unpadded convolutions of encoder and decoder require."""
 
 
 class ConfigError(ValueError):
-    """A value the user gave and can mend: one line that names the key, the value and the remedy."""
+    """An error that the user can correct: one line with the key, the value and the remedy."""
 
 
 def option(
@@ -62,21 +62,22 @@ def option(
     metavar: str | None = None,
     group: str | None = None,
 ) -> Any:
-    """Declare a key: all that is to be known of it stands here.
+    """Declare a key with all of its properties.
 
     Args:
-        default: its value unless set.
-        help: its text in `--help` and in the documentation.
-        at_least, above: lower bound of a number, inclusive or exclusive.
-        free: may change when a run is resumed, since neither the model nor the order of its data depends on it.
-        later: was added after the first runs, which don't have it saved. Never the last key, which shows that a saved
-            configuration isn't truncated.
-        named: sets a training apart, but isn't in the earlier codes' run names: part of ours unless at its default.
-        shapes: the parameters' shapes depend on it.
-        models: that read it; for others, it must be left at its default. Empty: all.
-        choices: what it can be, of a text; empty: anything.
-        metavar: what stands for its value in `--help`; by default its type or its choices.
-        group: the heading in `--help` and in the documentation of this key and the ones after it.
+        default: the value if the key isn't set.
+        help: the text in `--help` and in the documentation.
+        at_least, above: the lower bound of a number, inclusive or exclusive.
+        free: the key may change when a run is resumed, since neither the model nor the order of its data depends on it.
+        later: the key was added after the first runs, whose saved configurations lack it. The last key can't be such a
+            key, because its presence shows that a saved configuration isn't truncated.
+        named: the key distinguishes trainings, but isn't in the run names of the earlier codes. Its value is part of a
+            run name unless it is the default.
+        shapes: the shapes of the parameters depend on the key.
+        models: the models that read the key. Other models require its default. Empty: all models.
+        choices: the allowed values of a text. Empty: any.
+        metavar: the placeholder of the value in `--help`. By default, it shows the type or the choices.
+        group: the heading of this key and the next ones, in `--help` and in the documentation.
     """
     declared = dict(
         help=help,
@@ -96,10 +97,10 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that defines a run. Frozen; made by `load`, `parse` or the constructor, all of which check it.
+    """The configuration of a run. It is frozen. `load`, `parse` and the constructor check its values.
 
     Raises:
-        ConfigError: a value or a combination of values that can't work.
+        ConfigError: a value or a combination of values can't work.
     """
 
     model: str = option(
@@ -357,7 +358,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = coerce(field, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        if self.use_obs is not None:  # the TensorFlow code takes lower case, too
+        if self.use_obs is not None:  # the TensorFlow code accepts lower case, too
             object.__setattr__(self, "use_obs", self.use_obs.upper())
         self._check()
 
@@ -389,10 +390,10 @@ class Config:
         if self.levels > 30:
             raise ConfigError(f"levels: must be at most 30, got {self.levels}; the paper has 1 to 4")
         if self.split is not None and self.split >= 1:
-            raise ConfigError(f"split: must be below 1, so that videos are left to test, got {self.split}")
+            raise ConfigError(f"split: must be below 1, so that some videos are left for testing, got {self.split}")
         if self.channels not in CHANNELS[self.dataset]:
-            known = " or ".join(map(str, CHANNELS[self.dataset]))
-            raise ConfigError(f"channels: {self.dataset} has {known}, got {self.channels}; set --channels {known}")
+            allowed = " or ".join(map(str, CHANNELS[self.dataset]))
+            raise ConfigError(f"channels: {self.dataset} has {allowed}, got {self.channels}; set --channels {allowed}")
         if self.dataset == "episodes" and self.model != "cwvae":
             raise ConfigError(
                 f"dataset: {self.model} takes no actions, got episodes; set --model cwvae, or --dataset videos"
@@ -427,17 +428,20 @@ class Config:
 
     @property
     def block(self) -> int:
-        """The frames of one tick of the top level, which parts of a long video are multiples of."""
+        """The number of frames of one tick of the top level. Chunks of a long video are multiples of it."""
         return self.tmp_abs_factor ** (self.levels - 1) if self.model == "cwvae" else 1
 
     @property
     def free(self) -> set[str]:
-        """The keys that may change when this run is resumed."""
+        """The keys that may change when the run is resumed."""
         return marked("free") - ({"open_loop_ctx"} if self.model == "svg" else set())
 
     @property
     def run_name(self) -> str:
-        """Name the run's directory: `name`, or the earlier codes' name, then what else sets this training apart."""
+        """The name of the run's directory: `name`, or else a name built from the configuration.
+
+        The latter is the earlier codes' name, followed by the keys declared as `named` that aren't at their defaults.
+        """
         c = self
         if c.name is not None:
             return c.name
@@ -459,25 +463,25 @@ class Config:
         return name
 
     def updated(self, values: Mapping[str, Any], source: str) -> "Config":
-        """Return this configuration with `values` in place of its own.
+        """Return this configuration with some values replaced.
 
         Raises:
-            ConfigError: an unknown key or a value that can't work, after the name of the `source`.
+            ConfigError: a key is unknown, or a value can't work; the message begins with the `source`.
         """
         return dataclasses.replace(self, **typed(values, source))
 
     def to_json(self) -> str:
-        """Return all keys; `Config(**json.loads(text))` is the same Config."""
+        """Return all keys as JSON: `Config(**json.loads(text))` is the same Config."""
         return json.dumps(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
-        """Return all keys as YAML; `load` reads the same Config back from a file with it."""
+        """Return all keys as YAML: `load` reads the same Config from a file with this text."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False)
 
 
 def marked(mark: str) -> set[str]:
-    """Return the keys that are declared as "free", "named", "later" or "shapes"."""
+    """Return the keys that are declared with a mark: "free", "named", "later" or "shapes"."""
     return {field.name for field in dataclasses.fields(Config) if field.metadata[mark]}
 
 
@@ -490,20 +494,22 @@ def read_by(model: str) -> set[str]:
 def choose(key: str, value: str, choices: Sequence[str]) -> None:
     """Raise ConfigError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ConfigError(f"{key}: must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+        raise ConfigError(f"{key}: must be one of {', '.join(choices)}, got {value!r}{suggestion(value, choices)}")
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return '; did you mean ...?' with the most similar known word, or nothing if none is similar."""
-    matches = difflib.get_close_matches(word, known, n=1)
+def suggestion(word: str, choices: Sequence[str]) -> str:
+    """Return '; did you mean ...?' with the most similar choice, or an empty text if none is similar."""
+    matches = difflib.get_close_matches(word, choices, n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def coerce(field: dataclasses.Field, value: Any) -> Any:
-    """Return `value` as the field's type. Text is read as YAML first, and as a float if YAML reads text (1e-4).
+    """Return `value` as the field's type.
+
+    Text is parsed as YAML, and then as a number if YAML takes it for text, as it does 1e-4.
 
     Raises:
-        ConfigError: `value` can't be that.
+        ConfigError: `value` can't be converted.
     """
     kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
     if isinstance(value, str) and value.strip().lower() in ("null", "none", "~", "") and type(None) in kinds:
@@ -524,7 +530,7 @@ FAILED = object()
 
 
 def convert(kind: Any, value: Any) -> Any:
-    """Return `value` as `kind`, one of the types that fields have, or FAILED."""
+    """Return `value` as `kind`, one of the fields' types, or FAILED if it can't be converted."""
     if kind is types.NoneType:
         return None if value is None else FAILED
     if kind is bool:
@@ -551,14 +557,14 @@ def typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return `values` with each value as its field's type.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one) or a value of another type, after the `source`.
+        ConfigError: a key is unknown, or a value is of another type; the message begins with the `source`.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: must hold `key: value` lines, got {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{source}: unknown key {key!r}{nearest(str(key), list(fields))}")
+            raise ConfigError(f"{source}: unknown key {key!r}{suggestion(str(key), list(fields))}")
     try:
         return {key: coerce(fields[key], value) for key, value in values.items()}
     except ConfigError as error:
@@ -569,7 +575,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the values in a YAML file.
 
     Raises:
-        ConfigError: no such file, no YAML mapping, an unknown key or a value of another type.
+        ConfigError: the file can't be read, isn't a YAML mapping, or has an unknown key or a value of another type.
     """
     try:
         values = yaml.safe_load(Path(path).read_text())
@@ -583,7 +589,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def load(path: str | Path) -> Config:
-    """Return the configuration in a YAML file, over the defaults; raise ConfigError as `read_yaml` and `Config` do."""
+    """Return the configuration in a YAML file, with defaults for missing keys.
+
+    Raises:
+        ConfigError: as `read_yaml` and `Config`.
+    """
     return merged(path, {})
 
 
@@ -591,7 +601,7 @@ class Flag(NamedTuple):
     """A flag of a program that isn't a configuration key."""
 
     metavar: str
-    """What stands for its value in `--help`."""
+    """The placeholder of its value in `--help`."""
     help: str
 
 
@@ -600,26 +610,28 @@ def parse_flags(
     program: str,
     description: str,
     keys: bool = True,
-    of_run: bool = False,
+    overrides_run: bool = False,
     examples: Sequence[str] = (),
     **special: Flag,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Read `--key value`, `--key=value` and, for booleans, `--key`; dashes in keys count as underscores.
+    """Parse a command line: `--key value`, `--key=value`, and for booleans also `--key`.
+
+    Dashes in keys are the same as underscores.
 
     Args:
         argv: the arguments, without the program's name.
-        program: its name and what it needs, for `--help`.
-        description: for `--help`.
+        program: the program's name and required flags, for `--help`.
+        description: the description, for `--help`.
         keys: whether the program takes configuration keys.
-        of_run: whether these replace values of a run, so that the defaults don't matter.
+        overrides_run: whether these keys replace values of a run. Then `--help` shows no defaults.
         examples: command lines, for `--help`.
-        **special: flags of this program that aren't configuration keys; they hide keys of the same name.
+        **special: the program's flags that aren't configuration keys. A key of the same name is hidden.
 
     Returns:
-        The special flags that were given, and the configuration keys that were given, as text.
+        The special flags and the configuration keys that were given, both as text.
 
     Raises:
-        ConfigError: an unknown or repeated flag, or one whose value is missing or empty.
+        ConfigError: a flag is unknown, or its value is missing or empty.
     """
     parser = ArgumentParser(
         usage=f"python {program.removeprefix('python ')} [--flag value ...]",
@@ -633,45 +645,45 @@ def parse_flags(
         parser.add_argument(f"--{key}", help=flag.help, metavar=flag.metavar)
     fields = [field for field in dataclasses.fields(Config) if keys and field.name not in special]
     if keys:
-        order = "The run's own values hold, unless set here" if of_run else "Defaults < YAML < these < wandb"
+        order = "The run's values, unless set here" if overrides_run else "Defaults < YAML < these < wandb"
         parser.add_argument_group("keys of the configuration", f"{order}; docs/configuration.md says more.")
-        for name, members in sorted(groups().items(), key=lambda item: of_run and item[0] != "EVALUATION"):
+        for name, members in sorted(groups().items(), key=lambda item: overrides_run and item[0] != "EVALUATION"):
             group = parser.add_argument_group(name)
             for field in members:
                 if field in fields:
                     optional: Any = {"nargs": "?", "const": "true"} if field.type is bool else {}
-                    default = "" if of_run else f" (default: {default_text(field)})"
+                    default = "" if overrides_run else f" (default: {default_text(field)})"
                     help = field.metadata["help"] + default
                     group.add_argument(f"--{field.name}", help=help, metavar=metavar(field), **optional)
     argv = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) for arg in argv]
     given, rest = parser.parse_known_args(argv)
     if rest:
-        known = ["--" + key for key in [*special, *(field.name for field in fields)]]
+        flags = ["--" + key for key in [*special, *(field.name for field in fields)]]
         name = rest[0].split("=")[0]
-        raise ConfigError(f"command line: unknown argument {rest[0]!r}{nearest(name, known)}")
+        raise ConfigError(f"command line: unknown argument {rest[0]!r}{suggestion(name, flags)}")
     values = vars(given)
-    if empty := [key for key, value in values.items() if not value]:  # as of a variable of the shell that isn't set
+    if empty := [key for key, value in values.items() if not value]:  # for example, an unset variable of the shell
         raise ConfigError(f"{empty[0]}: the value is empty; give one, or leave --{empty[0]} out")
     return {k: v for k, v in values.items() if k in special}, {k: v for k, v in values.items() if k not in special}
 
 
 def groups() -> dict[str, list[dataclasses.Field]]:
-    """Return the keys by the headings under which they are declared."""
-    found: dict[str, list[dataclasses.Field]] = {}
+    """Return the fields of the keys, by the headings under which they are declared."""
+    fields: dict[str, list[dataclasses.Field]] = {}
     name = ""
     for field in dataclasses.fields(Config):
         name = field.metadata["group"] or name
-        found.setdefault(name, []).append(field)
-    return found
+        fields.setdefault(name, []).append(field)
+    return fields
 
 
 def default_text(field: dataclasses.Field) -> str:
-    """Return a key's default as it is written in YAML."""
+    """Return the default of a key as YAML."""
     return field.default if isinstance(field.default, str) else json.dumps(field.default)
 
 
 def metavar(field: dataclasses.Field) -> str:
-    """Return what stands for a key's value in `--help`: its choices, or its types."""
+    """Return the placeholder of a key's value in `--help`: its choices or its types."""
     if field.metadata["metavar"]:
         return str(field.metadata["metavar"])
     if field.metadata["choices"]:
@@ -681,8 +693,12 @@ def metavar(field: dataclasses.Field) -> str:
     return "|".join(names.get(kind, "LIST") for kind in kinds if kind is not types.NoneType)
 
 
-def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
-    """Return a special flag that is a whole number."""
+def whole_number(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -> int:
+    """Return the value of a special flag that is a whole number.
+
+    Raises:
+        ConfigError: it isn't one, or is too small.
+    """
     try:
         value = int(given.get(key, default))
     except ValueError:
@@ -693,17 +709,17 @@ def whole(given: Mapping[str, str], key: str, default: int, at_least: int = 1) -
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with its errors as ConfigErrors: one line, without the usage that fills a screen here."""
+    """An argparse parser that raises its errors as ConfigErrors, without the usage, which would fill the screen."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(f"command line: {message}")
 
 
 def merged(path: str | Path | None, flags: Mapping[str, str]) -> Config:
-    """Merge defaults < the YAML file, if any < flags.
+    """Return the merged configuration: defaults < YAML file, if any < flags.
 
     Raises:
-        ConfigError: the file is another model's than that of the flags; or as `read_yaml`, `typed` and `Config` do.
+        ConfigError: the file is for another model than the flags name; or as `read_yaml`, `typed` and `Config`.
     """
     if path is not None and not Path(path).exists():
         folder = Path(__file__).with_name("configs")
@@ -711,16 +727,16 @@ def merged(path: str | Path | None, flags: Mapping[str, str]) -> Config:
         names = [name for name in names if not name.startswith("sweeps/")]
         (closest,) = difflib.get_close_matches(Path(path).stem, names, n=1) or ["NAME"]
         example = os.path.relpath(folder / f"{closest}.yml")
-        raise ConfigError(f"{path}: no such file; name a YAML file, as {example}; there are {', '.join(names)}")
+        raise ConfigError(f"{path}: no such file; name a YAML file such as {example}; there are {', '.join(names)}")
     values, given = read_yaml(path) if path is not None else {}, typed(flags, "command line")
     model, asked = values.get("model", Config.model), given.get("model")
     foreign = [key for key in values if asked in MODELS and key not in read_by(asked)]
     if path is not None and asked is not None and asked != model and foreign:
-        own = Path(path).parent if model == Config.model else Path(path).parent.parent
-        other = (own if asked == Config.model else own / asked) / Path(path).name
-        remedy = f"name {other}" if other.exists() else f"name a configuration of {asked}"
+        root = Path(path).parent if model == Config.model else Path(path).parent.parent
+        counterpart = (root if asked == Config.model else root / asked) / Path(path).name
+        remedy = f"name {counterpart}" if counterpart.exists() else f"name a configuration of {asked}"
         raise ConfigError(
-            f"model: {path} is for {model} ({foreign[0]} is of it), got {asked}; {remedy}, or leave it out"
+            f"model: {path} is for {model} (it sets {foreign[0]}), got {asked}; {remedy}, or leave --model out"
         )
     return Config(**values | given)
 
@@ -734,24 +750,26 @@ def parse(
     """Return the configuration of a command line: defaults < `--config` file < flags.
 
     Raises:
-        ConfigError: as `parse_flags` and `for_program` do.
+        ConfigError: as `parse_flags` and `program_config`.
     """
     config = Flag("FILE", "YAML file, e.g. configs/minerl.yml")
     special, flags = parse_flags(argv, program, description, examples=examples, config=config)
-    return for_program(program, special.get("config"), flags)
+    return program_config(program, special.get("config"), flags)
 
 
-def for_program(program: str, path: str | None, flags: Mapping[str, str]) -> Config:
-    """Merge as `merged` does, if a file, a flag or a wandb sweep names the data: the default is a large download.
+def program_config(program: str, path: str | None, flags: Mapping[str, str]) -> Config:
+    """Return the merged configuration of a program, as `merged`, if the dataset is named.
+
+    A file, a flag or a wandb sweep can name it. The default isn't used unnamed, because it is a large download.
 
     Raises:
-        ConfigError: none does; or as `merged`.
+        ConfigError: the dataset isn't named; or as `merged`.
     """
     config = merged(path, flags)
     if path is None and "dataset" not in flags and "WANDB_SWEEP_ID" not in os.environ:
         raise ConfigError(
-            f"dataset: none is named, and the default, {Config.dataset}, is a download of gigabytes (8.2 GB decoded); "
-            f"call {program} --config configs/{Config.dataset}.yml for it, or with digits that need no download "
-            f"{program} --config configs/debug.yml"
+            f"dataset: none is named, and the default, {Config.dataset}, is a large download (8.2 GB decoded); "
+            f"call {program} --config configs/{Config.dataset}.yml for it, or {program} --config configs/debug.yml for "
+            "digits that need no download"
         )
     return config

@@ -36,26 +36,27 @@ from training.models import make_model
 
 
 class Output(NamedTuple):
-    """What is written besides the configuration's say, and where."""
+    """Where the results are written, and which ones besides those that the configuration asks for."""
 
-    directory: Path | None = None  # None: a new one below the run's
+    directory: Path | None = None  # None: a new directory in the run's
     formats: Formats = Formats()
     all_videos: bool = False
-    lpips: Path | None = None  # the file of its network
-    fvd: Path | None = None
+    lpips: Path | None = None  # the network's file
+    fvd: Path | None = None  # the network's file
 
 
 def parse(argv: list[str]) -> tuple[Config, loading.Checkpoint, Output]:
-    """Return the run's own configuration with the command line's keys in place of its values, and what to do with it.
+    """Return the run's configuration with the keys of the command line, the checkpoint and the output.
 
     Raises:
-        ConfigError: as `loading.named`, `loading.find_checkpoint`, `config.parse_flags` and `loading.load_config` do.
+        ConfigError: as `loading.resolve_name`, `loading.find_checkpoint`, `config.parse_flags` and
+            `loading.load_config`.
     """
     special, flags = configuration.parse_flags(
         argv,
         "eval.py --logdir RUN",
         "Evaluate open-loop predictions of a trained Clockwork VAE.",
-        of_run=True,
+        overrides_run=True,
         examples=(
             "python eval.py --logdir pretrained",
             "python eval.py --logdir logs/latest",
@@ -63,17 +64,16 @@ def parse(argv: list[str]) -> tuple[Config, loading.Checkpoint, Output]:
         ),
         logdir=Flag(
             "RUN",
-            "run directory, logs/latest, or a beginning of a run's name that no other's has; one of its checkpoints; a "
-            "directory of one run; a .safetensors file",
+            "run directory, logs/latest, or the beginning of a run's name if no other run's name has it; or a "
+            "checkpoint of a run, a directory with one run, or a .safetensors file",
         ),
         out=Flag(
             "DIR",
-            "new directory for the results (default: one below the run's); an interrupted evaluation there is resumed",
+            "directory for the results (default: a new one in the run's directory): new, or that of an interrupted "
+            "evaluation, which is resumed",
         ),
         format=FORMAT,
-        videos=Flag(
-            "{shown,all}", "whose videos are written: the examples' that the page shows, or all (default: shown)"
-        ),
+        videos=Flag("{shown,all}", "write the videos of the examples that the page shows, or of all (default: shown)"),
         lpips=perceptual.LPIPS_FLAG,
         fvd=perceptual.FVD_FLAG,
     )
@@ -82,12 +82,14 @@ def parse(argv: list[str]) -> tuple[Config, loading.Checkpoint, Output]:
     videos = special.get("videos", "shown")
     configuration.choose("videos", videos, ["shown", "all"])
     out, lpips, fvd = (Path(special[key]) if key in special else None for key in ("out", "lpips", "fvd"))
-    checkpoint = loading.find_checkpoint(loading.named(special["logdir"]))
-    if out is None and checkpoint.alone:
-        raise ConfigError(f"out: {checkpoint.run} has no run's directory; name a new one for the results with --out")
+    checkpoint = loading.find_checkpoint(loading.resolve_name(special["logdir"]))
+    if out is None and checkpoint.is_file:
+        raise ConfigError(
+            f"out: {checkpoint.run} is a file without a run directory; name a directory for the results with --out"
+        )
     output = Output(out, formats(special.get("format")), videos == "all", lpips, fvd)
     config = loading.load_config(checkpoint.run, flags)
-    if "save_gifs" not in flags:  # whatever the training saved
+    if "save_gifs" not in flags:  # a run's own value is about its training
         config = dataclasses.replace(config, save_gifs=True)
     for key, kinds in ("format", VIDEOS), ("videos", ["all"]):
         if not config.save_gifs and any(kind in special.get(key, "").lower() for kind in kinds):
@@ -101,55 +103,56 @@ def parse(argv: list[str]) -> tuple[Config, loading.Checkpoint, Output]:
 
 
 Metrics = dict[str, dict[str, np.ndarray]]
-"""protocol -> "ssim", "psnr" -> [B, T]; if its network is given, also "perceptual" -> "lpips" -> [B, T]"""
+"""protocol -> "ssim" or "psnr" -> [B, T]; with a network of LPIPS, also "perceptual" -> "lpips" -> [B, T]"""
 
 
 class Prediction(NamedTuple):
     """One sample for each sequence of a batch."""
 
-    context: np.ndarray  # uint8 [B, T, H, W, C], as the model reconstructs it
-    frames: np.ndarray  # uint8 [B, T, H, W, C], what it predicts after that
+    context: np.ndarray  # uint8 [B, T, H, W, C], reconstructed
+    frames: np.ndarray  # uint8 [B, T, H, W, C], predicted after the context
     metrics: Metrics
 
 
 @jax.jit
 def frame_metrics(truth: Array, predictions: dict[str, Array]) -> dict[str, dict[str, dict[str, Array]]]:
-    """Return the metrics of named predictions in all protocols, which share most of the work.
+    """Return the metrics of named predictions in all protocols: name -> protocol -> metric -> [B, T].
 
-    On a CPU, one time after the other: so little at once stays in its cache.
+    One compiled program computes all of them, since they share most of the work. A CPU computes one frame at a time,
+    because that much fits into its cache.
     """
     T = truth.shape[1]
 
-    def at(time: Array) -> dict[str, dict[str, dict[str, Array]]]:
-        now = truth[:, time]
+    def metrics_at(time: Array) -> dict[str, dict[str, dict[str, Array]]]:
+        frame = truth[:, time]
         return {
             name: {
-                protocol: similarity.frame_metrics(now, frames[:, jnp.minimum(time, frames.shape[1] - 1)], protocol)
+                protocol: similarity.frame_metrics(frame, frames[:, jnp.minimum(time, frames.shape[1] - 1)], protocol)
                 for protocol in similarity.PROTOCOLS
             }
             for name, frames in predictions.items()
         }
 
-    metrics = jax.lax.map(at, jnp.arange(T), batch_size=1 if on_cpu() else T)
+    metrics = jax.lax.map(metrics_at, jnp.arange(T), batch_size=1 if on_cpu() else T)
     return jax.tree.map(lambda values: values.swapaxes(0, 1), metrics)
 
 
-def measure(
+def chunked_metrics(
     truth: np.ndarray, chunks: Iterable[dict[str, Any]], place: Callable[[Any], Any] = jnp.asarray
 ) -> dict[str, Metrics]:
-    """Return the metrics of named frames that come in chunks of time.
+    """Return the metrics of named predictions that come in chunks of time.
 
     Args:
         truth: uint8 [B, T, H, W, C].
-        chunks: of frames [B, <= T, H, W, C]; a single frame in place of several stands for all of them.
-        place: puts frames on the devices.
+        chunks: frames [B, <= T, H, W, C] by name. A single frame is compared with all frames of its chunk.
+        place: copies frames to the devices.
     """
     start, metrics = 0, []
     for chunk in chunks:
         stop = start + max(frames.shape[1] for frames in chunk.values())
         metrics.append(frame_metrics(place(truth[:, start:stop]), chunk))
         start = stop
-    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *jax.device_get(metrics))
+    return jax.tree.map(lambda *values: np.concatenate(values, axis=1), *jax.device_get(metrics))
 
 
 def predict(
@@ -160,23 +163,28 @@ def predict(
     place: Callable[[Any], Any] = jnp.asarray,
     actions: np.ndarray | None = None,
 ) -> Prediction:
-    """Predict the frames of video uint8 [B, T, H, W, C] after its context, and compare them with it.
+    """Predict the frames after the context of a video, and compare them with the true ones.
 
-    A model that takes actions is given those of all frames, [B, T, A].
+    Args:
+        model, params: the trained model.
+        video: uint8 [B, T, H, W, C].
+        keys: one PRNG key per sequence [B].
+        place: copies frames to the devices.
+        actions: [B, T, A], those of all frames, if the model takes any.
     """
-    seen, frames = rollout.predict(model, params, video, keys, place, actions), []
+    open_loop, frames = rollout.predict(model, params, video, keys, place, actions), []
 
     def chunks() -> Iterator[dict[str, Array]]:
-        for chunk in seen.prediction:
+        for chunk in open_loop.prediction:
             frames.append(tools.to_uint8(chunk))
             yield {"prediction": chunk}
 
-    metrics = measure(video[:, model.config.open_loop_ctx :], chunks(), place)
-    context = tools.joined([seen.reconstruction])
+    metrics = chunked_metrics(video[:, model.config.open_loop_ctx :], chunks(), place)
+    context = tools.joined([open_loop.reconstruction])
     return Prediction(context, np.concatenate(jax.device_get(frames), axis=1), metrics["prediction"])
 
 
-def references(
+def reference_metrics(
     model: Model,
     params: Any,
     video: np.ndarray,
@@ -186,55 +194,57 @@ def references(
     place: Callable[[Any], Any] = jnp.asarray,
     actions: np.ndarray | None = None,
 ) -> dict[str, Metrics]:
-    """Return the metrics of what stands in for the frames after the context, see `statistics.REFERENCES`.
+    """Return the metrics of the references that predictions are compared with, see `statistics.REFERENCES`.
 
     Args:
-        model, params: what reconstructs, and predicts under shuffled actions.
+        model, params: the model that reconstructs, and that predicts under shuffled actions.
         video: uint8 [B, T, H, W, C].
-        keys: of the predictions, so that the context's states are the same.
-        first: the first sequence's number, which with the row decides which random frames it gets.
-        pool: of `random_frames`.
-        place: puts frames on the devices.
+        keys: those of the predictions, so that the states of the context are the same.
+        first: number of the first sequence. A sequence's number is the seed of its random frames.
+        pool: the frames of `random_frames`.
+        place: copies frames to the devices.
         actions: [B, T, A], if the model takes any.
     """
     context = model.config.open_loop_ctx
     future, last = video[:, context:], place(video[:, context - 1 : context])
     if pool is not None:
-        randoms = (np.random.default_rng([1, first + row]) for row in range(len(future)))
-        numbers = np.stack([random.integers(len(pool), size=future.shape[1]) for random in randoms])
+        generators = (np.random.default_rng([1, first + row]) for row in range(len(future)))
+        indices = np.stack([generator.integers(len(pool), size=future.shape[1]) for generator in generators])
 
     def chunks() -> Iterator[dict[str, Array]]:
         start = 0
         for chunk in rollout.reconstruct(model, params, video, keys, place, actions):
             stop = start + chunk.shape[1]
-            random = {} if pool is None else {"random": place(pool[numbers[:, start:stop]])}
+            random = {} if pool is None else {"random": place(pool[indices[:, start:stop]])}
             yield {"posterior": chunk, "copy": last} | random
             start = stop
 
-    found = measure(future, chunks(), place)
+    metrics = chunked_metrics(future, chunks(), place)
     if actions is not None:
-        others = shuffled(actions, context, first)
-        found["shuffled"] = predict(model, params, video, keys, place, others).metrics
-    return found
+        shuffled = shuffle_future_actions(actions, context, first)
+        metrics["shuffled"] = predict(model, params, video, keys, place, shuffled).metrics
+    return metrics
 
 
-def shuffled(actions: np.ndarray, context: int, first: int) -> np.ndarray:
-    """Return actions [B, T, A] with those after the context in a random order, which sequence number `first` + row
-    determines."""
-    randoms = (np.random.default_rng([2, first + row]) for row in range(len(actions)))
-    futures = [random.permutation(own[context:]) for random, own in zip(randoms, actions, strict=True)]
+def shuffle_future_actions(actions: np.ndarray, context: int, first: int) -> np.ndarray:
+    """Return actions [B, T, A] with those after the context in a random order.
+
+    The number of a sequence, `first` + row, is the seed of its order.
+    """
+    generators = (np.random.default_rng([2, first + row]) for row in range(len(actions)))
+    futures = [generator.permutation(row[context:]) for generator, row in zip(generators, actions, strict=True)]
     return np.concatenate([actions[:, :context], np.stack(futures)], axis=1)
 
 
 def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:
-    """Return random frames of the training set, uint8 [count, H, W, C], the same ones for each model of a dataset.
+    """Return random frames of the training set, uint8 [count, H, W, C]. They are the same for all models.
 
-    None, with one line that says so, if there is no training set (as on a machine that only evaluates).
+    Print a line and return None if there is no training set, as on a machine that only evaluates.
     """
     try:
         windows = data.windows(config, "train")
     except ConfigError as error:
-        print(f"Without the line of random training frames, since there are none: {error}")
+        print(f"The line of random training frames is left out, since there is no training set: {error}")
         return None
     random = np.random.default_rng(0)
     chosen = (windows[int(random.integers(len(windows)))] for _ in range(count))
@@ -242,12 +252,13 @@ def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:
 
 
 class Samples:
-    """What is kept of a batch's predictions, sample after sample.
+    """The frames and metrics that are kept of a batch's samples.
 
-    frames: the context as the first sample reconstructs it; the first sample; of several, also the second and, by each
-    metric's average over time in the paper's protocol, the best.
-    metrics, [B, T] each: "<protocol>_<metric>" of the best sample by this metric, as in the earlier codes;
-    "<protocol>_<metric>_<reference>" of each reference; of several samples, "<protocol>_<metric>_mean" over them.
+    frames: the context that the first sample reconstructs, and the first sample. Of several samples, also the second
+        and, for each metric, the best by the metric's average over time in the paper's protocol.
+    metrics: [B, T] each. "<protocol>_<metric>" is that of the best sample by this metric, as in the earlier codes.
+        "<protocol>_<metric>_<reference>" is that of a reference. Of several samples, "<protocol>_<metric>_mean" is the
+        mean over them.
     """
 
     def __init__(self, count: int, references: Mapping[str, Metrics]) -> None:
@@ -261,6 +272,7 @@ class Samples:
         }
 
     def add(self, number: int, prediction: Prediction) -> None:
+        """Add sample `number`, counted from 0."""
         if number == 0:
             self.frames["context"] = prediction.context
         if number < 2:
@@ -271,17 +283,17 @@ class Samples:
                 if self.count == 1:
                     self.metrics[key] = values
                     continue
-                kept = self.metrics.setdefault(key, values.copy())
-                better = goodness(name, values.mean(-1)) > goodness(name, kept.mean(-1))
-                kept[better] = values[better]
+                best_values = self.metrics.setdefault(key, values.copy())
+                better = goodness(name, values.mean(-1)) > goodness(name, best_values.mean(-1))
+                best_values[better] = values[better]
                 mean = self.metrics.setdefault(f"{key}_mean", np.zeros_like(values))
                 mean += (values - mean) / (number + 1)
                 if protocol == "paper":
-                    best = self.frames.setdefault(f"best_{name}_sample", prediction.frames.copy())
-                    best[better] = prediction.frames[better]
+                    best_frames = self.frames.setdefault(f"best_{name}_sample", prediction.frames.copy())
+                    best_frames[better] = prediction.frames[better]
 
     def row(self, row: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Return one sequence's frames and metrics."""
+        """Return the frames and metrics of one sequence of the batch."""
         return jax.tree.map(lambda values: values[row], (self.frames, self.metrics))
 
 
@@ -289,16 +301,17 @@ class Samples:
 
 
 def evaluate(config: Config, checkpoint: loading.Checkpoint, output: Output | None = None) -> dict[str, Any]:
-    """Predict `num_samples` times for each of `num_examples` test sequences, and write what comes out.
+    """Predict `num_examples` test sequences `num_samples` times each, and write the results.
 
-    Of several samples, the best of each sequence by its average over time (as in the earlier codes) and their mean are
-    reported. An evaluation that was interrupted is resumed. Of several processes, each takes its share of each batch.
+    Of several samples, two results are reported: the best sample of each sequence by its average over time, as in the
+    earlier codes, and the mean over the samples. An interrupted evaluation is resumed. Several processes share each
+    batch.
 
     Returns:
-        What `metrics.json` holds.
+        The content of `metrics.json`.
 
     Raises:
-        ConfigError: what is asked for can't work.
+        ConfigError: the evaluation can't work as configured.
     """
     output = output or Output()
     c = connect(config)
@@ -308,21 +321,23 @@ def evaluate(config: Config, checkpoint: loading.Checkpoint, output: Output | No
     params, stages = loading.load_params(model, checkpoint), loading.stages_before(checkpoint)
     length = len(test[0])
     if c.open_loop_ctx >= length:
-        raise ConfigError(f"open_loop_ctx: must be less than {length}, a test video's frames, got {c.open_loop_ctx}")
+        raise ConfigError(
+            f"open_loop_ctx: must be less than {length}, the frames of a test video, got {c.open_loop_ctx}; lower it"
+        )
     count = min(c.num_examples, len(test))
     if count < c.num_examples:
-        devices.say(f"num_examples: the test set has {count} sequences; evaluating these")
+        devices.say(f"num_examples: the test set has only {count} sequences; evaluating all of them")
     results: dict[str, Any] = {}
     networks = perceptual.load(output.lpips, output.fvd, length - c.open_loop_ctx, count)
     network = networks.lpips.sha256 if networks.lpips else ""
-    with contextlib.ExitStack() as held:
-        opened = devices.first_decides(lambda: str(open_directory(held, c, checkpoint, output.directory, network)))
-        directory = Path(opened)
+    with contextlib.ExitStack() as resources:
+        path = devices.first_decides(lambda: str(open_directory(resources, c, checkpoint, output.directory, network)))
+        directory = Path(path)
         predict_all(c, model, params, test, count, directory, devices, networks.lpips)
         if devices.process == 0:
-            found = perceptual.measured(networks, directory, count)
+            scores = perceptual.summarise(networks, directory, count)
             with writing(directory):
-                results = summarise(c, checkpoint, stages, directory, count, output.formats, output.all_videos, found)
+                results = summarise(c, checkpoint, stages, directory, count, output.formats, output.all_videos, scores)
             log_to_wandb(c, checkpoint.run, directory, results)
             print_table(results)
             print(f"Results: {directory}")
@@ -339,13 +354,13 @@ def predict_all(
     devices: Devices,
     lpips: perceptual.Network | None = None,
 ) -> None:
-    """Write predictions and metrics of the first `count` test sequences, except those that are there already.
+    """Write predictions and metrics of the first `count` test sequences, except existing ones.
 
-    LPIPS is among the metrics if its network is given. A thread writes a batch while the devices compute the next one.
+    LPIPS is one of the metrics if its network is given. A thread writes a batch while the devices compute the next one.
     """
     c = config
     batch_size = min(c.batch_size, count)
-    own = devices.own(batch_size)
+    own = devices.own_rows(batch_size)
     done = 0
     while done < count and all(is_done(directory, i) for i in range(done, min(done + batch_size, count))):
         done += batch_size
@@ -372,8 +387,8 @@ def predict_all(
         for number, batch in enumerate(batches, done // batch_size):
             first = number * batch_size + own.start
             keys = example_keys(c, first, len(batch.video), 0)
-            compared = references(model, params, batch.video, keys, first, pool, devices.put, batch.actions)
-            samples = Samples(c.num_samples, compared)
+            references = reference_metrics(model, params, batch.video, keys, first, pool, devices.put, batch.actions)
+            samples = Samples(c.num_samples, references)
             for sample in range(c.num_samples):
                 keys = example_keys(c, first, len(batch.video), sample)
                 prediction = predict(model, params, batch.video, keys, devices.put, batch.actions)
@@ -399,9 +414,10 @@ def main() -> None:
                 evaluate(config, checkpoint, output)
                 return
             except DamagedCheckpoint:
-                # A training beside this may have removed the newest checkpoint of before. A named one is gone then.
+                # A training that runs at the same time may have replaced the newest checkpoint: then use the new one.
                 newest = parse(sys.argv[1:])[1]
-                if newest == checkpoint or newest.run != checkpoint.run:  # `latest` may lead to another one now
+                # A checkpoint that the user named can't be replaced, and `latest` may have become another run.
+                if newest == checkpoint or newest.run != checkpoint.run:
                     raise
                 checkpoint = newest
 

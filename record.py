@@ -1,6 +1,6 @@
 """Record episodes from an environment, for `dataset: episodes`: python record.py --env dot --steps 100 ...
 
-docs/data.md describes environments, policies and files.
+docs/episodes.md describes environments, policies and files.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ from PIL import Image
 from tqdm import tqdm
 
 import config as configuration
-from config import FRAME_SIZE, ConfigError, Flag, whole
+from config import FRAME_SIZE, ConfigError, Flag, whole_number
 from system.files import replace_file
 from videos import environments
 from videos.decoded import one_process
 from videos.environments import ActionSpace, Environment
 
 STICKY = 0.9
-"""The probability that the policy of that name takes its last action again."""
+"""The probability that the policy `sticky` repeats its last action."""
 
 KEYS = ("image", "action", "reward", "is_first", "is_last", "is_terminal")
 
 Policy = Callable[[Mapping[str, Any]], Any]
-"""What is observed -> action."""
+"""Observations by name -> action."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What every episode of a recording has in common."""
+    """The settings that all episodes of a recording share."""
 
     env: str
     policy: str = "random"
@@ -55,7 +55,7 @@ class Recording:
 
 
 def record_episode(recording: Recording, split: str, number: int) -> dict[str, np.ndarray]:
-    """Record an episode, which depends on the arguments alone.
+    """Record an episode, which depends only on the arguments.
 
     Args:
         recording: what to record.
@@ -65,46 +65,44 @@ def record_episode(recording: Recording, split: str, number: int) -> dict[str, n
     Returns:
         image: uint8 [T, 64, 64, C].
         action: float32 [T, A]; each led to its image, and the first one is zeros.
-        reward: float32 [T], which came with the image.
+        reward: float32 [T]; each was received with its image.
         is_first, is_last, is_terminal: bool [T].
-        And the environment's other observations [T, ...], under their names.
+        The environment's other observations, [T, ...] each, by their names.
 
     Raises:
         ConfigError: the environment or the policy fails.
     """
     sequence = np.random.SeedSequence([recording.seed, ("train", "test").index(split), number])
     env_seed, policy_seed, common_seed = (int(word) >> 1 for word in sequence.generate_state(3))
-    random.seed(common_seed)  # some environments draw from these
+    random.seed(common_seed)  # some environments use these global generators
     np.random.seed(common_seed)  # noqa: NPY002
     try:
         environment = environments.make(recording.env, env_seed)
         with contextlib.closing(environment):
             if not environment.limited and recording.steps is None:
-                raise ConfigError(
-                    f"steps: {recording.env} has no limit of its own; set --steps, the frames of an episode"
-                )
+                raise ConfigError(f"steps: {recording.env} has no time limit; set --steps, the frames of an episode")
             return play(environment, make_policy(recording.policy, environment.space, policy_seed), recording.steps)
     except ConfigError:
         raise
-    except Exception as error:  # whatever an environment or a policy meets
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}, at {place.filename}:{place.lineno}"
+    except Exception as error:  # environments and policies are the user's code and can raise anything
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}, at {origin.filename}:{origin.lineno}"
         raise ConfigError(
-            f"env: {recording.env}, with policy {recording.policy}, fails in episode {number} of {split} ({what})"
+            f"env: {recording.env}, with policy {recording.policy}, fails in episode {number} of {split} ({reason})"
         ) from None
 
 
 def play(environment: Environment, policy: Policy, steps: int | None) -> dict[str, np.ndarray]:
-    """Return the episode of a policy, of at most so many frames, as `record_episode` does."""
+    """Play an episode of at most `steps` frames, and return it as `record_episode` does."""
     step = environment.reset()
-    frames, others, rewards = [to_frame(step.frame)], [copied(step.others)], [0.0]
+    frames, observations, rewards = [to_frame(step.frame)], [observed_arrays(step.others)], [0.0]
     actions = [np.zeros(environment.space.size, np.float32)]
     while not step.last and len(frames) != steps:
-        action = np.asarray(policy({**others[-1], "image": frames[-1]}))
+        action = np.asarray(policy({**observations[-1], "image": frames[-1]}))
         actions.append(environment.space.vector(action))
         step = environment.step(action)
         frames.append(to_frame(step.frame))
-        others.append(copied(step.others))
+        observations.append(observed_arrays(step.others))
         rewards.append(float(step.reward))
     last = np.arange(len(frames)) == len(frames) - 1
     episode = {
@@ -115,24 +113,27 @@ def play(environment: Environment, policy: Policy, steps: int | None) -> dict[st
         "is_last": last,
         "is_terminal": last & bool(step.terminal),
     }
-    for name in others[0]:
-        with contextlib.suppress(KeyError, ValueError):  # another shape, or missing, at other times
-            episode[name] = np.stack([observed[name] for observed in others])
+    for name in observations[0]:
+        with contextlib.suppress(KeyError, ValueError):  # its shape varies, or it is missing in some frames
+            episode[name] = np.stack([observed[name] for observed in observations])
     return episode
 
 
 def to_frame(frame: Any) -> np.ndarray:
-    """Return a frame as uint8 [64, 64, C]. One of another size is scaled by area, and distorted if it isn't square.
+    """Return a frame as uint8 [64, 64, C].
+
+    A frame of another size is scaled by area, and is distorted if it isn't square.
 
     Raises:
-        ConfigError: it is something else than uint8 [H, W], [H, W, 1] or [H, W, 3].
+        ConfigError: the frame isn't uint8 [H, W], [H, W, 1] or [H, W, 3].
     """
     pixels = np.array(frame)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
         raise ConfigError(
-            f"env: a frame has to be uint8 [H, W, 1 or 3], got {pixels.dtype} {list(pixels.shape)}; name another"
+            f"env: frames must be uint8 [H, W, 1 or 3], got {pixels.dtype} {list(pixels.shape)}; name another "
+            "environment"
         )
     size = (FRAME_SIZE, FRAME_SIZE)
     if pixels.shape[:2] == size:
@@ -144,23 +145,26 @@ def to_frame(frame: Any) -> np.ndarray:
     return np.stack(channels, -1)
 
 
-def copied(others: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Copy those observations that are arrays of numbers or text, each under a name that nothing else in a file has."""
-    kept = {}
-    for name, value in others.items():
+def observed_arrays(observations: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return copies of the observations that are arrays of numbers or text.
+
+    The name of an observation is prefixed with `obs_` if the file needs that name itself.
+    """
+    arrays = {}
+    for name, value in observations.items():
         with contextlib.suppress(ValueError):  # a list of arrays of several shapes
             array = np.array(value)
             if array.dtype.kind in "biufU":
-                taken = *KEYS, "file", "allow_pickle"  # the last ones are parameters of NumPy's savez
-                kept[f"obs_{name}" if name in taken else str(name)] = array
-    return kept
+                taken = *KEYS, "file", "allow_pickle"  # the last two are parameters of NumPy's savez
+                arrays[f"obs_{name}" if name in taken else str(name)] = array
+    return arrays
 
 
 # ---------------------------------------------------------------------------------------------- policies
 
 
 def make_policy(name: str, space: ActionSpace, seed: int) -> Policy:
-    """Make the policy for an episode: random, sticky or module:function.
+    """Return the policy for an episode: random, sticky or module:function.
 
     Raises:
         ConfigError: there is no such module or function.
@@ -168,7 +172,7 @@ def make_policy(name: str, space: ActionSpace, seed: int) -> Policy:
     if name in ("random", "sticky"):
         generator, last = np.random.default_rng(seed), None
 
-        def policy(observed: Mapping[str, Any]) -> np.ndarray:
+        def policy(observations: Mapping[str, Any]) -> np.ndarray:
             nonlocal last
             if last is None or name == "random" or generator.random() >= STICKY:
                 last = space.draw(generator)
@@ -186,13 +190,13 @@ def make_policy(name: str, space: ActionSpace, seed: int) -> Policy:
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def work(connection: Any, recording: Recording) -> None:
-    """Record what is asked for through a connection, a split and a number at a time, until it is closed.
+def record_requested(connection: Any, recording: Recording) -> None:
+    """Record the episodes that are requested through a connection, until it is closed.
 
-    Sends split, number, the episode as a compressed NPZ, how many frames it has, and the versions of the environment's
-    packages; or a ConfigError.
+    A request is a split and a number. The answer is the split, the number, the episode as a compressed NPZ, its number
+    of frames, and the versions of the environment's packages; or a ConfigError, after which the process ends.
     """
-    sys.path.append(os.getcwd())  # where modules of policies and environments are
+    sys.path.append(os.getcwd())  # the user's modules of policies and environments are there
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             split, number = connection.recv()
@@ -204,30 +208,32 @@ def work(connection: Any, recording: Recording) -> None:
                 return
             arrays: Any = episode
             np.savez_compressed(buffer, **arrays)
-            found = environments.versions(recording.env)
-            connection.send((split, number, buffer.getvalue(), len(episode["image"]), found))
+            packages = environments.versions(recording.env)
+            connection.send((split, number, buffer.getvalue(), len(episode["image"]), packages))
 
 
-def recorded(
+def record_in_processes(
     recording: Recording, tasks: Sequence[tuple[str, int]], processes: int
 ) -> Generator[tuple[str, int, bytes, int, dict[str, str]]]:
-    """Yield what `work` sends for tasks, splits with numbers, from so many processes, as it comes.
+    """Yield the answers of `record_requested` to tasks (split, number), in any order, from several processes.
 
     Raises:
-        ConfigError: an episode can't be recorded, or a process ended, as those do that a library crashes.
+        ConfigError: an episode can't be recorded, or a process ended, for example because a library crashed.
     """
     context = multiprocessing.get_context("spawn")
     workers: dict[Any, Any] = {}
-    left = iter(tasks)
-    os.environ["PYTHONHASHSEED"] = "0"  # of these processes: sets of strings have the same order in all of them
+    remaining = iter(tasks)
+    os.environ["PYTHONHASHSEED"] = "0"  # for the workers: sets of strings have the same order in all of them
     try:
         with signals_blocked():
-            for _, task in zip(range(processes), left, strict=False):
-                theirs: Any
-                connection, theirs = context.Pipe()
-                workers[connection] = context.Process(target=work, args=(theirs, recording), daemon=True)
+            for _, task in zip(range(processes), remaining, strict=False):
+                worker_end: Any
+                connection, worker_end = context.Pipe()
+                workers[connection] = context.Process(
+                    target=record_requested, args=(worker_end, recording), daemon=True
+                )
                 workers[connection].start()
-                theirs.close()
+                worker_end.close()
                 connection.send(task)
         busy = set(workers)
         while busy:
@@ -238,10 +244,12 @@ def recorded(
                 except (EOFError, ConnectionError):
                     workers[connection].join()
                     code = workers[connection].exitcode
-                    raise ConfigError(f"env: a process with {recording.env} ended, exit code {code}") from None
+                    raise ConfigError(
+                        f"env: a process that records {recording.env} ended with exit code {code}"
+                    ) from None
                 if isinstance(result, ConfigError):
                     raise result
-                for task in left:
+                for task in remaining:
                     connection.send(task)
                     break
                 else:
@@ -256,8 +264,11 @@ def recorded(
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Receive signals after the block, and in processes that it starts never: the program ends these."""
-    multiprocessing.resource_tracker.ensure_running()  # starting it would unblock them
+    """Delay signals until the block ends.
+
+    Processes that are started inside never receive them: the program ends these.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # starting it inside would unblock the signals
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -270,17 +281,17 @@ def signals_blocked() -> Iterator[None]:
 
 
 class Amount(NamedTuple):
-    """How many episodes each split is to have, and how many processes record them."""
+    """The number of episodes of each split, and of the processes that record them."""
 
     episodes: dict[str, int]
     processes: int
 
 
 def parse(argv: Sequence[str]) -> tuple[Recording, Amount, Path]:
-    """Return what a command line asks for, and the folder for it.
+    """Return the settings, the amount and the folder of a command line.
 
     Raises:
-        ConfigError: a flag is unknown, missing, or has a value that can't be.
+        ConfigError: a flag is unknown, missing, or has an invalid value.
     """
     given, _ = configuration.parse_flags(
         argv,
@@ -292,50 +303,50 @@ def parse(argv: Sequence[str]) -> tuple[Recording, Amount, Path]:
             "python record.py --env crafter --policy sticky --episodes 200 --datadir crafter",
         ],
         env=Flag("ENV", environments.NAMES),
-        episodes=Flag("INT", "how many for training, in DATADIR/train"),
-        test_episodes=Flag("INT", "how many for testing, in DATADIR/test (default: a tenth of --episodes, at least 1)"),
-        datadir=Flag("DIR", "folder for the files"),
-        steps=Flag(
-            "INT", "frames after which an episode ends, if the environment doesn't end it (default: its own limit)"
+        episodes=Flag("INT", "number of training episodes, in DATADIR/train"),
+        test_episodes=Flag(
+            "INT", "number of test episodes, in DATADIR/test (default: a tenth of --episodes, at least 1)"
         ),
+        datadir=Flag("DIR", "folder for the files"),
+        steps=Flag("INT", "maximum number of frames of an episode (default: the environment's own time limit)"),
         policy=Flag(
             "POLICY",
-            f"random; sticky, which repeats its last action with probability {STICKY}; or module:function, which makes "
-            "one (default: random)",
+            f"random; sticky, which repeats its last action with probability {STICKY}; or module:function, which "
+            "returns a policy (default: random)",
         ),
-        seed=Flag("INT", "all that is random follows from it (default: 0)"),
-        processes=Flag("INT", "how many record at once (default: one per CPU core)"),
+        seed=Flag("INT", "seed of environments and policies (default: 0)"),
+        processes=Flag("INT", "number of parallel processes (default: one per CPU core)"),
     )
     for key in "env", "episodes", "datadir":
         if key not in given:
             raise ConfigError(f"command line: --{key} is missing; python record.py --help lists the flags")
-    steps = whole(given, "steps", 2, 2) if "steps" in given else None
-    recording = Recording(given["env"], given.get("policy", "random"), whole(given, "seed", 0, 0), steps)
+    steps = whole_number(given, "steps", 2, 2) if "steps" in given else None
+    recording = Recording(given["env"], given.get("policy", "random"), whole_number(given, "seed", 0, 0), steps)
     if recording.policy not in ("random", "sticky") and not all(recording.policy.partition(":")):
         raise ConfigError(f"policy: must be random, sticky or module:function, got {recording.policy!r}")
-    train = whole(given, "episodes", 1, 1)
-    episodes = {"train": train, "test": whole(given, "test_episodes", max(1, train // 10), 0)}
-    return recording, Amount(episodes, whole(given, "processes", os.cpu_count() or 1, 1)), Path(given["datadir"])
+    train = whole_number(given, "episodes", 1, 1)
+    episodes = {"train": train, "test": whole_number(given, "test_episodes", max(1, train // 10), 0)}
+    return recording, Amount(episodes, whole_number(given, "processes", os.cpu_count() or 1, 1)), Path(given["datadir"])
 
 
 def record(recording: Recording, amount: Amount, datadir: Path) -> None:
     """Record the episodes that are missing in a folder.
 
     Raises:
-        ConfigError: it holds something else; or as `recorded` does.
+        ConfigError: the folder holds other files or another recording; or as `record_in_processes`.
     """
     datadir.mkdir(parents=True, exist_ok=True)
     with one_process(datadir / "recording.lock", f"recording to {datadir}"):
-        check(datadir, asdict(recording))
+        check_folder(datadir, asdict(recording))
         paths = {
             (split, number): datadir / split / f"episode_{number:06}.npz"
             for split, count in amount.episodes.items()
             for number in range(count)
         }
         tasks = [task for task, path in paths.items() if not path.exists()]
-        frames, begin = 0, time.monotonic()
+        frames, start = 0, time.monotonic()
         with (
-            contextlib.closing(recorded(recording, tasks, min(amount.processes, len(tasks)))) as results,
+            contextlib.closing(record_in_processes(recording, tasks, min(amount.processes, len(tasks)))) as results,
             tqdm(
                 total=len(paths),
                 initial=len(paths) - len(tasks),
@@ -345,44 +356,44 @@ def record(recording: Recording, amount: Amount, datadir: Path) -> None:
             ) as bar,
         ):
             for split, number, content, count, packages in results:
-                check(datadir, asdict(recording) | {"packages": packages}, write=True)
+                check_folder(datadir, asdict(recording) | {"packages": packages}, write=True)
                 path = paths[split, number]
                 path.parent.mkdir(exist_ok=True)
                 replace_file(path, content)
                 frames += count
-                bar.set_postfix_str(f"{frames / (time.monotonic() - begin):.3g} frames/s", refresh=False)
+                bar.set_postfix_str(f"{frames / (time.monotonic() - start):.3g} frames/s", refresh=False)
                 bar.update()
     counts = ", ".join(f"{count:,} episodes in {split}" for split, count in amount.episodes.items())
-    print(f"{datadir}: {counts}; {frames:,} frames were recorded now")
+    print(f"{datadir}: {counts}; {frames:,} new frames")
 
 
-def check(datadir: Path, asked: Mapping[str, Any], write: bool = False) -> None:
-    """Compare what is asked for with what a folder was recorded with, if anything; write this down if told to.
+def check_folder(datadir: Path, settings: Mapping[str, Any], write: bool = False) -> None:
+    """Compare the settings with those that a folder was recorded with; `write` them if there are none yet.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: they differ, or the folder holds other files.
     """
     path = datadir / "recording.json"
     if path.exists():
         try:
-            recording = json.loads(path.read_text())
-            differing = [key for key in asked if recording[key] != asked[key]]
+            recorded = json.loads(path.read_text())
+            differing = [key for key in settings if recorded[key] != settings[key]]
         except (ValueError, KeyError, TypeError):
             raise ConfigError(f"datadir: {path} is damaged; choose another folder") from None
         for key in differing:
-            remedy = "install these again" if key == "packages" else f"set --{key} to that"
+            remedy = "install those versions" if key == "packages" else f"set --{key} to that"
             raise ConfigError(
-                f"{key}: {datadir} was recorded with {json.dumps(recording[key])}, got {json.dumps(asked[key])}; "
+                f"{key}: {datadir} was recorded with {json.dumps(recorded[key])}, got {json.dumps(settings[key])}; "
                 f"{remedy}, or choose another --datadir"
             )
     elif any(datadir.glob("train/*")) or any(datadir.glob("test/*")):
         raise ConfigError(f"datadir: {datadir} holds other files in train or test; choose another folder")
     elif write:
-        replace_file(path, json.dumps(asked, indent=1).encode())
+        replace_file(path, json.dumps(settings, indent=1).encode())
 
 
 def main() -> None:
-    from system.interrupts import Interrupts, exit_codes  # loads JAX, which the processes above don't need
+    from system.interrupts import Interrupts, exit_codes  # loads JAX, which the recording processes don't need
 
     with exit_codes(), Interrupts():
         record(*parse(sys.argv[1:]))

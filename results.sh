@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
-# Trains and evaluates the paper's models on one dataset, and draws its figures and tables. The same call resumes where it stopped.
+# Train and evaluate the paper's models on one dataset; draw its figures and tables. The same call resumes where it stopped.
 #
-#   bash results.sh CONFIG DIRECTORY [--key value ...]      # e.g. configs/small.yml results --seed 1
+#   bash results.sh CONFIG DIRECTORY [--key value ...]      # for example: configs/small.yml results --seed 1
 #
-# Keys apply to every training. The models: cwvae (three levels, k = 6), k2, k4, k8, notmpabs (k = 1), rssm (one level), and
-# if the dataset is generated, slow and fast digits; and svg and vta, for a CONFIG of configs/ that has a counterpart in configs/<model>/.
-# Contexts are 36 frames, as in the paper, and 64, which k = 4 and 8 divide.
-# With TRAIN="-m training.stages", each is trained in stages: TRAIN="-m training.stages" bash results.sh configs/long.yml results
-# Paths are those from here. With another Python than the active one: PYTHON=.venv/bin/python bash results.sh ...
+# The keys apply to every training. The models:
+#
+#   cwvae               three levels, k = 6
+#   k2, k4, k8          three levels with another k
+#   notmpabs            three levels, k = 1
+#   rssm                one level
+#   levels2, levels4    two levels with k = 6, four with k = 4
+#   svg, vta            the baselines, if CONFIG has a counterpart in the folder svg or vta next to it
+#   slow, fast          cwvae on slow and fast digits, if the dataset is generated
+#
+# Contexts have 36 frames, as in the paper, or 64 frames, which are whole ticks of the top level for k = 2, 4 and 8.
+# TRAIN="-m training.stages" trains each model in stages: TRAIN="-m training.stages" bash results.sh configs/long.yml results
+# PYTHON names another Python than the active one: PYTHON=.venv/bin/python bash results.sh ...
+# Paths are relative to the directory of this file.
 set -eo pipefail
 if [ $# -lt 2 ]; then
     echo "error: call bash results.sh CONFIG DIRECTORY [--key value ...]" >&2
@@ -18,16 +27,16 @@ config=$1 directory=$2
 keys=("${@:3}")
 python=${PYTHON:-python}
 
-# What there is belongs to the call that made it: with other keys, only what is missing would be of them.
+# A directory belongs to one call: with other keys, only the missing results would be made with them.
 call="TRAIN=${TRAIN:-train.py} $config ${keys[*]}"
 mkdir -p "$directory"
 if [ -e "$directory/call.txt" ] && [ "$(cat "$directory/call.txt")" != "$call" ]; then
-    echo "error: $directory is of another call, $(cat "$directory/call.txt"); repeat that one, or name another DIRECTORY" >&2
+    echo "error: $directory holds results of another call, $(cat "$directory/call.txt"); repeat that call, or name another DIRECTORY" >&2
     exit 2
 fi
 echo "$call" >"$directory/call.txt"
 
-plan=() # the kind of each part that this call is to run: training, evaluation or figure
+plan=() # the kind of each task that this call will run: training, evaluation or figure
 
 timed() { # KIND NAME COMMAND ...
     if [ "$counting" ]; then
@@ -41,7 +50,7 @@ timed() { # KIND NAME COMMAND ...
     echo "$finished of ${#plan[@]} done$(time_left)"
 }
 
-time_left() { # By the mean time of each kind; of a kind that hasn't been run yet, none.
+time_left() { # Estimated by the mean time of each kind. A kind that hasn't run yet counts as no time.
     printf '%s\n' "${plan[@]:finished}" | awk '
         NR == FNR { kind = $(NF - 2); sub(":", "", kind); seconds[kind] += $(NF - 1); number[kind]++; next }
         number[$1] { left += seconds[$1] / number[$1] }
@@ -63,7 +72,7 @@ model() { # NAME [--key value ...]
     training "$1" "$config" "${@:2}"
 }
 
-evaluation() { # CONTEXT NAME ...: <name>/context<CONTEXT> leads to it
+evaluation() { # CONTEXT NAME ...: link each evaluation as <name>/context<CONTEXT>
     local name link
     for name in "${@:2}"; do
         link=$directory/$name/context$1
@@ -81,7 +90,7 @@ figure() { # NAME COMMAND ARGUMENT ...
     [ "$counting" ] || touch "$out/done"
 }
 
-named() { # [SUFFIX] NAME ...: NAME=RUN each, in the array `runs`
+named() { # SUFFIX NAME ...: put NAME=RUN<SUFFIX> for each name into the array `runs`
     local suffix=$1 name
     runs=()
     for name in "${@:2}"; do runs+=("$name=$directory/$name$suffix"); done
@@ -89,7 +98,7 @@ named() { # [SUFFIX] NAME ...: NAME=RUN each, in the array `runs`
 
 parts() {
     trained=()
-    # Figure 1, by what the contexts allow: the hierarchy against none, and the temporal abstraction factors.
+    # Figure 1, a comparison per context: models with and without a hierarchy, and temporal abstraction factors.
     model cwvae
     model rssm --levels 1
     model notmpabs --tmp_abs_factor 1
@@ -111,7 +120,7 @@ parts() {
     named /context64 k8 k4 k2 notmpabs rssm
     figure factors compare "${runs[@]}"
 
-    # Figure 7: what is predicted where levels haven't seen the context.
+    # Figure 7: predictions if some levels haven't seen the context.
     figure blind blind "$directory/cwvae" --eval_seq_len 200
 
     # Table 1: information per level. Four levels have k = 4, as in the paper.
@@ -120,7 +129,7 @@ parts() {
     named "" rssm levels2 cwvae levels4
     figure levels levels "${runs[@]}"
 
-    # Figures 5b and 8, of digits alone: are they still the same, and where is their information if they are slower or faster?
+    # Figures 5b and 8, only for generated digits: whether digits stay the same; information per level at other speeds.
     if grep -qE '^dataset: (digits|mnist)$' "$config"; then
         named "" cwvae k2 notmpabs rssm "${others[@]}"
         figure digits digits "${runs[@]}"

@@ -1,6 +1,6 @@
 """Train a Clockwork VAE: python train.py --config configs/minerl.yml [--key value ...]
 
-Or each of a grid, one after the other: python train.py --grid configs/sweeps/levels.yml [--key value ...]
+Train all points of a grid in turn: python train.py --grid configs/sweeps/levels.yml [--key value ...]
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from sequences.noise import key_for, sequence_keys
 from system.devices import Devices, connect, use_compilation_cache
 from system.files import replace_file
 from system.interrupts import Interrupted, Interrupts, exit_codes
-from system.logs import Overall, Progress, wandb_session, with_sweep
+from system.logs import OverallProgress, Progress, wandb_session, with_sweep
 from system.tensorboard import require_tensorboard
 from training import loading, runs
 from training.models import make_model
@@ -43,9 +43,9 @@ def train(config: Config) -> TrainState:
         The last state, on the devices.
 
     Raises:
-        ConfigError: what is asked for can't work; nothing was overwritten.
-        NonFinite: the loss isn't finite any more; see `<run>/nonfinite`.
-        Interrupted: by Ctrl-C or a scheduler's warning, after saving the last finished step.
+        ConfigError: the configuration can't work; nothing was overwritten.
+        NonFinite: a loss or its gradient wasn't finite; see `<run>/nonfinite`.
+        Interrupted: by Ctrl-C or a scheduler's signal; the last finished step is saved.
     """
     with Interrupts() as interrupts, wandb_session():
         config = connect(config)
@@ -55,23 +55,23 @@ def train(config: Config) -> TrainState:
         require_tensorboard(config)
         train_set, test_set = data.windows(config, "train"), data.windows(config, "test")
         config = data.with_action_size(config, train_set)
-        with runs.opened(config, devices) as run, interrupts.held_at_exit():
+        with runs.opened(config, devices) as run, interrupts.deferred_at_exit():
             c, model = run.config, make_model(run.config)
             steps = data.training_steps(c, train_set)
             metrics: dict[str, Any]
             step, state, metrics = run.restore(model)
             devices.say(f"Run directory: {run.path}" + (f", resumed at step {step}" if step else ""))
             train_step = make_train_step(model)
-            source, frames = data.for_devices(train_set)
+            source, to_frames = data.for_devices(train_set)
             batches = devices.spread(
-                data.training_batches(c, source, step, devices.rows(c.batch_size), devices.own(c.batch_size))
+                data.training_batches(c, source, step, devices.rows(c.batch_size), devices.own_rows(c.batch_size))
             )
             due = partial(is_due, steps=steps)
-            interrupts.waiting_for = "what is in progress, at most two steps, and a checkpoint"
+            interrupts.waiting_for = "at most two steps in progress, and a checkpoint"
             with Progress(step, steps, c.batch_size * c.seq_len, devices.process == 0) as progress:
                 try:
                     while True:
-                        # What a step owes is found out from what is there, so that a resumed training makes up for it.
+                        # Existing logs and videos show what is missing, so that a resumed training adds it.
                         if due(step, c.save_scalars_every) and run.logged < step:
                             validation = validate(model, state.params, test_set, devices)
                             with interrupts.deferred():
@@ -81,7 +81,7 @@ def train(config: Config) -> TrainState:
                         if step >= steps:
                             break
                         with interrupts.deferred():
-                            state, metrics = train_step(state, frames(next(batches)))
+                            state, metrics = train_step(state, to_frames(next(batches)))
                             step += 1
                         progress.update(metrics["loss"])
                         if due(step, c.save_scalars_every, c.save_model_every, c.save_named_model_every):
@@ -95,23 +95,23 @@ def train(config: Config) -> TrainState:
                     raise
         if devices.process == 0 and not (run.path / "checkpoints" / str(step)).exists():
             raise ConfigError(
-                f"logdir: {run.path} lacks the last checkpoint, which couldn't be saved; make room there, and call the "
-                "same command again to resume"
+                f"logdir: the last checkpoint of {run.path} couldn't be saved; make room there, and call the same "
+                "command again to resume"
             )
         devices.say(f"Trained for {step} steps. Run directory: {run.path}")
-        here = Path(sys.executable).is_relative_to(Path.cwd())
-        python = os.path.relpath(sys.executable) if here else "python"  # make train's environment isn't activated
+        in_cwd = Path(sys.executable).is_relative_to(Path.cwd())
+        python = os.path.relpath(sys.executable) if in_cwd else "python"  # `make train` doesn't activate .venv
         devices.say(f"Evaluate it with: {python} eval.py --logdir {run.short_path}")
     return state
 
 
 def is_due(step: int, *every: int, steps: int) -> bool:
-    """Return whether `step` is the last one or a multiple of one of `every`."""
+    """Return whether `step` is the last one, or a multiple of a number in `every`."""
     return step > 0 and (step == steps or any(step % interval == 0 for interval in every))
 
 
 def check_videos(config: Config) -> None:
-    """Raise ConfigError unless training sequences have frames left to predict in videos."""
+    """Raise ConfigError if videos are saved, but training sequences have no frames after the context."""
     if config.save_gifs and config.open_loop_ctx >= config.seq_len:
         raise ConfigError(
             f"open_loop_ctx: must be less than seq_len = {config.seq_len} for videos of training sequences, "
@@ -119,17 +119,17 @@ def check_videos(config: Config) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- what a step owes
+# ---------------------------------------------------------------------------------------------- metrics and videos
 
 
 def validate(model: Model, params: Any, test: data.Windows, devices: Devices) -> dict[str, float]:
-    """Return the training metrics on the first `num_val_batches` test batches, with the same noise each time.
+    """Return the training metrics on the first `num_val_batches` test batches.
 
-    Each process computes its own rows of a batch, in chunks of time.
+    The noise is the same each time. Each process computes its own rows of a batch, in chunks of time.
     """
     c = model.config
     key, totals = key_for("validation", c), []
-    rows, own = devices.rows(c.batch_size), devices.own(c.batch_size)
+    rows, own = devices.rows(c.batch_size), devices.own_rows(c.batch_size)
     batches = data.eval_batches(test, c.batch_size, c.num_val_batches * c.batch_size, rows, own)
     for number, batch in enumerate(batches):
         keys = sequence_keys(key, number * c.batch_size + own.start, own.stop - own.start)
@@ -142,15 +142,15 @@ def validate(model: Model, params: Any, test: data.Windows, devices: Devices) ->
 
 
 def save_videos(model: Model, params: Any, run: Run, step: int, **windows: data.Windows) -> None:
-    """Write open-loop predictions of a few videos of each split, unless they are there; process 0 does it."""
+    """Write open-loop predictions of up to 4 windows of each split, if missing. Only process 0 writes."""
     for split, source in windows.items():
         path = run.video(split, step)
         if run.log is None or path.exists():
             continue
-        shown = open_loop_video(model, params, data.stacked(source, range(min(4, len(source)))))
+        video = open_loop_video(model, params, data.stacked(source, range(min(4, len(source)))))
         try:
             path.parent.mkdir(exist_ok=True)
-            tools.save_gif(shown, path)
+            tools.save_gif(video, path)
         except OSError as error:
             print(f"Warning: {path} can't be written ({error.strerror}); training continues")
             continue
@@ -158,25 +158,31 @@ def save_videos(model: Model, params: Any, run: Run, step: int, **windows: data.
 
 
 def open_loop_video(model: Model, params: Any, windows: data.Window) -> np.ndarray:
-    """Return truth, prediction and error of windows [B, T, ...], see `tools.triptych`."""
+    """Return truth, prediction and error of windows [B, T, ...] as one video, see `tools.triptych`."""
     c, (video, actions) = model.config, windows
     T, context = video.shape[1], c.open_loop_ctx
     keys = sequence_keys(key_for("videos", c), 0, len(video))
-    seen = rollout.open_loop(model, params, video[:, :context], keys, T - context, c.use_obs, actions=actions)
-    return tools.triptych(video, tools.joined([seen.reconstruction, *seen.prediction]), context)
+    result = rollout.open_loop(model, params, video[:, :context], keys, T - context, c.use_obs, actions=actions)
+    return tools.triptych(video, tools.joined([result.reconstruction, *result.prediction]), context)
+
+
+# ---------------------------------------------------------------------------------------------- non-finite losses
 
 
 class NonFinite(Exception):
-    """The loss or its gradient is not a finite number."""
+    """The error of a loss or a gradient that isn't finite."""
 
 
 def check_finite(run: Run, state: TrainState, metrics: dict[str, Any], train_set: data.Windows) -> None:
-    """If any step so far was bad, write what helps to find the reason to `<run>/nonfinite`, and raise NonFinite."""
+    """Raise NonFinite if the loss or gradient of any step so far wasn't finite.
+
+    Details that help to find the reason are written to `<run>/nonfinite`.
+    """
     bad = int(state.first_bad)
     if bad == NEVER:
         return
     resume = ["python", "train.py", "--config", str(run.path / "config.yml")]
-    found = {
+    details = {
         "first_bad_step": bad,
         "seed": run.config.seed,
         "windows_of_its_batch": data.training_indices(run.config, train_set, bad - 1),
@@ -187,28 +193,33 @@ def check_finite(run: Run, state: TrainState, metrics: dict[str, Any], train_set
     path = run.path / "nonfinite" / f"step_{bad}.json"
     try:
         path.parent.mkdir(exist_ok=True)
-        replace_file(path, (json.dumps(found, indent=2) + "\n").encode())
-        see = f"see {path.parent}"
+        replace_file(path, (json.dumps(details, indent=2) + "\n").encode())
+        where = f"see {path.parent}"
     except OSError as error:
-        see = f"{path} can't be written ({error.strerror or error})"
+        where = f"{path} can't be written ({error.strerror or error})"
     steps = run.checkpoints.steps
-    kept = f"the last good checkpoint, of step {steps[-1]}, stays" if steps else "there is no checkpoint yet"
-    raise NonFinite(f"loss or gradient isn't finite since step {bad}; {see}; {kept}")
+    newest = f"the last good checkpoint is at step {steps[-1]}" if steps else "there is no checkpoint yet"
+    raise NonFinite(f"the loss or its gradient isn't finite from step {bad} on; {where}; {newest}")
 
 
-def train_all(configs: Iterable[Config], work: Sequence[int] = (1,), independent: bool = False) -> None:
-    """Train one after the other, say after each what time is left, and exit with code 1 if a loss isn't finite.
+# ---------------------------------------------------------------------------------------------- the program
+
+
+def train_all(configs: Iterable[Config], work: Sequence[int], independent: bool = False) -> None:
+    """Train one configuration after the other, and print the time left after each.
+
+    If a loss isn't finite, exit with code 1.
 
     Args:
-        configs: what to train.
-        work: how long each takes, as a multiple of anything.
-        independent: after a loss that isn't finite, train the others before the exit.
+        configs: the configurations.
+        work: how long each training takes, in any unit.
+        independent: if a loss isn't finite, train the other configurations before the exit.
     """
-    overall, failed = Overall(work), False
+    overall, failed = OverallProgress(work), False
     use_compilation_cache()
     for config in configs:
         before = 0
-        with contextlib.suppress(ConfigError):  # no checkpoint yet
+        with contextlib.suppress(ConfigError):  # there is no checkpoint yet
             before = loading.find_checkpoint(runs.directory(config)).step
         try:
             step = int(train(config).step)
@@ -226,7 +237,7 @@ def train_all(configs: Iterable[Config], work: Sequence[int] = (1,), independent
 
 
 def configurations(argv: Sequence[str]) -> list[Config]:
-    """Return the configuration of a command line, or those of the grid that it names.
+    """Return the configuration of a command line, or all configurations of its `--grid`.
 
     Raises:
         ConfigError: as `config.parse` and `sweeps.grid`, for any point of the grid.
@@ -244,11 +255,12 @@ def configurations(argv: Sequence[str]) -> list[Config]:
         config=Flag("FILE", "YAML file, e.g. configs/minerl.yml"),
         grid=Flag(
             "FILE",
-            "file of a wandb sweep, e.g. configs/sweeps/levels.yml: train each point of its grid here, without wandb",
+            "file of a wandb sweep, e.g. configs/sweeps/levels.yml: train each point of its grid in turn, without "
+            "wandb's agent",
         ),
     )
     if "grid" not in special:
-        return [configuration.for_program("train.py", special.get("config"), flags)]
+        return [configuration.program_config("train.py", special.get("config"), flags)]
     configs = grid(special["grid"], special.get("config"), flags)
     for c in configs:
         check_videos(c)

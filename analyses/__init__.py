@@ -1,1 +1,1 @@
-"""The paper's figures and tables, one module each; analysis.py calls them."""
+"""The commands of analysis.py: the paper's figures and tables, and exports."""

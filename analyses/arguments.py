@@ -1,4 +1,4 @@
-"""What the command lines of analyses name: trained models, a new directory for results."""
+"""The command lines of analyses: the trained models, and the directory of the results."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from report.output import writing
 from system.files import dated_directory, require_utf8
 from training import loading
 
-OUT = Flag("DIR", "new directory for the results; for a single run by default below its directory")
+OUT = Flag("DIR", "new directory for the results (default for a single run: RUN/<command>_<time>)")
 EXAMPLE = Flag("INT", "number of the test sequence (default: 0)")
-"""`--out` and `--example`"""
+"""The flags `--out` and `--example`."""
 
 
 class TrainedModel(NamedTuple):
-    """A trained model under the name that it has in tables and plots."""
+    """A trained model and its name in tables and plots."""
 
     name: str
     config: Config
@@ -32,10 +32,10 @@ def parse_directories(
     examples: Sequence[str] = (),
     **special: Flag,
 ) -> tuple[list[str], dict[str, str], dict[str, str]]:
-    """Read the directories that a command line begins with, then its flags.
+    """Parse a command line that begins with directories and continues with flags.
 
     Returns:
-        The directories, and what `config.parse_flags` returns.
+        The directories, and the two dictionaries of `config.parse_flags`.
 
     Raises:
         ConfigError: no directory is named; or as `config.parse_flags`.
@@ -57,10 +57,11 @@ def parse_named(
     examples: Sequence[str] = (),
     **special: Flag,
 ) -> tuple[list[tuple[str, Path]], dict[str, str], dict[str, str]]:
-    """Read the `[NAME=]DIRECTORY`s that a command line begins with (without a name: an empty one), then its flags.
+    """Parse a command line that begins with `[NAME=]DIRECTORY` arguments and continues with flags.
 
     Returns:
-        The directories by name, and what `config.parse_flags` returns, with `--out` among the special flags.
+        Each directory with its name ("" without one), and the two dictionaries of `config.parse_flags`. `--out` is
+        among the special flags.
 
     Raises:
         ConfigError: a name isn't UTF-8; or as `parse_directories`.
@@ -77,24 +78,28 @@ def parse_named(
 def parse_models(
     command: str, description: str | None, arguments: Sequence[str], examples: Sequence[str] = (), **special: Flag
 ) -> tuple[list[TrainedModel], dict[str, str]]:
-    """Return the models that a command line names, with its keys in place of their own, and its special flags.
+    """Return the models that a command line names, and its special flags.
+
+    Configuration keys of the command line replace those of the runs.
 
     Raises:
         ConfigError: as `eval.parse` does.
     """
     program, description = f"analysis.py {command} [NAME=]RUN ...", f"{description} RUN is as eval.py's --logdir."
     named, given, values = parse_named(arguments, program, description, True, examples, **special)
-    checkpoints = [loading.find_checkpoint(loading.named(path)) for _, path in named]
+    checkpoints = [loading.find_checkpoint(loading.resolve_name(path)) for _, path in named]
     configs = [loading.load_config(found.run, values) for found in checkpoints]
-    names = with_names([name for name, _ in named], configs)
+    names = model_names([name for name, _ in named], configs)
     return [TrainedModel(*run) for run in zip(names, configs, checkpoints, strict=True)], given
 
 
-def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
-    """Return the given names; if one is missing, the values of the keys in which the models differ.
+def model_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
+    """Return a name for each model.
+
+    An empty name is replaced by the values of the keys in which the models differ, or else by the dataset.
 
     Raises:
-        ConfigError: two have the same name.
+        ConfigError: two models have the same name.
     """
     ignored = configuration.marked("free") | {"seed"}
     keys = [key for key in vars(configs[0]) if key not in ignored and len({getattr(c, key) for c in configs}) > 1]
@@ -108,10 +113,10 @@ def with_names(names: Sequence[str], configs: Sequence[Config]) -> list[str]:
 
 
 def new_directory(command: str, out: str | None, run: Path | None = None) -> Path:
-    """Make the directory of the results: `out`, or `<run>/<command>_<time>`.
+    """Create the directory of the results, and return its path: `out`, or `<run>/<command>_<time>`.
 
     Raises:
-        ConfigError: there are results already, neither is given, or the directory can't be made.
+        ConfigError: `out` isn't empty, neither `out` nor `run` is given, or the directory can't be created.
     """
     if out is None:
         if run is None:
@@ -126,20 +131,22 @@ def new_directory(command: str, out: str | None, run: Path | None = None) -> Pat
     return directory
 
 
-def single(command: str, models: Sequence[TrainedModel]) -> TrainedModel:
+def single_run(command: str, models: Sequence[TrainedModel]) -> TrainedModel:
+    """Return the only model; raise ConfigError if there are several."""
     if len(models) > 1:
         raise ConfigError(f"command line: {command} takes a single run")
     return models[0]
 
 
-def directory_for(command: str, models: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
-    own = len(models) == 1 and not models[0].checkpoint.alone
-    return new_directory(command, given.get("out"), models[0].checkpoint.run if own else None)
+def results_directory(command: str, models: Sequence[TrainedModel], given: Mapping[str, str]) -> Path:
+    """Create the directory of an analysis of models; see `new_directory`."""
+    in_run = len(models) == 1 and not models[0].checkpoint.is_file
+    return new_directory(command, given.get("out"), models[0].checkpoint.run if in_run else None)
 
 
-def same_readout(a: TrainedModel, b: TrainedModel, keys: Sequence[str]) -> None:
-    """Raise ConfigError unless two models are read on the same test sequences."""
+def require_same_keys(a: TrainedModel, b: TrainedModel, keys: Sequence[str]) -> None:
+    """Raise ConfigError if two models differ in one of the keys, which decide the test sequences."""
     for key in keys:
         x, y = getattr(a.config, key), getattr(b.config, key)
         if x != y:
-            raise ConfigError(f"{key}: {a.name} has {x}, {b.name} {y}; set the same --{key} for all runs")
+            raise ConfigError(f"{key}: {a.name} has {x}, {b.name} has {y}; set the same --{key} for all runs")

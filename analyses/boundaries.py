@@ -1,4 +1,4 @@
-"""Where segments begin in a test sequence: as the posterior of VTA finds it, and in an open-loop prediction."""
+"""Frames at which segments of a test sequence begin, in the posterior of VTA and in an open-loop prediction."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 
 import tools
-from analyses.arguments import EXAMPLE, directory_for, parse_models, single
+from analyses.arguments import EXAMPLE, parse_models, results_directory, single_run
 from analyses.worker import Worker
-from config import ConfigError, whole
+from config import ConfigError, whole_number
 from report import plots
 from sequences import rollout
 from system.files import replace_arrays
 
 
 def boundaries(arguments: Sequence[str]) -> None:
-    """Draw frames of one sequence with the begins of segments marked: boundaries.png, boundaries.npz."""
+    """Draw frames of one test sequence, and mark where segments begin: boundaries.png, boundaries.npz."""
     models, given = parse_models(
         "boundaries",
         __doc__,
@@ -23,13 +23,13 @@ def boundaries(arguments: Sequence[str]) -> None:
         ["python analysis.py boundaries RUN --example 3"],
         example=EXAMPLE,
     )
-    run = single("boundaries", models)
+    run = single_run("boundaries", models)
     if run.config.model != "vta":
-        raise ConfigError(f"model: boundaries is about those of vta, got a run of {run.config.model}")
-    number = whole(given, "example", 0, at_least=0)
+        raise ConfigError(f"model: boundaries needs a run of vta, got one of {run.config.model}")
+    number = whole_number(given, "example", 0, at_least=0)
     worker = Worker(run)
     video, context = worker.sequence(number).video, run.config.open_loop_ctx
-    directory = directory_for("boundaries", models, given)
+    directory = results_directory("boundaries", models, given)
     rows, probabilities = {"truth": video}, {}
     for name, seen in ("posterior", len(video)), ("prediction", context):
         rows[name], probabilities[name] = observe_and_imagine(worker, number, video[:seen], len(video) - seen)
@@ -42,22 +42,22 @@ def boundaries(arguments: Sequence[str]) -> None:
 
 
 def observe_and_imagine(worker: Worker, number: int, video: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reconstruct a test sequence uint8 [T, H, W, C] and predict further frames, with the noise of eval.py.
+    """Reconstruct a test sequence uint8 [T, H, W, C], and predict `frames` more frames with the noise of eval.py.
 
     Returns:
-        All frames, uint8, and the probability that a segment begins with each.
+        All frames, uint8 [T + frames, H, W, C], and for each the probability that a segment begins there.
     """
     model, params, c = worker.model, worker.params, worker.config
     T, keys = len(video), worker.keys(number, 1)
     inputs = model.draw(keys, T + frames, context=T)
     found, state = [], None
     for start, stop in rollout.chunks(c, T, None if frames == 0 else T):
-        part = model.time_slice(inputs, start, stop)
-        observed, state = rollout.apply(model, "observe", params, video[None, start:stop], part, state)
+        chunk = model.time_slice(inputs, start, stop)
+        observed, state = rollout.apply(model, "observe", params, video[None, start:stop], chunk, state)
         found.append(observed)
     for start, stop in rollout.chunks(c, frames, None):
-        part = model.time_slice(inputs, T + start, T + stop)
-        imagined, state = rollout.apply(model, "imagine", params, part, state)
+        chunk = model.time_slice(inputs, T + start, T + stop)
+        imagined, state = rollout.apply(model, "imagine", params, chunk, state)
         found.append(imagined)
     decoded = [tools.to_uint8(rollout.apply(model, "decode", params, rollouts)) for rollouts in found]
     probabilities = [rollouts[1].boundary for rollouts in found]

@@ -1,4 +1,4 @@
-"""A model card: what a file holds, where that comes from, and how to use it, in Markdown."""
+"""Model cards in Markdown: what an exported file holds, where it comes from, and how to use it."""
 
 import json
 import math
@@ -24,7 +24,7 @@ MODELS = {
 
 
 def card(run: TrainedModel, params: Any, path: Path) -> str:
-    """Return the card of a file that a run's checkpoint is written to, with what is known of it."""
+    """Return the model card of the file at `path`, to which a run's checkpoint with `params` is exported."""
     c = run.config
     parts = [
         f"# {path.stem}",
@@ -38,29 +38,29 @@ def card(run: TrainedModel, params: Any, path: Path) -> str:
 
 
 def facts(run: TrainedModel, params: Any) -> Iterator[tuple[str, str]]:
-    """Yield what a run's configuration and its parameters tell."""
+    """Yield names and values of facts about a run, from its configuration, parameters and checkpoint."""
     c = run.config
-    yield "data", source(c)
+    yield "data", data_source(c)
     shown = configuration.read_by(c.model) & (configuration.marked("shapes") | {"tmp_abs_factor"}) - {"model"}
     keys = [key for key, value in vars(c).items() if key in shown and value is not None]
     yield "model", ", ".join(f"{key} {getattr(c, key)}" for key in keys)
     yield "parameters", f"{sum(math.prod(x.shape) for x in jax.tree.leaves(params['params'])):,}"
-    yield "checkpoint", loading.steps_of_all_stages(run.checkpoint.step, loading.stages_before(run.checkpoint))
+    yield "checkpoint", loading.describe_steps(run.checkpoint.step, loading.stages_before(run.checkpoint))
     yield "last stage", f"batches of {c.batch_size} sequences of {c.seq_len} frames, learning rate {c.lr}"
     if c.seed is not None:
         yield "seed", str(c.seed)
     yield "licence of the code", "MIT"
 
 
-def source(config: Config) -> str:
-    """Return what the data is, where it comes from and its licence, as far as that is known."""
+def data_source(config: Config) -> str:
+    """Return a description of the dataset, with its origin and licence if they are known."""
     c = config
     if c.dataset == "digits":
         return f"`digits`: scikit-learn's handwritten digits, {c.num_digits} in a video (BSD)"
     if c.dataset == "mnist":
         return f"`mnist`: MNIST's handwritten digits, {c.num_digits} in a video (CC BY-SA 3.0)"
     if c.dataset in ("videos", "episodes"):
-        return f"{c.dataset} of those who trained it"
+        return f"`{c.dataset}`: files of the person who trained the model"
     from videos.published import BUILDERS  # slow to import
 
     builder = BUILDERS[c.dataset]
@@ -68,7 +68,7 @@ def source(config: Config) -> str:
 
 
 def scores(run: TrainedModel) -> Iterator[str]:
-    """Yield the scores of the checkpoint's newest finished evaluation below its run, if there is one."""
+    """Yield a section with the scores of the checkpoint's newest finished evaluation in its run, if there is one."""
     for path in sorted(run.checkpoint.run.glob("eval_*/metrics.json"), reverse=True):
         try:
             results = json.loads(path.read_text())
@@ -77,15 +77,15 @@ def scores(run: TrainedModel) -> Iterator[str]:
             c = results["config"]
             samples = "one sample each" if c["num_samples"] == 1 else f"the best of {c['num_samples']} samples each"
             text = (
-                f"Of {results['num_examples']} test sequences of `{c['dataset']}`: averages over the "
-                f"{results['predicted_frames']} frames that follow {c['open_loop_ctx']} of context, {samples}."
+                f"Averages over {results['num_examples']} test sequences of `{c['dataset']}` and the "
+                f"{results['predicted_frames']} frames that follow {c['open_loop_ctx']} context frames, {samples}."
             )
             rows = [
                 (protocol, NAMES[metric], f"{value:.{DIGITS[metric]}f}")
                 for protocol, metrics in results["averages"].items()
                 for metric, value in metrics.items()
             ]
-        except (OSError, ValueError, KeyError, TypeError):  # damaged, or of an earlier version
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or from an earlier version
             continue
         yield "## Scores"
         yield text
@@ -94,15 +94,16 @@ def scores(run: TrainedModel) -> Iterator[str]:
 
 
 def parameters_usage(path: Path) -> str:
+    """Return how to use a .safetensors file."""
     return f"""
-With the programs of the repository that it comes from:
+With this project's programs:
 
 ```sh
 python eval.py --logdir {path.name} --out DIR
 python train.py --init_from {path.name} ...
 ```
 
-Anywhere (the configuration is in the file's metadata, as JSON):
+In any program (the file's metadata hold the configuration as JSON):
 
 ```python
 from safetensors.numpy import load_file
@@ -113,6 +114,7 @@ params = load_file("{path.name}")  # arrays by name
 
 
 def programs_usage(config: Config, path: Path) -> str:
+    """Return how to use a zip of StableHLO programs."""
     c, block = config, config.block
     S, D, A = c.cell_stoch_size, c.cell_deter_size, c.action_size
     frame = f"{FRAME_SIZE}, {FRAME_SIZE}, {c.channels}"
@@ -120,11 +122,11 @@ def programs_usage(config: Config, path: Path) -> str:
     if A:
         actions, following = ", actions", ", following"
         text = f"""
-`actions` and `following` are the actions of these frames, float32 [B, frames, {A}]: each is the one that led to its
-frame, an episode's first one zeros.
+`actions` and `following` are the actions of the observed and the imagined frames, float32 [B, frames, {A}]. Each is the
+action that led to its frame; the first action of an episode is zeros.
 """
     return f"""
-With JAX alone (`pip install jax flatbuffers`), on a CPU, a GPU or a TPU:
+With only JAX (`pip install jax flatbuffers`), on a CPU, a GPU or a TPU:
 
 ```python
 import zipfile
@@ -144,7 +146,7 @@ outputs, state = imagine(jax.random.bits(unseen, (B, 2, 2)), state{following})  
 frames = decode(outputs[0])  # float32 [B, {2 * block}, {frame}], not clipped to [0, 1]
 ```
 {text}
-`outputs[l]` are the states of level l, the stochastic and the deterministic part side by side, float32
-[B, ticks, {S} + {D}]. `state` is where a call ended; the next one goes on from there. There can be any number of
-sequences, and of {block} frames each; each of these has two random uint32 of its own.
+`outputs[l]` are the states of level l, the stochastic followed by the deterministic one, float32 [B, ticks, {S} + {D}].
+The next call continues from `state`. There can be any number of sequences, and of blocks of {block} frames.
+Each block of each sequence takes two random uint32.
 """

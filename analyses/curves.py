@@ -1,4 +1,4 @@
-"""Losses over the steps of several trainings, from their logs."""
+"""Loss curves of several trainings, from their logs."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analyses.arguments import new_directory, parse_named, with_names
+from analyses.arguments import model_names, new_directory, parse_named
 from config import ConfigError
 from report import plots, tables
 from report.output import FORMAT, formats, writing
@@ -15,14 +15,14 @@ from system import logs
 from training import loading
 
 LOSSES = ("train/loss", "validation/loss", "validation/nll_term", "validation/kl_term")
-"""What is drawn or told of each line of a log."""
+"""Entries that each line of a log must have."""
 
 
 def curves(arguments: Sequence[str]) -> None:
     """Draw the losses of several trainings over their steps.
 
-    loss.png, curves.md (validation loss at steps that all have logged, and its terms at the last one), curves.csv (all
-    that is in their logs).
+    Writes loss.png; curves.md with the validation loss at steps that all trainings logged, and its terms at the last
+    step; curves.csv with all logged metrics.
     """
     named, given, _ = parse_named(
         arguments,
@@ -33,8 +33,8 @@ def curves(arguments: Sequence[str]) -> None:
         format=FORMAT,
     )
     figures = formats(given.get("format")).figures
-    paths = [loading.find(loading.named(path)) for _, path in named]
-    names = with_names([name for name, _ in named], [loading.saved_config(path / "config.yml") for path in paths])
+    paths = [loading.find_run(loading.resolve_name(path)) for _, path in named]
+    names = model_names([name for name, _ in named], [loading.saved_config(path / "config.yml") for path in paths])
     found = {name: read_log(path) for name, path in zip(names, paths, strict=True)}
     for name, log in found.items():
         for line in log:
@@ -47,7 +47,7 @@ def curves(arguments: Sequence[str]) -> None:
         name: plots.Line(over_steps(log, "validation/loss"), x=over_steps(log, "step")) for name, log in found.items()
     }
     for name, log in found.items():
-        drawn[f"{name}, training"] = plots.Line(over_steps(log, "train/loss"), x=drawn[name].x, beside=name)
+        drawn[f"{name}, training"] = plots.Line(over_steps(log, "train/loss"), x=drawn[name].x, companion_of=name)
     common = sorted(set.intersection(*({line["step"] for line in log} for log in found.values())))
     shown = [common[i] for i in np.unique(np.linspace(0, len(common) - 1, 8).astype(int))] if common else []
     rows, cells = [], []
@@ -67,12 +67,12 @@ def curves(arguments: Sequence[str]) -> None:
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """Return the lines of a run's `metrics.jsonl`, behind those of the runs that it goes on from (`init_from`).
+    """Return the lines of `metrics.jsonl` of a run, after those of the runs from which it continues (`init_from`).
 
-    Steps count on from the checkpoint that a run started from: what `training.stages` trains is one curve.
+    The steps of a run are counted from the checkpoint from which it started, so stages make one curve.
 
     Raises:
-        ConfigError: one of them holds no line yet.
+        ConfigError: one of the logs has no line yet.
     """
     log, start = [], 0
     for path, steps in lineage(run):
@@ -85,12 +85,15 @@ def read_log(run: Path) -> list[dict[str, float]]:
 
 
 def lineage(run: Path) -> list[loading.Checkpoint]:
-    """Return the checkpoints that a run goes on from, the oldest first; then the run itself, without an end."""
+    """Return the checkpoints from which a run continues, the oldest first, then the run itself.
+
+    The last entry's step is `sys.maxsize`: all lines of the run's log count.
+    """
     found = [loading.Checkpoint(run, sys.maxsize)]
     while (source := loading.saved_config(found[0].run / "config.yml").init_from) is not None:
         try:
             start = loading.find_checkpoint(Path(source))
-            if start.alone:
+            if start.is_file:
                 raise ConfigError("a file has no log")
             found.insert(0, start)
         except ConfigError as error:
@@ -100,4 +103,5 @@ def lineage(run: Path) -> list[loading.Checkpoint]:
 
 
 def over_steps(log: Sequence[Mapping[str, float]], key: str) -> np.ndarray:
+    """Return the values of a key in all lines of a log."""
     return np.array([line[key] for line in log])

@@ -1,4 +1,4 @@
-"""Which digits predicted frames show, read by a classifier trained on the spot (Figure 5b)."""
+"""Accuracy of the digits in predicted frames, by a classifier that is trained first (Figure 5b)."""
 
 import functools
 import io
@@ -17,8 +17,8 @@ from jax import Array
 
 import data
 from analyses import positions
-from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
-from analyses.arguments import directory_for, parse_models, same_readout
+from analyses.accuracy import POSTERIOR, accuracy_lines, write_accuracy
+from analyses.arguments import parse_models, require_same_keys, results_directory
 from analyses.worker import Worker
 from config import FRAME_SIZE, Config, ConfigError
 from cwvae import floats
@@ -28,30 +28,31 @@ from videos.digits import MovingDigits, compose
 
 
 def digits(arguments: Sequence[str]) -> None:
-    """Write how often digits' identities are right in predicted frames over time (Figure 5b): digits.png, .json, .csv,
-    and of each frame of each video digits.npz, which `seeds` reads.
+    """Write the accuracy of the digits in predicted frames over time (Figure 5b).
 
-    Each frame counts by itself: right if the classifier finds the truth's digits in it, in any order. Frames where
-    digits hide each other can't all be read: the same figure for the true frames is the ceiling. Of videos of a single
-    digit, also how far from its true position it is: position_distance.png, position_share.png, position.json, .csv.
+    A frame is right if the classifier finds the true digits in it, in any order. Digits may hide each other, so the
+    accuracy on the true frames is an upper bound. Writes digits.png, .json and .csv, and digits.npz for `seeds`.
+
+    For videos of a single digit, also writes the distance of the digit from its true position:
+    position_distance.png, position_share.png, position.json, .csv.
     """
     models, given = parse_models("digits", __doc__, arguments, ["python analysis.py digits k6=RUN k2=RUN --out DIR"])
     train_set, test_set = (
         digit_windows(run.config, split) for run, split in ((models[0], "train"), (models[0], "test"))
     )
     for run in models[1:]:
-        same_readout(models[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
+        require_same_keys(models[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
     workers = [Worker(run) for run in models]
-    print(f"Training a classifier of {models[0].config.num_digits} digits")
-    read = train_digit_reader(train_set)
-    clean, total = clean_accuracy(read, test_set)
-    print(f"It reads {100 * clean:.2f} % of {total} true test frames without overlap")
+    print(f"Training a classifier of frames with {models[0].config.num_digits} digits")
+    classify = train_classifier(train_set)
+    clean, total = clean_accuracy(classify, test_set)
+    print(f"Its accuracy is {100 * clean:.2f} % on {total} true test frames without overlap")
     if clean < NEEDED_ACCURACY:
         raise ConfigError(
-            f"digits: the classifier reads {100 * clean:.2f} % of true frames; below "
-            f"{100 * NEEDED_ACCURACY:.0f} % nothing is drawn, since errors would be its own"
+            f"digits: the classifier's accuracy on true frames is {100 * clean:.2f} %, and at least "
+            f"{100 * NEEDED_ACCURACY:.0f} % are needed, since its errors would count as the model's"
         )
-    directory = directory_for("digits", models, given)
+    directory = results_directory("digits", models, given)
     position_by_chance = positions.chance(train_set, test_set) if train_set.digits == 1 else None
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     for run, worker in zip(models, workers, strict=True):
@@ -65,11 +66,11 @@ def digits(arguments: Sequence[str]) -> None:
             }
             if run is models[-1]:
                 shown |= {TRUTH: [truth], COPY: [batch.video[:valid, context - 1 : context]]}
-            read_all = functools.partial(readouts, read, labels, positions.centers(truth), position_by_chance)
+            score = functools.partial(score_frames, classify, labels, positions.centers(truth), position_by_chance)
             for name, samples in shown.items():
-                mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *map(read_all, samples))
+                mean = jax.tree.map(lambda *values: np.mean(values, axis=0), *map(score, samples))
                 found.setdefault(name, []).append(mean)
-    joined = {name: jax.tree.map(lambda *values: np.concatenate(values), *parts) for name, parts in found.items()}
+    joined = {name: jax.tree.map(lambda *values: np.concatenate(values), *batches) for name, batches in found.items()}
     results = {name: statistics.summary(values["right"]) for name, values in joined.items() if name != COPY}
     write_curves({run.name: joined[run.name]["right"] for run in models}, directory / "digits.npz")
     lines = accuracy_lines(models, results)
@@ -78,16 +79,16 @@ def digits(arguments: Sequence[str]) -> None:
     lines["chance"] = plots.Line(np.full(len(lines[TRUTH].values), by_chance), reference=True)
     plots.plot_lines(lines, directory / "digits.png", "accuracy of the digits' identities")
     if position_by_chance:
-        of_models = {name: values for name, values in joined.items() if name != TRUTH}
-        positions.write_positions(models, of_models, position_by_chance, directory)
+        without_truth = {name: values for name, values in joined.items() if name != TRUTH}
+        positions.write_positions(models, without_truth, position_by_chance, directory)
     else:
-        print("\nPositions are left out: of several digits, a frame doesn't say which is where")
+        print("\nPositions are left out: with several digits, a position doesn't tell which digit it belongs to")
     more = {"classifier_accuracy_on_clean_frames": clean, "clean_frames": total, "chance": by_chance}
-    write_readout("digits", results, directory, more)
+    write_accuracy("digits", results, directory, more)
 
 
 def write_curves(curves: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write how often the predicted frames of each model are right, over its samples: [N, T] by its name."""
+    """Write the share of samples in which each predicted frame is right: name of a model -> [N, T]."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, names=list(curves), right=np.array(list(curves.values()), np.float32))
     replace_file(path, buffer.getvalue())
@@ -97,15 +98,15 @@ TRUTH, COPY = "true frames", statistics.REFERENCES["copy"]
 
 
 def digit_windows(config: Config, split: str) -> MovingDigits:
-    """Return windows that know their digits.
+    """Return the windows of a split, with the labels of their digits.
 
     Raises:
         ConfigError: the dataset has no labels.
     """
     if config.dataset not in ("digits", "mnist"):
         raise ConfigError(
-            f"dataset: {config.dataset} doesn't say which digits its videos show; a model of mmnist can be analysed on "
-            "MNIST's moving digits with --dataset mnist --datadir DIRECTORY of MNIST's idx files"
+            f"dataset: {config.dataset} has no labels of digits; for a model of mmnist, add --dataset mnist and "
+            "--datadir DIR with MNIST's idx files"
         )
     windows = data.windows(config, split)
     assert isinstance(windows, MovingDigits)
@@ -113,26 +114,26 @@ def digit_windows(config: Config, split: str) -> MovingDigits:
 
 
 NEEDED_ACCURACY = 0.97
-"""Of true frames without overlap. A classifier below would blame the model for its own errors."""
+"""The accuracy on true frames without overlap that a classifier needs, so that few errors are its own."""
 
 
-Reader = Callable[[np.ndarray], np.ndarray]
-"""Frames uint8 [N, 64, 64, 1] -> how often each digit is seen in each, int [N, 10]."""
+Classifier = Callable[[np.ndarray], np.ndarray]
+"""Frames uint8 [N, 64, 64, 1] -> how often each digit is in each frame, int [N, 10]."""
 
 
 class DigitClassifier(nn.Module):
-    """How often each of the ten digits is in a frame of `digits` digits.
+    """A classifier of the set of digits in a frame of `digits` digits.
 
-    Convolutions of 3x3 see a digit wherever it is; the strongest and the average response over all places then give a
-    score a_c(m) to each digit c being there m times. A set of digits with counts m_0 ... m_9 has the logit
-    sum_c a_c(m_c); the softmax is over all sets of `digits` digits, so that only these can be answered.
+    Convolutions of 3x3 see a digit at any position. Their maximum and mean over all positions give a score a_c(m) to
+    each digit c that occurs m times. A set of digits with counts m_0 ... m_9 has the logit sum_c a_c(m_c). The softmax
+    is over all sets of `digits` digits.
     """
 
     digits: int
 
     @nn.compact
     def __call__(self, frames: Array) -> Array:
-        """uint8 [N, 64, 64, 1] -> log-probability of each of `digit_sets`, [N, sets]."""
+        """Return the log-probability of each of `digit_sets`, uint8 [N, 64, 64, 1] -> [N, sets]."""
         N = len(frames)
         x = floats(frames).reshape(N, 32, 2, 32, 2, 1).mean((2, 4))
         for outputs, stride in (16, 1), (48, 2), (64, 2), (96, 1):  # 32 -> 32 -> 16 -> 8 -> 8
@@ -140,15 +141,15 @@ class DigitClassifier(nn.Module):
         x = nn.relu(nn.Dense(128)(x)).reshape(N, -1, 128)
         x = nn.relu(nn.Dense(128)(jnp.concatenate([x.max(1), x.mean(1)], -1)))
         scores = nn.Dense(10 * (self.digits + 1))(x).reshape(N, 10, self.digits + 1)
-        # [sets, 10, digits + 1], 1 where a set has the digit so many times.
+        # [sets, 10, digits + 1]: 1 if a set has the digit so many times, else 0.
         sets = jax.nn.one_hot(digit_sets(self.digits), self.digits + 1)
         return jax.nn.log_softmax(jnp.einsum("ncm,scm->ns", scores, sets))
 
 
 def neighbourhoods(x: Array, stride: int) -> Array:
-    """Return the 3x3 pixels around each place as channels: a Dense layer on them is a convolution, fast on CPUs.
+    """Return the 3x3 neighbourhood of each pixel as channels, [N, H, W, C] -> [N, H / stride, W / stride, 9 C].
 
-    [N, H, W, C] -> [N, H / stride, W / stride, 9 C]
+    A Dense layer on them is a convolution, and fast on CPUs.
     """
     _, H, W, _ = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -156,29 +157,30 @@ def neighbourhoods(x: Array, stride: int) -> Array:
 
 
 def digit_sets(digits: int) -> np.ndarray:
-    """Return all ways to have `digits` digits in any order, as how often each of the ten occurs, int [sets, 10]."""
+    """Return all sets of `digits` digits, as counts of each of the ten digits, int [sets, 10]."""
     chosen = itertools.combinations_with_replacement(range(10), digits)
     return np.array([np.bincount(combination, minlength=10) for combination in chosen])
 
 
 def counts(labels: np.ndarray) -> np.ndarray:
-    """Return how often each of the ten digits occurs in digits [..., n] from 0 to 9, [..., 10]."""
+    """Return how often each of the ten digits occurs, [..., n] with values from 0 to 9 -> [..., 10]."""
     return (labels[..., None] == np.arange(10)).sum(-2)
 
 
 def draw_frames(
     glyphs: np.ndarray, labels: np.ndarray, digits: int, count: int, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return frames with digits anywhere, uint8 [count, 64, 64, 1], and which they are, [count, digits]."""
+    """Return frames with digits at random positions, uint8 [count, 64, 64, 1], and their labels, [count, digits]."""
     chosen = random.integers(len(glyphs), size=(digits, count))
     corners = random.integers(FRAME_SIZE - glyphs.shape[-1] + 1, size=(digits, count, 2))
     return compose(glyphs[chosen], corners)[..., None], labels[chosen.T]
 
 
 def distorted(glyphs: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Turn (by 7 degrees), stretch (by 8 % each way) and shear (by 10 %) each glyph of [N, h, w] at random.
+    """Return the glyphs [N, h, w], each rotated, stretched and sheared at random.
 
-    The numbers are standard deviations. What the classifier has to learn is in no other handwriting otherwise.
+    The standard deviations are 7 degrees, 8 % in each direction, and 10 %. Distortions imitate the handwriting of more
+    people.
     """
     N, center = len(glyphs), (np.array(glyphs.shape[1:]) - 1) / 2
     angles, shears = random.normal(0, 0.12, N), random.normal(0, 0.1, N)
@@ -195,9 +197,9 @@ def distorted(glyphs: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def partly_blurred(frames: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Blur a quarter of frames uint8 [N, H, W, 1], by a Gaussian of up to two pixels, as a decoder does that is unsure.
+    """Return frames uint8 [N, H, W, 1], the first quarter blurred by a Gaussian of up to two pixels.
 
-    A classifier of sharp frames alone would count blur as a wrong digit.
+    Decoders blur digits of which they are unsure. A classifier of only sharp frames would count blur as a wrong digit.
     """
     blurred, sigma = len(frames) // 4, random.uniform(0, 2)
     result = frames.copy()
@@ -207,12 +209,12 @@ def partly_blurred(frames: np.ndarray, random: np.random.Generator) -> np.ndarra
     return result
 
 
-def train_digit_reader(
+def train_classifier(
     train: MovingDigits, steps: int = 5000, batch_size: int = 64, copies: int = 15, seed: int = 0
-) -> Reader:
-    """Train a `DigitClassifier` on frames of the training digits with Adam, the rate falling to zero as a cosine.
+) -> Classifier:
+    """Train a `DigitClassifier` on frames of the training digits, with Adam and a cosine decay of the rate to zero.
 
-    Each digit comes as it is and in `copies` distorted forms: there are only 1,498 of scikit-learn's.
+    Each digit occurs unchanged and in `copies` distorted forms, since scikit-learn has only 1,498 training digits.
     """
     model = DigitClassifier(train.digits)
     random = np.random.default_rng(seed)
@@ -240,20 +242,21 @@ def train_digit_reader(
 
     likeliest = jax.jit(lambda frames: jnp.asarray(model.apply(params, frames)).argmax(-1))
 
-    def read(frames: np.ndarray, at_once: int = 500) -> np.ndarray:
-        parts = [frames[start : start + at_once] for start in range(0, len(frames), at_once)]
-        padded = [np.pad(part, [(0, at_once - len(part)), (0, 0), (0, 0), (0, 0)]) for part in parts]
-        found = [sets[np.asarray(likeliest(part))] for part in padded]
+    def classify(frames: np.ndarray, batch_size: int = 500) -> np.ndarray:
+        batches = [frames[start : start + batch_size] for start in range(0, len(frames), batch_size)]
+        # All batches have one size, so that the classifier is compiled once.
+        padded = [np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]) for batch in batches]
+        found = [sets[np.asarray(likeliest(batch))] for batch in padded]
         return np.concatenate(found)[: len(frames)]
 
-    return read
+    return classify
 
 
-def clean_accuracy(read: Reader, test: MovingDigits, count: int = 2000) -> tuple[float, int]:
-    """Return the share of true test frames that are read right, and of how many.
+def clean_accuracy(classify: Classifier, test: MovingDigits, count: int = 2000) -> tuple[float, int]:
+    """Return the accuracy on true test frames without overlap, and the number of these frames.
 
-    They are those of `count` frames, from all times, in which no pixel belongs to two digits: if digits hide each
-    other, even a perfect reader must guess.
+    `count` frames from all times are considered. Frames in which a pixel belongs to two digits are left out: if digits
+    hide each other, even a perfect classifier must guess.
     """
     frames, labels = [], []
     for index in range(min(count // 10, len(test))):
@@ -262,33 +265,41 @@ def clean_accuracy(read: Reader, test: MovingDigits, count: int = 2000) -> tuple
         frames.append(test[index][times])
         labels.append(np.repeat(test.digits_in(index)[None], len(times), axis=0))
     joined = np.concatenate(frames)
-    right = (read(joined) == counts(np.concatenate(labels))).all(-1)
+    right = (classify(joined) == counts(np.concatenate(labels))).all(-1)
     return float(right.mean()), len(joined)
 
 
-def right_digits(read: Reader, videos: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return 1 for frames of uint8 [B, T, H, W, C] that show the digits [B, digits] in any order, else 0, [B, T]."""
+def right_digits(classify: Classifier, videos: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return whether frames uint8 [B, T, H, W, C] show the digits [B, digits] in any order, as 1.0 or 0.0, [B, T]."""
     B, T = videos.shape[:2]
-    found = read(videos.reshape(B * T, *videos.shape[2:])).reshape(B, T, 10)
+    found = classify(videos.reshape(B * T, *videos.shape[2:])).reshape(B, T, 10)
     return (found == counts(labels)[:, None]).all(-1).astype(float)
 
 
-def readouts(
-    read: Reader,
+def score_frames(
+    classify: Classifier,
     labels: np.ndarray,
     centers: np.ndarray,
     position_by_chance: Mapping[str, float] | None,
     frames: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Return "right" of `right_digits`, and for a single digit all of `positions.compare_positions`, [B, T] each."""
-    right = {"right": right_digits(read, frames, labels)}
+    """Return "right" (of `right_digits`), and for a single digit also what `positions.compare_positions` returns.
+
+    Args:
+        classify: returns the digits of frames.
+        labels: the true digits, [B, digits].
+        centers: the true centres of a digit, [B, T, 2].
+        position_by_chance: of `positions.chance`; None: positions aren't compared.
+        frames: uint8 [B, T or 1, H, W, C].
+    """
+    right = {"right": right_digits(classify, frames, labels)}
     return right | (positions.compare_positions(centers, frames, position_by_chance) if position_by_chance else {})
 
 
 def chance(windows: MovingDigits) -> float:
-    """Return the probability that digits drawn again are the same: what a model that has forgotten them reaches."""
+    """Return the accuracy of a model that has forgotten the digits: the chance of drawing the same digits again."""
     shares = np.bincount(windows.labels, minlength=10) / len(windows.labels)
     drawn = np.array(list(itertools.product(range(10), repeat=windows.digits)))
     probability = shares[drawn].prod(-1)
-    of_set = (counts(drawn)[:, None] == digit_sets(windows.digits)).all(-1)
-    return float(((probability[:, None] * of_set).sum(0) ** 2).sum())
+    in_set = (counts(drawn)[:, None] == digit_sets(windows.digits)).all(-1)
+    return float(((probability[:, None] * in_set).sum(0) ** 2).sum())

@@ -1,4 +1,4 @@
-"""A trained model to be taken elsewhere: a small copy of its run, a file of its parameters, programs for JAX alone."""
+"""Export of a trained model: a small copy of its run, a file of its parameters, or programs that need only JAX."""
 
 import dataclasses
 import importlib.util
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import config as configuration
-from analyses.arguments import TrainedModel, directory_for, parse_models, single
+from analyses.arguments import TrainedModel, parse_models, results_directory, single_run
 from analyses.card import card
 from analyses.programs import Programs, archive
 from config import Config, ConfigError, Flag
@@ -23,36 +23,36 @@ from training.models import make_model
 from training.step import TrainState
 
 SUFFIXES = {"safetensors": weights.SUFFIX, "stablehlo": ".zip"}
-"""Of the formats that are single files."""
+"""The suffixes of the formats that are single files."""
 
 
 def export(arguments: Sequence[str]) -> None:
-    """Write a trained model to be used elsewhere, without Adam's state.
+    """Write a trained model for use elsewhere, without Adam's averages, in one of three formats.
 
-    run: a run of the configuration and one checkpoint, for evaluation: a sixth of the size. Parameters are rounded to
-    seven binary digits, which Orbax's compression makes use of.
+    run: a directory with the configuration and one checkpoint, for evaluation. Parameters are rounded to seven binary
+    digits, so that Orbax compresses the checkpoint to a sixth of the original size.
     safetensors: one file with parameters and configuration, for training and evaluation.
-    stablehlo: a zip of what observes, imagines and decodes, for programs that have JAX alone.
+    stablehlo: a zip of programs that observe, imagine and decode, and need only JAX.
     """
     models, given = parse_models(
         "export",
-        "Write a trained model to be used elsewhere.",
+        "Write a trained model for use elsewhere.",
         arguments,
         ["python analysis.py export RUN --out model.safetensors", "python analysis.py export RUN --out programs.zip"],
         format=Flag(
             "{run,safetensors,stablehlo}",
-            "what is written (default: by the suffix of --out, .safetensors or .zip; else run)",
+            "what is written (default: by the suffix of --out, .safetensors or .zip; otherwise run)",
         ),
     )
-    run = single("export", models)
+    run = single_run("export", models)
     suffix = Path(given.get("out", "")).suffix
     kind = given.get("format") or next((kind for kind, ending in SUFFIXES.items() if ending == suffix), "run")
     configuration.choose("format", kind, ["run", *SUFFIXES])
     if kind == "run":
         state = loading.load_state(make_model(run.config), run.checkpoint)
-        directory = directory_for("export", models, given)
-        smaller = dataclasses.replace(state, params=jax.tree.map(rounded, state.params))
-        write(directory, run.config, smaller, loading.stages_before(run.checkpoint))
+        directory = results_directory("export", models, given)
+        smaller = dataclasses.replace(state, params=jax.tree.map(rounded_to_7_bits, state.params))
+        write_run(directory, run.config, smaller, loading.stages_before(run.checkpoint))
         print(f"Evaluate it with: python eval.py --logdir {directory}")
         return
     if suffix != SUFFIXES[kind]:
@@ -63,13 +63,13 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def write_file(kind: str, run: TrainedModel, path: Path) -> None:
-    """Write a model in one of the formats that are single files, and its card beside it.
+    """Write a model in one of the formats that are single files, and its card next to it.
 
     Raises:
-        ConfigError: the model can't be written in this format, one of the files exists, or can't be written.
+        ConfigError: the format isn't for this model, one of the two files exists, or it can't be written.
     """
-    beside = path.with_suffix(".md")
-    for file in path, beside:
+    card_path = path.with_suffix(".md")
+    for file in path, card_path:
         if file.exists():
             raise ConfigError(f"out: {file} exists; name a new file")
     if kind == "stablehlo":
@@ -78,7 +78,7 @@ def write_file(kind: str, run: TrainedModel, path: Path) -> None:
     state = loading.load_state(model, run.checkpoint)
     text = card(run, state.params, path)
     if kind == "safetensors":
-        keys = dataclasses.asdict(portable(run.config))
+        keys = dataclasses.asdict(without_paths(run.config))
         content = weights.to_bytes(state.params, int(state.step), keys, loading.stages_before(run.checkpoint))
     else:
         assert isinstance(model, CWVAE)
@@ -87,18 +87,18 @@ def write_file(kind: str, run: TrainedModel, path: Path) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
-        replace_file(beside, text.encode())
-    print(f"Wrote {path}; {beside} says what it is and how to use it")
+        replace_file(card_path, text.encode())
+    print(f"Wrote {path}; {card_path} tells what it holds and how to use it")
 
 
 def check_programs(config: Config) -> None:
-    """Raise ConfigError unless programs can be made of a model."""
+    """Raise ConfigError if a model can't be exported as programs."""
     if config.model != "cwvae":
         raise ConfigError(f"format: stablehlo is for cwvae, got {config.model}; name another --format")
     if config.cell_reset_state and config.tmp_abs_factor % 2:
         raise ConfigError(
-            "format: stablehlo can't reset states by a pattern that changes from block to block, as with "
-            f"cell_reset_state and an odd tmp_abs_factor, got {config.tmp_abs_factor}; name another --format"
+            "format: stablehlo needs an even tmp_abs_factor with cell_reset_state, so that resets are the same in all "
+            f"blocks, got {config.tmp_abs_factor}; name another --format"
         )
     if importlib.util.find_spec("flatbuffers") is None:
         raise ConfigError(
@@ -106,21 +106,25 @@ def check_programs(config: Config) -> None:
         )
 
 
-def portable(config: Config) -> Config:
-    """Return a configuration without paths of this machine."""
+def without_paths(config: Config) -> Config:
+    """Return a configuration without this machine's paths."""
     default = Config()
     return dataclasses.replace(config, datadir=default.datadir, logdir=default.logdir, init_from=None)
 
 
-def write(directory: Path, config: Config, state: TrainState, stages: Sequence[int] | None) -> None:
-    """Write a run for evaluation, with the configuration but for its paths, and a checkpoint without Adam's state.
+def write_run(directory: Path, config: Config, state: TrainState, stages: Sequence[int] | None) -> None:
+    """Write a run for evaluation: the configuration without paths, and a checkpoint with zeros as Adam's averages.
 
-    `stages` are the steps of the trainings before, None if that isn't known.
+    Args:
+        directory: the run's directory.
+        config: the run's configuration.
+        state: what the checkpoint holds.
+        stages: the steps of earlier trainings, as `loading.stages_before` returns them.
 
     Raises:
-        ConfigError: it can't be written.
+        ConfigError: the run can't be written.
     """
-    replace_file(directory / "config.yml", portable(config).to_yaml().encode())
+    replace_file(directory / "config.yml", without_paths(config).to_yaml().encode())
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(
             int(state.step),
@@ -132,6 +136,7 @@ def write(directory: Path, config: Config, state: TrainState, stages: Sequence[i
             raise ConfigError(f"{directory} couldn't be written; make room, or choose another --out")
 
 
-def rounded(x: np.ndarray) -> np.ndarray:
+def rounded_to_7_bits(x: np.ndarray) -> np.ndarray:
+    """Return the array with significands rounded to seven binary digits, one fewer than bfloat16 has."""
     mantissa, exponent = np.frexp(x)
     return np.ldexp(np.round(mantissa * 2**7), exponent - 7)

@@ -1,4 +1,4 @@
-"""Information per level: KL and entropies, and the latents (Table 1, Figure 8)."""
+"""Information per level: KL divergence and entropies (Table 1, Figure 8), and the latents."""
 
 import itertools
 import operator
@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from analyses.arguments import directory_for, parse_models
+from analyses.arguments import parse_models, results_directory
 from analyses.worker import Worker
-from config import ConfigError, Flag, whole
+from config import ConfigError, Flag, whole_number
 from cwvae import LevelRollout, entropy, kl_divergence, per_level
 from report import plots, statistics, tables
 from sequences import rollout
@@ -20,15 +20,18 @@ from system.files import replace_arrays
 
 
 def levels(arguments: Sequence[str]) -> None:
-    """Write KL and entropies per level as JSON, CSV, Markdown and plot, and each run's latents as NPZ."""
+    """Write KL and entropies of each level, and the latents of each run.
+
+    Writes levels.json, levels.csv, levels.md, kl.png, and NPZ files in latents/ (several runs: in `latents_<i>/`).
+    """
     models, given = parse_models(
         "levels",
         __doc__,
         arguments,
         ["python analysis.py levels 'two levels'=RUN 'three levels'=RUN --out DIR"],
-        frames=Flag("INT", "frames of each test sequence that are read (default: seq_len, as in Table 1)"),
+        frames=Flag("INT", "frames of each test sequence that are observed (default: seq_len, as in Table 1)"),
     )
-    frames = [whole(given, "frames", run.config.seq_len) for run in models]
+    frames = [whole_number(given, "frames", run.config.seq_len) for run in models]
     for run, T in zip(models, frames, strict=True):
         if 0 < run.config.eval_seq_len < T:
             raise ConfigError(
@@ -36,7 +39,7 @@ def levels(arguments: Sequence[str]) -> None:
                 f"than {T}; lower --frames or raise --eval_seq_len"
             )
     workers = [Worker(run) for run in models]
-    directory = directory_for("levels", models, given)
+    directory = results_directory("levels", models, given)
     results = {}
     for i, (run, worker, T) in enumerate(zip(models, workers, frames, strict=True)):
         latents = directory / ("latents" if len(models) == 1 else f"latents_{i}")
@@ -46,11 +49,12 @@ def levels(arguments: Sequence[str]) -> None:
 
 
 TERMS = {"kl": "KL", "entropy_prior": "prior entropy", "entropy_posterior": "posterior entropy"}
+"""The terms of each level, and their names in tables."""
 
 
 @jax.jit
 def level_terms(rollouts: tuple[LevelRollout, ...]) -> dict[str, Array]:
-    """Return TERMS, each summed over the ticks of a chunk, [L, B]."""
+    """Return each of TERMS, summed over the ticks of a chunk, [L, B]."""
     return {
         "kl": per_level(rollouts, kl_divergence),
         "entropy_prior": per_level(rollouts, lambda q, p: entropy(p)),
@@ -61,48 +65,49 @@ def level_terms(rollouts: tuple[LevelRollout, ...]) -> dict[str, Array]:
 def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
     """Return KL and entropies of each level in nats, over the first `frames` frames of the test sequences.
 
-    Levels that `use_obs` blinds follow their prior. Each batch's latents go to `latents/level_<l>_<first example>.npz`:
-    example [B], stoch, prior_mean, prior_stddev, posterior_mean, posterior_stddev [B, T_l, S], deter [B, T_l, D].
+    Levels that don't see the frames (`use_obs`) follow their prior. The latents of each batch are written to
+    `latents/level_<l>_<first example>.npz`: example [B], deter [B, T_l, D]; stoch, prior_mean, prior_stddev,
+    posterior_mean and posterior_stddev [B, T_l, S].
     """
     c = worker.config
     latents.mkdir()
     totals: list[dict[str, np.ndarray]] = []
     ticks: list[int] = []
     for first, valid, batch in worker.batches():
-        terms, parts = [], []
+        terms, chunks = [], []
         keys = worker.keys(first, len(batch.video))
         video, actions = (x if x is None else x[:, :frames] for x in (batch.video, batch.actions))
         for chunk in rollout.observe(
             worker.model, worker.params, video, keys, c.use_obs, place=worker.devices.put, actions=actions
         ):
             terms.append(level_terms(chunk))
-            parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32), chunk))
+            chunks.append(jax.tree.map(lambda x: np.asarray(x, np.float32), chunk))
         totals.append(jax.tree.map(lambda *x, valid=valid: np.sum(x, axis=0)[:, :valid], *jax.device_get(terms)))
-        all_ticks = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
-        ticks = [of_level.stoch.shape[1] for of_level in all_ticks]
-        for level, of_level in enumerate(all_ticks):
-            of_level = jax.tree.map(operator.itemgetter(slice(valid)), of_level)
+        rollouts = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *chunks)
+        ticks = [x.stoch.shape[1] for x in rollouts]
+        for level, padded in enumerate(rollouts):
+            found = jax.tree.map(operator.itemgetter(slice(valid)), padded)
             replace_arrays(
                 latents / f"level_{level}_{first:06}.npz",
                 example=np.arange(first, first + valid),
-                stoch=of_level.stoch,
-                deter=of_level.deter,
-                prior_mean=of_level.prior.mean,
-                prior_stddev=of_level.prior.stddev,
-                posterior_mean=of_level.posterior.mean,
-                posterior_stddev=of_level.posterior.stddev,
+                stoch=found.stoch,
+                deter=found.deter,
+                prior_mean=found.prior.mean,
+                prior_stddev=found.prior.stddev,
+                posterior_mean=found.posterior.mean,
+                posterior_stddev=found.posterior.stddev,
             )
     by_term = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *totals)  # [L, N] each
-    found = []
+    by_level = []
     for level, T in enumerate(ticks):
         per_sequence = {key: statistics.plain(statistics.estimate(x[level])) for key, x in by_term.items()}
         per_tick = {key: statistics.plain(statistics.estimate(x[level] / T)) for key, x in by_term.items()}
-        found.append({"ticks": T, "per_sequence": per_sequence, "per_tick": per_tick})
-    return {"frames": frames, "num_examples": worker.count, "dataset": c.dataset, "levels": found}
+        by_level.append({"ticks": T, "per_sequence": per_sequence, "per_tick": per_tick})
+    return {"frames": frames, "num_examples": worker.count, "dataset": c.dataset, "levels": by_level}
 
 
 def write_levels(results: Mapping[str, Any], directory: Path) -> None:
-    """Write the figures of `information` for each model: levels.json, levels.csv, levels.md, kl.png."""
+    """Write and print what `information` returned for each model: levels.json, levels.csv, levels.md, kl.png."""
     depth = max(len(result["levels"]) for result in results.values())
     table_1, details, rows = [], [], []
     for name, result in results.items():

@@ -1,4 +1,4 @@
-"""A Clockwork VAE as programs that need nothing but JAX: StableHLO by jax.export, with the parameters inside."""
+"""Programs of a Clockwork VAE that need only JAX: StableHLO of jax.export, with the parameters inside."""
 
 import contextlib
 import io
@@ -20,11 +20,12 @@ Arrays = tuple[Array, ...]
 
 
 class Programs:
-    """The functions that are exported, of a model with its parameters.
+    """The exported functions of a model with its parameters.
 
-    They compute `config.block` frames at a time, the frames of one tick of the top level: so each takes any number of
-    such blocks, and how a video is divided into calls doesn't matter. Noise comes from random bits for each sequence
-    and block. State is a flat tuple: stoch and deter [B, ...] of each level, from level 0 up; zeros before a video.
+    They compute a block at a time: the `config.block` frames of one tick of the top level. Each call takes any number
+    of blocks, and results don't depend on how a video is divided into calls. Noise comes from random bits for each
+    sequence and block. The state is a flat tuple: stoch and deter [B, ...] of each level, from level 0 up. At the
+    beginning of a video, it is zeros.
     """
 
     def __init__(self, model: CWVAE, params: Any):
@@ -41,20 +42,20 @@ class Programs:
         Args:
             video: uint8 [B, T, H, W, C], T = N `config.block`.
             seeds: random bits, uint32 [B, N, 2].
-            state: where an earlier call ended.
-            actions: [B, T, A], of a model with actions.
+            state: what an earlier call returned, or zeros.
+            actions: [B, T, A], for a model with actions.
 
         Returns:
-            Each level's stoch and deter, side by side [B, T_l, S + D], and the state at the end.
+            Stoch and deter of each level, concatenated [B, T_l, S + D], and the state at the end.
         """
         return self._unroll(seeds, state, video, actions)
 
     def imagine(self, seeds: Array, state: Arrays, actions: Array | None = None) -> tuple[Arrays, Arrays]:
-        """Predict N `config.block` frames; otherwise as `observe`."""
+        """Predict N `config.block` frames. Arguments and results are as in `observe`."""
         return self._unroll(seeds, state, None, actions)
 
     def decode(self, output: Array) -> Array:
-        """Return the frames' means [B, T, H, W, C] of what was returned for level 0 [B, T, S + D]."""
+        """Return the frames' means [B, T, H, W, C] from the output of level 0 [B, T, S + D]."""
         frames: Any = self.model.apply(self.params, output, method=lambda model, output: model.decoder(output))
         return frames
 
@@ -79,7 +80,7 @@ class Programs:
         return tuple(jnp.swapaxes(x, 0, 1).reshape(B, -1, x.shape[-1]) for x in outputs), state
 
     def exported(self) -> dict[str, bytes]:
-        """Return the functions by name, serialised. Numbers of sequences and blocks are free."""
+        """Return the functions by name, serialised for any number of sequences and blocks."""
         c = self.model.config
         b, n, t = export.symbolic_shape("b, n, t")
         T = c.block * n
@@ -94,19 +95,19 @@ class Programs:
             (self.imagine, [seeds, state, *actions]),
             (self.decode, [output]),
         ]
-        with any_backend(), without_places():
+        with any_backend(), without_source_locations():
             return {
                 function.__name__: bytes(
-                    # What isn't used stays: numbers are read from it.
-                    export.export(jax.jit(function, keep_unused=True), platforms=PLATFORMS)(*of).serialize()
+                    # Numbers of sequences and blocks are inferred from all arguments, also from unused ones.
+                    export.export(jax.jit(function, keep_unused=True), platforms=PLATFORMS)(*shapes).serialize()
                 )
-                for function, of in arguments
+                for function, shapes in arguments
             }
 
 
 @contextlib.contextmanager
-def without_places() -> Iterator[None]:
-    """Let no place in source files be in what is lowered inside, with this machine's paths and the callers' lines."""
+def without_source_locations() -> Iterator[None]:
+    """Lower programs without source locations in the block: these would hold this machine's paths and line numbers."""
     option = "jax_traceback_in_locations_limit"
     earlier = getattr(jax.config, option)
     jax.config.update(option, 0)
@@ -117,7 +118,7 @@ def without_places() -> Iterator[None]:
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
-    """Return a zip of files, without the time."""
+    """Return a zip of files by name. It holds no times, so that equal files give equal zips."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as opened:
         for name, content in files.items():

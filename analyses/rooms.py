@@ -1,4 +1,4 @@
-"""Which rooms predicted videos visit, read from their colours (Figure 5a)."""
+"""Accuracy of the rooms in predicted videos, told apart by their colours (Figure 5a)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,27 +6,29 @@ from typing import NamedTuple
 import numpy as np
 import scipy.ndimage
 
-from analyses.accuracy import POSTERIOR, accuracy_lines, write_readout
-from analyses.arguments import directory_for, parse_models, same_readout
+from analyses.accuracy import POSTERIOR, accuracy_lines, write_accuracy
+from analyses.arguments import parse_models, require_same_keys, results_directory
 from analyses.worker import Worker
 from config import ConfigError
 from report import plots, statistics
 
 
 def rooms(arguments: Sequence[str]) -> None:
-    """Write how often predicted videos visit the same rooms as the true ones (Figure 5a): rooms.png, .json, .csv.
+    """Write how often predicted videos visit the same rooms as the true ones (Figure 5a).
 
-    See `visits` for what a room is.
+    Writes rooms.png, rooms_over_time.png, rooms.json, rooms.csv. `assign_rooms` defines a room.
     """
     models, given = parse_models("rooms", __doc__, arguments, ["python analysis.py rooms k6=RUN k2=RUN --out DIR"])
     for run in models:
-        same_readout(models[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
+        require_same_keys(models[0], run, ("dataset", "eval_seq_len", "open_loop_ctx"))
         if run.config.channels != 3:
-            raise ConfigError(f"dataset: {run.config.dataset} has no colours; rooms are read from those of mazes")
+            raise ConfigError(
+                f"dataset: {run.config.dataset} has no colours, by which rooms are told apart; use a run of mazes"
+            )
     workers = [Worker(run) for run in models]
-    directory = directory_for("rooms", models, given)
-    found: dict[str, list[Rooms]] = {}
-    copies: list[Rooms] = []
+    directory = results_directory("rooms", models, given)
+    found: dict[str, list[RoomComparison]] = {}
+    copies: list[RoomComparison] = []
     for run, worker in zip(models, workers, strict=True):
         context = run.config.open_loop_ctx
         own, upper = found.setdefault(run.name, []), found.setdefault(f"{run.name}, {POSTERIOR}", [])
@@ -35,14 +37,14 @@ def rooms(arguments: Sequence[str]) -> None:
             samples = [worker.predictions(batch, first, sample) for sample in range(run.config.num_samples)]
             reconstruction = worker.reconstructions(batch, first)
             for row in range(valid):
-                own.append(read_rooms(video[row], [frames[row] for frames in samples], context))
-                upper.append(read_rooms(video[row], [reconstruction[row]], context))
+                own.append(compare_rooms(video[row], [frames[row] for frames in samples], context))
+                upper.append(compare_rooms(video[row], [reconstruction[row]], context))
                 if run is models[0]:
                     last = np.broadcast_to(video[row, context - 1], video[row, context:].shape)
-                    copies.append(read_rooms(video[row], [last], context))
+                    copies.append(compare_rooms(video[row], [last], context))
     found[statistics.REFERENCES["copy"]] = copies
-    curves = {name: statistics.summary(np.stack([read.agreement for read in reads])) for name, reads in found.items()}
-    shares = {name: category_accuracy(reads) for name, reads in found.items()}
+    curves = {name: statistics.summary(np.stack([x.agreement for x in videos])) for name, videos in found.items()}
+    shares = {name: category_accuracy(videos) for name, videos in found.items()}
     groups = {
         f"{category} ({copied['sequences']})": {
             name: (share[category]["value"], share[category]["low"], share[category]["high"])
@@ -56,23 +58,23 @@ def rooms(arguments: Sequence[str]) -> None:
         np.array(curves[statistics.REFERENCES["copy"]]["curve"]["value"]), reference=True
     )
     plots.plot_lines(lines, directory / "rooms_over_time.png", "share of frames in the true room")
-    write_readout("rooms", curves, directory, {"sequences": shares})
+    write_accuracy("rooms", curves, directory, {"sequences": shares})
 
 
 SAME_ROOM = 0.6
-"""Frames show the same room if their colour histograms share at least so much (the sum of the bins' minima)."""
+"""Frames show the same room if their colour histograms overlap at least so much (the sum of the bins' minima)."""
 
 
-STAY = 5
-"""Fewer frames than this in a row are no visit: doorways, where two rooms are seen at once, are left out."""
+MIN_STAY = 5
+"""The fewest frames in a row that count as a visit. Doorways, where two rooms are visible, take fewer."""
 
 
 BINS = 8
-"""Colour bins per channel. They are smoothed by one bin, so that blur and shade matter less than another texture."""
+"""Colour bins per channel. They are smoothed by one bin, so that textures matter more than blur and shade."""
 
 
 CATEGORIES = ("same room", "to the hallway", "to another room")
-"""The paper's sequences (Section 3.4): the agent stays in its room; enters the hallway; goes through it into a room."""
+"""The paper's kinds of sequences (Section 3.4): the agent stays in its room, enters the hallway, or another room."""
 
 
 def histograms(video: np.ndarray) -> np.ndarray:
@@ -84,48 +86,48 @@ def histograms(video: np.ndarray) -> np.ndarray:
     return smooth / smooth.sum(1, keepdims=True)
 
 
-def visits(colors: np.ndarray, known: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Find which room each frame shows, by the colours of walls, floor and hallway, which differ from room to room.
+def assign_rooms(colors: np.ndarray, known_rooms: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return the room of each frame, by the colours of walls and floor, which differ between rooms and hallway.
 
-    A frame belongs to the room whose histogram it shares most with, if that is at least SAME_ROOM; STAY frames in a
-    row that belong to no room, but to each other, found a new one, with their mean histogram. Other frames show the
-    room before them (the first ones: the one after).
+    A frame belongs to the room whose histogram overlaps most with its own, if the overlap is at least SAME_ROOM. If
+    MIN_STAY frames in a row belong to no room but are alike, their mean histogram is a new room. Other frames get the
+    room of the frames before them; at the beginning, of the frames after them.
 
     Args:
         colors: of `histograms`, [T, bins].
-        known: histograms of rooms found before.
+        known_rooms: histograms of rooms that were found earlier.
 
     Returns:
-        The frames' rooms, [T] from 0, and the rooms' histograms.
+        The numbers of the frames' rooms, [T] from 0, and the histograms of all rooms.
     """
-    found = list(known)
+    found = list(known_rooms)
     shown = np.full(len(colors), -1)
 
-    def shared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.minimum(a, b).sum(-1)
 
     for t, frame in enumerate(colors):
         if found:
-            overlaps = shared(np.array(found), frame)
+            overlaps = overlap(np.array(found), frame)
             if overlaps.max() >= SAME_ROOM:
                 shown[t] = np.argmax(overlaps)
                 continue
-        recent = colors[max(0, t - STAY + 1) : t + 1]
-        if len(recent) == STAY and (shown[t - STAY + 1 : t] == -1).all():
+        recent = colors[max(0, t - MIN_STAY + 1) : t + 1]
+        if len(recent) == MIN_STAY and (shown[t - MIN_STAY + 1 : t] == -1).all():
             mean = recent.mean(0)
-            if (shared(recent, mean) >= SAME_ROOM).all():
-                shown[t - STAY + 1 : t + 1] = len(found)
+            if (overlap(recent, mean) >= SAME_ROOM).all():
+                shown[t - MIN_STAY + 1 : t + 1] = len(found)
                 found.append(mean)
-    return settled(shown), found
+    return merge_short_stays(shown), found
 
 
-def settled(shown: np.ndarray) -> np.ndarray:
-    """Make stretches of fewer than STAY frames, and of frames without a room (-1), part of the stretch before."""
+def merge_short_stays(shown: np.ndarray) -> np.ndarray:
+    """Replace stays of fewer than MIN_STAY frames, and frames without a room (-1), by the room before them."""
     starts = np.flatnonzero(np.diff(shown, prepend=shown[0] - 1))
     lengths = np.diff(starts, append=len(shown))
     result, current = shown.copy(), -1
     for start, length in zip(starts, lengths, strict=True):
-        if shown[start] >= 0 and length >= STAY:
+        if shown[start] >= 0 and length >= MIN_STAY:
             current = shown[start]
         result[start : start + length] = current
     first = np.flatnonzero(result >= 0)
@@ -134,39 +136,39 @@ def settled(shown: np.ndarray) -> np.ndarray:
 
 
 def category(shown: np.ndarray) -> int:
-    """Return which of CATEGORIES a sequence of rooms is: one stay, two, or more."""
+    """Return the number of the category in CATEGORIES to which a sequence of rooms belongs."""
     return min(int((np.diff(shown) != 0).sum()), len(CATEGORIES) - 1)
 
 
-class Rooms(NamedTuple):
-    """The rooms of a sequence's predictions beside the truth's."""
+class RoomComparison(NamedTuple):
+    """A comparison of the rooms in predictions with those in the true video."""
 
-    agreement: np.ndarray  # [T] of the predicted frames: the share of predictions that are in the true room
-    truth: int  # category
-    right: float  # the share of predictions of this category
+    agreement: np.ndarray  # [T], the share of predictions that show the true room, for each predicted frame
+    truth: int  # the category of the true video
+    right: float  # the share of predictions that have this category
 
 
-def read_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: int) -> Rooms:
-    """Read the rooms of a true video uint8 [T, H, W, 3], and of its context continued by each prediction."""
+def compare_rooms(video: np.ndarray, predictions: Sequence[np.ndarray], context: int) -> RoomComparison:
+    """Compare the rooms of a true video uint8 [T, H, W, 3] with those of its context followed by each prediction."""
     colors = histograms(video)
-    truth, known = visits(colors)
+    truth, known_rooms = assign_rooms(colors)
     agreements, rights = [], []
     for prediction in predictions:
-        shown, _ = visits(np.concatenate([colors[:context], histograms(prediction)]), known)
+        shown, _ = assign_rooms(np.concatenate([colors[:context], histograms(prediction)]), known_rooms)
         agreements.append(truth[context:] == shown[context:])
         rights.append(category(truth) == category(shown))
-    return Rooms(np.mean(agreements, axis=0), category(truth), float(np.mean(rights)))
+    return RoomComparison(np.mean(agreements, axis=0), category(truth), float(np.mean(rights)))
 
 
-def category_accuracy(reads: Sequence[Rooms]) -> dict[str, dict[str, float]]:
-    """Return how often predictions have their truth's category.
+def category_accuracy(comparisons: Sequence[RoomComparison]) -> dict[str, dict[str, float]]:
+    """Return how often predictions have the category of the true video.
 
     Returns:
-        For each of CATEGORIES that occurs, the share with its confidence interval, and the number of "sequences".
+        For each of CATEGORIES that occurs: the share, its confidence interval, and the number of "sequences".
     """
     found = {}
     for number, name in enumerate(CATEGORIES):
-        right = np.array([read.right for read in reads if read.truth == number])
+        right = np.array([x.right for x in comparisons if x.truth == number])
         if len(right):
             found[name] = statistics.plain(statistics.estimate(right)) | {"sequences": len(right)}
     return found

@@ -1,4 +1,4 @@
-"""A trained model at work on its test sequences."""
+"""Predictions of a trained model for its test sequences."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ from training.models import make_model
 
 
 class Worker:
-    """A run's model with its parameters on this process's devices, and its test sequences."""
+    """A trained model with its parameters on this process's devices, and its test sequences."""
 
     def __init__(self, run: TrainedModel):
         self.config = run.config
@@ -30,13 +30,17 @@ class Worker:
         self.count = min(run.config.num_examples, len(self.test))
 
     def sequence(self, number: int) -> data.Window:
-        """Return a test sequence; raise ConfigError if there is none of that number."""
+        """Return a test sequence by its number; raise ConfigError if there is none."""
         if number >= len(self.test):
             raise ConfigError(f"example: there are {len(self.test)} test sequences; name one from 0, got {number}")
         return data.window(self.test, number)
 
     def batches(self) -> Iterator[tuple[int, int, data.Batch]]:
-        """Yield the first sequence's number, how many there are, and their batch; the rows behind these are padding."""
+        """Yield batches of the test sequences that `num_examples` counts.
+
+        Yields:
+            The number of the first sequence, the number of sequences, and the batch, whose other rows are padding.
+        """
         size = min(self.config.batch_size, self.count)
         batches = data.eval_batches(self.test, size, self.count, self.devices.rows(size))
         with tqdm(total=self.count, desc=self.name, unit="sequence", dynamic_ncols=True) as bar:
@@ -46,17 +50,17 @@ class Worker:
                 bar.update(valid)
 
     def keys(self, first: int, rows: int, sample: int = 0) -> Array:
-        """Return the keys that eval.py uses, so that samples are the same."""
+        """Return the PRNG keys that eval.py uses, so that samples are the same, [B]."""
         return example_keys(self.config, first, rows, sample)
 
     def predictions(self, batch: data.Batch, first: int, sample: int) -> np.ndarray:
         """Return the frames after the context as eval.py predicts them, uint8 [B, T, H, W, C]."""
         keys = self.keys(first, len(batch.video), sample)
-        seen = rollout.predict(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
-        return tools.joined(seen.prediction)
+        sample_frames = rollout.predict(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
+        return tools.joined(sample_frames.prediction)
 
     def reconstructions(self, batch: data.Batch, first: int) -> np.ndarray:
-        """Return the same frames as the posterior, which sees them, reconstructs them: the bound of predictions."""
+        """Return the same frames as reconstructed by the posterior, which sees them: an upper bound for predictions."""
         keys = self.keys(first, len(batch.video))
         chunks = rollout.reconstruct(self.model, self.params, batch.video, keys, self.devices.put, batch.actions)
         return tools.joined(chunks)

@@ -1,4 +1,4 @@
-"""Layers that the models of comparison have and the Clockwork VAE doesn't."""
+"""Layers that only the baselines have."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,17 @@ from fast.initial import normal, ones, zeros
 from sequences.interface import Training
 
 MOMENTUM, EPSILON = 0.1, 1e-5
-"""Of PyTorch, as the public codes leave them: a step's statistics are a tenth of the running averages."""
+"""PyTorch's defaults, as in the authors' codes. A step's statistics have a weight of 0.1 in the running averages."""
 
 
 def convolve(kind: str, x: Array, kernel: Array) -> Array:
-    """Convolve frames [B, T, H, W, C] with a kernel [size, size, C, O] -> [B, T, H', W', O].
+    """Return the convolution of frames with a kernel, [B, T, H', W', O].
 
-    kind: "down" and "up" have a kernel of 4 and stride 2: they halve and double H and W. "same" has a kernel of 3.
-    "to_one" makes one pixel of 4x4, "from_one" the reverse.
+    Args:
+        kind: "down" and "up" halve and double H and W. "same" keeps them. "to_one" turns 4x4 pixels into one;
+            "from_one" is the reverse.
+        x: [B, T, H, W, C].
+        kernel: [3, 3, C, O] for "same", else [4, 4, C, O].
     """
     B, T, *shape = x.shape
     x = x.reshape(B * T, *shape)
@@ -33,18 +36,19 @@ def convolve(kind: str, x: Array, kernel: Array) -> Array:
 
 
 class BatchNorm(nn.Module):
-    """Normalise channels: in training by the batch over all devices, else by running averages of its statistics.
+    """Batch normalisation: with the batch's statistics in training, with their running averages otherwise.
 
-    In PyTorch's form: the variance is that of the sample in the averages, and that of the batch in the normalisation.
+    The batch is that of all devices. As in PyTorch, batches are normalised with the biased variance, and the running
+    average is of the unbiased variance.
     """
 
     channels: int
     scale_stddev: float = 0.02
-    """Of the initial scales, whose mean is 1."""
+    """Standard deviation of the initial scales. Their mean is 1."""
 
     @nn.compact
     def __call__(self, x: Array, training: Training | None) -> Array:
-        """Return x [B, ..., C] normalised. Sequences of weight 0 are padding and don't count."""
+        """Return x [B, ..., C] normalised. Sequences of weight 0 are padding and do not count in the statistics."""
         C = self.channels
         scale = self.param("scale", normal(self.scale_stddev, mean=1.0), (C,))
         bias = self.param("bias", zeros, (C,))
@@ -54,13 +58,13 @@ class BatchNorm(nn.Module):
         if training is not None:
             axes = tuple(range(1, x.ndim - 1))
 
-            def total(per_sequence: Array) -> Array:
+            def batch_sum(per_sequence: Array) -> Array:
                 weighted = jnp.tensordot(training.weight, per_sequence, 1)
                 return jax.lax.psum(weighted, training.axis) if training.axis else weighted
 
-            count = total(jnp.full(len(x), x[0].size // C, x.dtype))
-            mean = total(x.sum(axes)) / count
-            var = total(((x - mean) ** 2).sum(axes)) / count
+            count = batch_sum(jnp.full(len(x), x[0].size // C, x.dtype))
+            mean = batch_sum(x.sum(axes)) / count
+            var = batch_sum(((x - mean) ** 2).sum(axes)) / count
             running_mean.value = (1 - MOMENTUM) * running_mean.value + MOMENTUM * mean
             running_var.value = (1 - MOMENTUM) * running_var.value + MOMENTUM * var * count / (count - 1)
         return (x - mean) * jax.lax.rsqrt(var + EPSILON) * scale + bias

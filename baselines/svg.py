@@ -1,26 +1,27 @@
-"""SVG-LP (Denton, Fergus 2018, https://arxiv.org/abs/1802.07687): frames predicted from the frame before and a latent.
+"""SVG-LP (Denton, Fergus 2018, https://arxiv.org/abs/1802.07687), in Flax.
 
-Each frame x_t follows from the features h_{t-1} of the frame before it and a latent z_t whose prior is learned:
+The model predicts each frame x_t from the features h_{t-1} of the frame before and a latent z_t with a learned prior:
 
     h_t = encoder(x_t)
-    z_t ~ q(z_t | x_1..t) = N(LSTM(h_t)) in training and in the context, else p(z_t | x_1..t-1) = N(LSTM(h_{t-1}))
+    z_t ~ q(z_t | x_1..t) = N(LSTM(h_t))        posterior, of true frames
+    z_t ~ p(z_t | x_1..t-1) = N(LSTM(h_{t-1}))  prior, of predicted frames
     g_t = LSTM([h_{t-1}, z_t])
     x_t ~ N(decoder(g_t, skips), dec_stddev)
 
-The skips are the encoder's feature maps of frame t - 1 within the context of `open_loop_ctx` frames. After it they
-stay as they were for the context's last frame: those of the frame before that one. Beyond the context, predicted
-frames take the place of true ones. The first frame of a video has nothing before it: it is given, and no term of the
-bound is about it.
+In an open loop, predicted frames replace the true ones after the context of `open_loop_ctx` frames. The skips are
+feature maps of the encoder: in the context, those of frame t - 1. After the context, they stay those that the last
+context frame used; this also holds in training. The first frame of a video has no frame before it: it is given, and the
+bound has no term for it.
 
 Differences from the authors' code (https://github.com/edenton/svg):
 
-- Its loss is a mean squared error plus 1e-4 times the KL. Up to a factor, that is the bound for a Normal decoder with
-  2 dec_stddev^2 = 1e-4 H W C: `dec_stddev` 0.4525 for grey frames, 0.784 for colour. So `dec_stddev` takes its place.
-- Batch statistics: there, of one time step and one GPU at a time. Here of all frames of a batch on all devices, and
-  one step counts once in the running averages.
-- LSTMs begin with zeros for each video, also when a long one is predicted in parts.
+- Its loss is a mean squared error plus 1e-4 times the KL. Up to a factor, this is the bound for a Normal decoder with
+  2 dec_stddev^2 = 1e-4 H W C: `dec_stddev` 0.4525 for grey frames, 0.784 for colour. Here, the loss is the bound.
+- Its batch statistics are of one time step on one GPU. Here, they are of all frames of a batch on all devices, and the
+  running averages change once per step.
+- The states of the LSTMs are zeros at the beginning of each video. They are kept between the chunks of a long video.
 
-B sequences, T frames, `svg_features` G, `cell_stoch_size` S, `svg_rnn_size` D.
+B sequences, T frames, G = svg_features, S = cell_stoch_size, D = svg_rnn_size.
 """
 
 import dataclasses
@@ -41,44 +42,46 @@ from cwvae import Gaussian, entropy, floats, kl_divergence, negative_log_likelih
 from fast.initial import normal, uniform, zeros
 from fast.layers import Dense, linear
 from sequences.interface import Model, Terms, Training
-from sequences.noise import cut
+from sequences.noise import padded_slice
 
 small_normal = normal(0.02)
 
 Maps = tuple[Array, ...]
 """The encoder's feature maps, from the largest to the smallest, [B, T, H, W, C] each."""
 
-# ---------------------------------------------------------------------------------------------- recurrent parts
+# ---------------------------------------------------------------------------------------------- recurrent layers
 
 
 class LSTMState(NamedTuple):
+    """The state of an LSTM layer."""
+
     hidden: Array  # [B, D]
     cell: Array  # [B, D]
 
 
 class LSTM(nn.Module):
-    """An LSTM layer in PyTorch's form: gates in the order input, forget, candidate, output; two biases."""
+    """An LSTM layer in PyTorch's form: two biases, and gates in the order input, forget, candidate, output."""
 
     inputs: int
     size: int
 
     @nn.compact
     def __call__(self, x: Array, state: LSTMState) -> tuple[Array, LSTMState]:
-        """[B, T, inputs] -> the hidden states [B, T, D], and the state after the last."""
+        """Return the hidden states [B, T, D] for x [B, T, inputs], and the state after the last tick."""
         D = self.size
-        within = uniform(1 / D**0.5)  # as in PyTorch
+        initializer = uniform(1 / D**0.5)  # as in PyTorch
 
         def parameter(name: str, *shape: int) -> Array:
-            return self.param(name, within, shape)
+            return self.param(name, initializer, shape)
 
         kernel, bias = parameter("input_kernel", self.inputs, 4 * D), parameter("input_bias", 4 * D)
         state_kernel, state_bias = parameter("state_kernel", D, 4 * D), parameter("state_bias", 4 * D)
 
         def tick(state: LSTMState, gates: Array) -> tuple[LSTMState, Array]:
             gates = linear(state.hidden, state_kernel, state_bias) + gates
-            read, forget, candidate, write = jnp.split(gates, 4, -1)
-            cell = nn.sigmoid(forget) * state.cell + nn.sigmoid(read) * jnp.tanh(candidate)
-            hidden = nn.sigmoid(write) * jnp.tanh(cell)
+            input_gate, forget_gate, candidate, output_gate = jnp.split(gates, 4, -1)
+            cell = nn.sigmoid(forget_gate) * state.cell + nn.sigmoid(input_gate) * jnp.tanh(candidate)
+            hidden = nn.sigmoid(output_gate) * jnp.tanh(cell)
             return LSTMState(hidden, cell), hidden
 
         state, hidden = jax.lax.scan(tick, state, linear(x, kernel, bias).swapaxes(0, 1))
@@ -86,13 +89,13 @@ class LSTM(nn.Module):
 
 
 class GaussianLSTM(nn.Module):
-    """The posterior or the prior: a Gaussian over z_t, given the features up to frame t or t - 1."""
+    """A Gaussian over z_t: the posterior given the features up to frame t, or the prior given those up to t - 1."""
 
     config: Config
 
     @nn.compact
     def __call__(self, features: Array, state: LSTMState) -> tuple[Gaussian, LSTMState]:
-        """[B, T, G] -> [B, T, S], and the state."""
+        """Return the distributions [B, T, S] for features [B, T, G], and the new state."""
         G, D, S = (getattr(self.config, key) for key in ("svg_features", "svg_rnn_size", "cell_stoch_size"))
         x = Dense(G, D, kernel_init=small_normal, name="embed")(features)
         x, state = LSTM(D, D, name="lstm")(x, state)
@@ -110,33 +113,31 @@ class Predictor(nn.Module):
     def __call__(
         self, features: Array, stoch: Array, states: Sequence[LSTMState]
     ) -> tuple[Array, tuple[LSTMState, ...]]:
-        """[B, T, G], [B, T, S] -> [B, T, G], and the states."""
+        """Return g_t [B, T, G] and the new states, for features of frames t - 1 [B, T, G] and stoch z_t [B, T, S]."""
         G, D, S = (getattr(self.config, key) for key in ("svg_features", "svg_rnn_size", "cell_stoch_size"))
         x = Dense(G + S, D, kernel_init=small_normal, name="embed")(features, stoch)
-        after = []
+        new_states = []
         for i, state in enumerate(states):
             x, state = LSTM(D, D, name=f"lstm_{i}")(x, state)
-            after.append(state)
-        return jnp.tanh(Dense(D, G, kernel_init=small_normal, name="output")(x)), tuple(after)
+            new_states.append(state)
+        return jnp.tanh(Dense(D, G, kernel_init=small_normal, name="output")(x)), tuple(new_states)
 
 
 # ---------------------------------------------------------------------------------------------- encoder, decoder
 
 STAGES = (1, 2, 4, 8)
-"""Channels of the stages, in multiples of `filters`, from the largest feature maps to the smallest."""
+"""Channels of each stage in multiples of `filters`, from the largest feature maps to the smallest."""
 
 
 class Block(nn.Module):
-    """A convolution, batch normalisation, and leaky ReLU or another function.
-
-    kind: as of `convolve`.
-    """
+    """A convolution, batch normalisation, and leaky ReLU or another activation."""
 
     inputs: int
     outputs: int
     kind: str
-    skipped: int = 0
-    """How many of the inputs, the last ones, are a skip. It goes through `of_skip` alone."""
+    """See `convolve`."""
+    skip_channels: int = 0
+    """How many of the inputs, the last ones, come from a skip; see `convolve_skip`."""
     activation: Callable[[Array], Array] = partial(nn.leaky_relu, negative_slope=0.2)
     norm: bool = True
 
@@ -147,27 +148,33 @@ class Block(nn.Module):
         self.normalise = BatchNorm(self.outputs) if self.norm else None
 
     def __call__(self, x: Array, training: Training | None, skip: Array | None = None) -> Array:
-        """[B, T, H, W, inputs - skipped], what `of_skip` returned [B, T or 1, ...] -> [B, T, H', W', outputs]"""
-        x = convolve(self.kind, x, self.kernel[:, :, : self.inputs - self.skipped]) + self.bias
+        """Return the output [B, T, H', W', outputs].
+
+        Args:
+            x: [B, T, H, W, inputs - skip_channels].
+            training: see `BatchNorm`.
+            skip: of `convolve_skip`, [B, T or 1, H', W', outputs].
+        """
+        x = convolve(self.kind, x, self.kernel[:, :, : self.inputs - self.skip_channels]) + self.bias
         x = x if skip is None else x + skip
         return self.activation(x if self.normalise is None else self.normalise(x, training))
 
-    def of_skip(self, x: Array) -> Array:
-        """Return what a skip adds to the convolution, once for all frames that it is for.
+    def convolve_skip(self, x: Array) -> Array:
+        """Return what a skip [B, T, H, W, skip_channels] adds to the convolution, [B, T, H', W', outputs].
 
-        [B, T, H, W, skipped] -> [B, T, H', W', outputs]
+        It is separate, so that a skip that many frames share is convolved once.
         """
-        return convolve(self.kind, x, self.kernel[:, :, self.inputs - self.skipped :])
+        return convolve(self.kind, x, self.kernel[:, :, self.inputs - self.skip_channels :])
 
 
 class DCGANEncoder(nn.Module):
-    """Five convolutions."""
+    """The encoder for digits: five convolutions."""
 
     config: Config
 
     @nn.compact
     def __call__(self, video: Array, training: Training | None) -> tuple[Array, Maps]:
-        """[B, T, 64, 64, C] -> features [B, T, G] and feature maps of 32, 16, 8 and 4 pixels."""
+        """Return features [B, T, G] and feature maps of 32, 16, 8 and 4 pixels for a video [B, T, 64, 64, C]."""
         c, x = self.config, video
         maps = []
         for stage in STAGES:
@@ -178,7 +185,7 @@ class DCGANEncoder(nn.Module):
 
 
 class DCGANDecoder(nn.Module):
-    """Five transposed convolutions, the last four of a skip, too."""
+    """The decoder for digits: five transposed convolutions, the last four with a skip."""
 
     config: Config
 
@@ -187,17 +194,17 @@ class DCGANDecoder(nn.Module):
         self.first = Block(c.svg_features, deepest, "from_one")
         blocks, inputs = [], deepest
         for outputs in reversed(wider):
-            blocks.append(Block(2 * inputs, outputs, "up", skipped=inputs))
+            blocks.append(Block(2 * inputs, outputs, "up", skip_channels=inputs))
             inputs = outputs
-        last = Block(2 * inputs, c.channels, "up", skipped=inputs, activation=nn.sigmoid, norm=False)
+        last = Block(2 * inputs, c.channels, "up", skip_channels=inputs, activation=nn.sigmoid, norm=False)
         self.blocks = [*blocks, last]
 
-    def of_skips(self, maps: Maps) -> Maps:
-        """Return what the feature maps of some frames add, from the smallest to the largest."""
-        return tuple(block.of_skip(x) for block, x in zip(self.blocks, reversed(maps), strict=True))
+    def convolve_skips(self, maps: Maps) -> Maps:
+        """Return what the feature maps add to the decoder's convolutions, from the smallest to the largest."""
+        return tuple(block.convolve_skip(x) for block, x in zip(self.blocks, reversed(maps), strict=True))
 
     def __call__(self, features: Array, skips: Maps, training: Training | None) -> Array:
-        """[B, T, G], what `of_skips` returned for these frames or for one -> [B, T, 64, 64, C]"""
+        """Return frames [B, T, 64, 64, C] for features [B, T, G] and skips of `convolve_skips`, [B, T or 1, ...]."""
         x = self.first(features[:, :, None, None], training)
         for block, skip in zip(self.blocks, skips, strict=True):
             x = block(x, training, skip)
@@ -205,13 +212,13 @@ class DCGANDecoder(nn.Module):
 
 
 class VGGEncoder(nn.Module):
-    """Stages of 2, 2, 3 and 3 convolutions with max pooling between them."""
+    """The encoder for natural videos: stages of 2, 2, 3 and 3 convolutions, with max pooling after each."""
 
     config: Config
 
     @nn.compact
     def __call__(self, video: Array, training: Training | None) -> tuple[Array, Maps]:
-        """[B, T, 64, 64, C] -> features [B, T, G] and feature maps of 64, 32, 16 and 8 pixels."""
+        """Return features [B, T, G] and feature maps of 64, 32, 16 and 8 pixels for a video [B, T, 64, 64, C]."""
         c, x = self.config, video
         maps = []
         for stage, count in zip(STAGES, (2, 2, 3, 3), strict=True):
@@ -224,7 +231,7 @@ class VGGEncoder(nn.Module):
 
 
 class VGGDecoder(nn.Module):
-    """The reverse: stages of 3, 3, 2 and 2 convolutions, with each pixel repeated between them."""
+    """The decoder for natural videos: stages of 3, 3, 2 and 2 convolutions, with each pixel repeated before each."""
 
     config: Config
 
@@ -234,20 +241,20 @@ class VGGDecoder(nn.Module):
         stages = []
         for level, count in (3, 3), (2, 3), (1, 2):
             width, outputs = widths[level], widths[level - 1]
-            head = Block(2 * width, width, "same", skipped=width)
+            head = Block(2 * width, width, "same", skip_channels=width)
             stages.append(
                 [head, *(Block(width, width, "same") for _ in range(count - 2)), Block(width, outputs, "same")]
             )
-        head = Block(2 * widths[0], widths[0], "same", skipped=widths[0])
+        head = Block(2 * widths[0], widths[0], "same", skip_channels=widths[0])
         last = Block(widths[0], c.channels, "same", activation=nn.sigmoid, norm=False)
         self.stages = [*stages, [head, last]]
 
-    def of_skips(self, maps: Maps) -> Maps:
-        """Return what the feature maps of some frames add, from the smallest to the largest."""
-        return tuple(stage[0].of_skip(x) for stage, x in zip(self.stages, reversed(maps), strict=True))
+    def convolve_skips(self, maps: Maps) -> Maps:
+        """Return what the feature maps add to the decoder's convolutions, from the smallest to the largest."""
+        return tuple(stage[0].convolve_skip(x) for stage, x in zip(self.stages, reversed(maps), strict=True))
 
     def __call__(self, features: Array, skips: Maps, training: Training | None) -> Array:
-        """[B, T, G], what `of_skips` returned for these frames or for one -> [B, T, 64, 64, C]"""
+        """Return frames [B, T, 64, 64, C] for features [B, T, G] and skips of `convolve_skips`, [B, T or 1, ...]."""
         x = self.first(features[:, :, None, None], training)
         for (head, *rest), skip in zip(self.stages, skips, strict=True):
             x = head(x.repeat(2, axis=2).repeat(2, axis=3), training, skip)
@@ -261,25 +268,25 @@ class VGGDecoder(nn.Module):
 
 @flax.struct.dataclass
 class State:
-    """Where a video stands between two calls of `observe` and `imagine`."""
+    """The state of the model between two calls of `observe` and `imagine`."""
 
     posterior: LSTMState
     prior: LSTMState
     predictor: tuple[LSTMState, ...]
     features: Array  # [B, G], of the last frame
-    maps: Maps  # [B, 1, H, W, C], of the last frame whose maps are skips
-    seen: int = flax.struct.field(pytree_node=False, default=0)
-    """How many frames have passed, up to those whose maps are skips."""
+    maps: Maps  # [B, 1, H, W, C], the skips of the next frame
+    skip_frames: int = flax.struct.field(pytree_node=False, default=0)
+    """How many frames so far have feature maps that serve as skips, at most max(open_loop_ctx - 1, 1)."""
 
 
 class Rollout(NamedTuple):
-    """As cwvae.LevelRollout, with a latent for each predicted frame. A video's first frame has none."""
+    """As `cwvae.LevelRollout`, with a latent for each predicted frame, so none for a video's first frame."""
 
-    prior: Gaussian  # [B, T, S]; in frames that were imagined, the posterior is the prior
-    posterior: Gaussian  # [B, T, S]
+    prior: Gaussian  # [B, T, S]
+    posterior: Gaussian  # [B, T, S]; in imagined frames it equals the prior
     stoch: Array  # [B, T, S]
     deter: Array  # [B, T, G], g_t
-    frames: Array  # [B, T, H, W, C]; with the video's first frame, as it was given
+    frames: Array  # [B, T, H, W, C], including the given first frame of a video
 
 
 class SVG(Model):
@@ -293,7 +300,7 @@ class SVG(Model):
 
     @property
     def min_frames(self) -> int:
-        """A frame that is given and one that is predicted."""
+        """Two: the first frame, which is given, and a predicted one."""
         return 2
 
     def draw(self, keys: Array, frames: int, context: int = 0, actions: Array | None = None) -> Array:
@@ -301,8 +308,8 @@ class SVG(Model):
         return jax.vmap(lambda key: jax.random.normal(key, (frames, self.config.cell_stoch_size)))(keys)
 
     def time_slice(self, inputs: Array, start: int, stop: int) -> Array:
-        """Return the noise of frames `start` to `stop`; zeros behind its end."""
-        return cut(inputs, start, stop - start, 1)
+        """Return the noise of frames `start` to `stop` (exclusive), with zeros after its end."""
+        return padded_slice(inputs, start, stop - start, 1)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Return Adam with PyTorch's defaults."""
@@ -316,14 +323,14 @@ class SVG(Model):
         use_obs: str | None = None,
         training: Training | None = None,
     ) -> tuple[tuple[Rollout], State]:
-        """Predict each frame from those before it and the latent that its posterior, which sees it, gives.
+        """Predict each frame from the frames before it and a latent of its posterior, which sees the frame itself.
 
         Args:
             video: [B, T, H, W, C], uint8 or floats in [0, 1].
             inputs: noise [B, T, S].
-            state: where an earlier call ended; None: the beginning of a video, whose first frame is then given.
-            use_obs: None; there are no levels to choose from.
-            training: in a training step, see `BatchNorm`.
+            state: that an earlier call returned; None: at the beginning of a video, whose first frame is then given.
+            use_obs: must be None; there are no levels to choose from.
+            training: of a training step; see `BatchNorm`.
         """
         assert use_obs is None, use_obs
         T = video.shape[1]
@@ -331,19 +338,19 @@ class SVG(Model):
         video = floats(video)
         features, maps = self.encoder(video, training)
         state = self.initial_state(features, maps) if state is None else state
-        before = jnp.concatenate([state.features[:, None], features[:, :-1]], 1)[:, first:]
+        previous = jnp.concatenate([state.features[:, None], features[:, :-1]], 1)[:, first:]
 
-        prior, prior_state = self.prior(before, state.prior)
+        prior, prior_state = self.prior(previous, state.prior)
         posterior, posterior_state = self.posterior(features[:, first:], state.posterior)
         stoch = posterior.mean + posterior.stddev * inputs[:, first:]
-        deter, predictor_states = self.predictor(before, stoch, state.predictor)
+        deter, predictor_states = self.predictor(previous, stoch, state.predictor)
 
-        # Frame t has the maps of frame t - 1; what comes after the context has those of the context's last frame.
-        context = min(max(self.config.open_loop_ctx - 1, 1) - state.seen, T)
-        maps = tuple(jnp.concatenate([old, new[:, :context]], 1) for old, new in zip(state.maps, maps, strict=True))
-        skips = self.decoder.of_skips(tuple(x[:, first:T] for x in maps))
-        constant = T - first - skips[0].shape[1]
-        skips = tuple(jnp.concatenate([x, jnp.repeat(x[:, -1:], constant, 1)], 1) for x in skips)
+        # The skips of frame t are the maps of frame t - 1, and after the context those of the last context frame.
+        new_skips = min(max(self.config.open_loop_ctx - 1, 1) - state.skip_frames, T)
+        maps = tuple(jnp.concatenate([old, new[:, :new_skips]], 1) for old, new in zip(state.maps, maps, strict=True))
+        skips = self.decoder.convolve_skips(tuple(x[:, first:T] for x in maps))
+        repeats = T - first - skips[0].shape[1]
+        skips = tuple(jnp.concatenate([x, jnp.repeat(x[:, -1:], repeats, 1)], 1) for x in skips)
         frames = self.decoder(deter, skips, training)
 
         frames = jnp.concatenate([video[:, :first], frames], 1)
@@ -353,13 +360,16 @@ class SVG(Model):
             predictor_states,
             features[:, -1],
             tuple(x[:, -1:] for x in maps),
-            state.seen + context,
+            state.skip_frames + new_skips,
         )
         return (Rollout(prior, posterior, stoch, deter, frames),), last
 
     def imagine(self, inputs: Array, state: State) -> tuple[tuple[Rollout], State]:
-        """Predict as many frames as there is noise for, [B, T, S]: latents from the prior, each frame from the last."""
-        skips = self.decoder.of_skips(state.maps)
+        """Predict as many frames as there is noise for, [B, T, S], with latents from the prior.
+
+        Each predicted frame is encoded to predict the next one.
+        """
+        skips = self.decoder.convolve_skips(state.maps)
 
         def tick(self: SVG, carry: tuple, noise: Array) -> tuple[tuple, Rollout]:
             features, prior_state, predictor_states = carry
@@ -378,7 +388,7 @@ class SVG(Model):
         return (jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), rollout),), state
 
     def initial_state(self, features: Array, maps: Maps) -> State:
-        """Return the state before a video's first frame: zeros, in the shapes of an encoded video."""
+        """Return the state before a video's first frame: zeros, with the shapes of its features and feature maps."""
         zeros = jnp.zeros((len(features), self.config.svg_rnn_size), features.dtype)
         lstm = LSTMState(zeros, zeros)
         zero_maps = tuple(jnp.zeros_like(x[:, :1]) for x in maps)
@@ -391,9 +401,9 @@ class SVG(Model):
     def elbo(
         self, video: Array, inputs: Array, state: State | None = None, training: Training | None = None
     ) -> tuple[Terms, State]:
-        """Return the terms of the evidence lower bound of all frames but a video's first, and the state.
+        """Return the terms of the evidence lower bound, and the state after the last frame.
 
-        Arguments are as in `observe`.
+        A video's first frame has no terms. Arguments are as in `observe`.
         """
         first = int(state is None)
         rollouts, state = self.observe(video, inputs, state, training=training)

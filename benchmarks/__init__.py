@@ -1,1 +1,1 @@
-"""How fast it is: python -m benchmarks step --config configs/mmnist.yml."""
+"""Benchmarks of time and memory: python -m benchmarks step --config configs/mmnist.yml."""

@@ -1,7 +1,7 @@
 """Benchmarks: python -m benchmarks step --config configs/mmnist.yml --batch_size 2 [--json FILE] [--key value ...]
 
-Not tests: machines are noisy. What is compared runs in turn in one process, each run waiting for the devices; medians.
-Compilation is measured apart.
+They aren't tests, since machines are noisy. Programs that are compared take turns in one process, and each call waits
+for the devices. Times are medians. Compilation is timed separately.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from benchmarks import accelerator, textbook
 from benchmarks.measuring import (
     Bench,
     Row,
-    compared,
+    compare_times,
     floor,
     in_turn,
     machine,
@@ -59,16 +59,16 @@ from training.step import make_optimizer, make_state, make_train_step
 
 
 def bench_step(config: Config) -> list[Row]:
-    """Time a training step against the textbook form of the same model, and against the machine's floor."""
+    """Time a training step, the textbook form of the same model, and a lower bound for this machine."""
     c, bench = config, Bench(config)
     times = in_turn({"textbook form": bench.textbook_stepper(), "training step": bench.stepper()})
     least, rows = floor(c)
     frames, flop = c.batch_size * c.seq_len, training_flop(c)
-    return compared(times, frames_per_s=frames, TFLOP_per_s=flop / 1e12, floor_share=least) + rows
+    return compare_times(times, frames_per_s=frames, TFLOP_per_s=flop / 1e12, floor_share=least) + rows
 
 
 def bench_tricks(config: Config) -> list[Row]:
-    """Time the training step from the textbook form to ours, one trick after the other."""
+    """Time the training step in the textbook form, then with one trick added after the other."""
     bench = Bench(config)
     forms: dict[str, Any] = {}
     contenders: dict[str, Callable[[], Any]] = {"textbook form": bench.textbook_stepper()}
@@ -82,27 +82,27 @@ def bench_tricks(config: Config) -> list[Row]:
     with mock.patch.object(convolutions, "MANY_FRAMES", 10**9):
         with mock.patch.object(convolutions, "CHUNK", 10**9):
             with mock.patch.object(scan, "scan", plain_scan):
-                contenders["+ projections, prior outside the scan, fused gates"] = traced(bench.stepper())
-            contenders["+ nothing but states and their gradients inside the scan"] = traced(bench.stepper())
-        contenders["+ chunks of frames, patches made again"] = traced(bench.stepper())
+                contenders["+ projections, prior outside the scan, fused gates"] = called_once(bench.stepper())
+            contenders["+ nothing but states and their gradients inside the scan"] = called_once(bench.stepper())
+        contenders["+ chunks of frames, patches made again"] = called_once(bench.stepper())
     contenders["+ fewer multiplications (training step)"] = bench.stepper()
     times = in_turn(contenders)
-    rows, before = [], 0.0
+    rows, previous = [], 0.0
     for name, values in times.items():
         median = statistics.median(values)
-        rows.append(timed(name, values, faster_than_before=before / median if before else 1.0))
-        before = median
+        rows.append(timed(name, values, faster_than_before=previous / median if previous else 1.0))
+        previous = median
     return rows
 
 
-def traced(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Call it once: a program that is compiled stays as it is."""
+def called_once(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Call a function and return it: it is compiled then, and patches that end later don't change it."""
     run()
     return run
 
 
 def bench_parts(config: Config) -> list[Row]:
-    """Time each part of a training step by itself, forward, and forward with backward."""
+    """Time each part of a training step separately: forward, and forward with backward."""
     c = config
     B, T, S, D = c.batch_size, c.seq_len, c.cell_stoch_size, c.cell_deter_size
     random = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def bench_parts(config: Config) -> list[Row]:
 
 
 def bench_rollout(config: Config) -> list[Row]:
-    """Time open-loop prediction up to `eval_seq_len` frames against the textbook form, which encodes all frames."""
+    """Time open-loop prediction up to `eval_seq_len` frames, and the textbook form, which encodes all frames."""
     c = config
     model = CWVAE(dataclasses.replace(c, seed=0))
     params = make_state(model).params
@@ -160,11 +160,11 @@ def bench_rollout(config: Config) -> list[Row]:
         },
         3,
     )
-    return compared(times, frames_per_s=c.batch_size * (T - context))
+    return compare_times(times, frames_per_s=c.batch_size * (T - context))
 
 
 def bench_metrics(config: Config) -> list[Row]:
-    """Time SSIM and PSNR of `batch_size` videos of 100 frames, both protocols, against scikit-image frame by frame."""
+    """Time SSIM and PSNR of `batch_size` videos of 100 frames in both protocols, and with scikit-image."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     random = np.random.default_rng(0)
@@ -182,14 +182,14 @@ def bench_metrics(config: Config) -> list[Row]:
         "frame_metrics": lambda: evaluation.frame_metrics(truth, {"prediction": prediction}),
     }
     times = in_turn(both, 3)
-    return compared(times, frames_per_s=math.prod(shape[:2]))
+    return compare_times(times, frames_per_s=math.prod(shape[:2]))
 
 
 # ---------------------------------------------------------------------------------------------- memory
 
 
 def lower_step(config: Config, devices: int, per_device: int) -> Any:
-    """Return the training step, traced for shapes alone."""
+    """Return the training step, lowered for shapes without arrays."""
     c, model = config, CWVAE(config)
     state = make_state(model)
     shape = devices, per_device, c.seq_len, FRAME_SIZE, FRAME_SIZE, c.channels
@@ -200,7 +200,7 @@ def lower_step(config: Config, devices: int, per_device: int) -> Any:
 
 
 def bench_memory(config: Config) -> list[Row]:
-    """Return each program's device memory, as the compiler has laid it out; nothing is run."""
+    """Report the device memory of each program, as planned by the compiler. Nothing is run."""
     c, model = config, CWVAE(config)
     B, frame, chunk = c.batch_size, (FRAME_SIZE, FRAME_SIZE, c.channels), rollout.chunk_size(c)
 
@@ -224,7 +224,7 @@ def bench_memory(config: Config) -> list[Row]:
     return [memory_row(name, lowered.compile()) for name, lowered in programs.items()]
 
 
-# ---------------------------------------------------------------------------------------------- absent accelerators
+# ---------------------------------------------------------------------------------------------- other accelerators
 
 
 H200 = """
@@ -239,14 +239,17 @@ H200 = """
         l2_cache_size: 62914560 memory_bandwidth: 4800000000000 device_memory_size: 150000000000
     }
 """
+"""XLA's description of a GPU, for which it can compile without one."""
+
 TARGETS: dict[str, tuple[str, dict[str, str]]] = {
     "H200": ("cuda", {"target_config": H200, "topology": "1x1x1"}),
     "TPU v5e": ("tpu", {"topology_name": "v5e:2x2"}),
 }
+"""Accelerators: name -> backend, arguments of `topologies.get_topology_desc`."""
 
 
 def bench_kernels(config: Config) -> list[Row]:
-    """Compile a training step for accelerators that needn't be there: kernels on a GPU, and memory."""
+    """Compile a training step for accelerators that this machine may not have; report memory, and kernels on a GPU."""
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     rows = []
@@ -254,7 +257,7 @@ def bench_kernels(config: Config) -> list[Row]:
         try:
             device = topologies.get_topology_desc(platform=backend, **description).devices[0]
         except (NotImplementedError, RuntimeError) as error:
-            print(f"Without {target}: JAX's compiler for {backend} isn't installed ({error})")
+            print(f"{target} is left out: JAX's compiler for {backend} isn't installed ({error})")
             continue
         forms = {"training step": scan.scan}
         if backend == "cuda":
@@ -277,7 +280,14 @@ def bench_kernels(config: Config) -> list[Row]:
 
 
 def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
-    """Count the kernels that a compiled GPU program launches outside loops, and each loop's iterations and kernels."""
+    """Count the kernels that a compiled GPU program launches.
+
+    Args:
+        program: the text of its HLO.
+
+    Returns:
+        The number of kernels outside loops; iterations, and kernels per iteration, of each loop.
+    """
     computations: dict[str, list[str]] = {}
     for line in program.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -301,7 +311,7 @@ def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
 
 
 def bench_compile(config: Config) -> list[Row]:
-    """Time from the start of Python to the end of the first step, without and with a warm compilation cache."""
+    """Time from the start of Python to the end of the first step, with an empty and a warm compilation cache."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for cache in "empty", "warm":
@@ -315,7 +325,7 @@ def bench_compile(config: Config) -> list[Row]:
 
 
 def first_step(config: Config) -> list[Row]:
-    """Train for one step and end: what `bench_compile` starts."""
+    """Train for one step, print the seconds since the start, and exit. `bench_compile` starts it as a process."""
 
     def update(progress: Any, loss: Any) -> None:
         jax.block_until_ready(loss)
@@ -329,9 +339,9 @@ def first_step(config: Config) -> list[Row]:
 
 
 def bench_train(config: Config) -> list[Row]:
-    """Time a whole training from one log to the next, with data, validation, videos and checkpoint, against bare steps.
+    """Time a whole training with data, validation, videos and checkpoints, and bare training steps.
 
-    Up to the first log, things compile.
+    The training is timed from its first log to its second one, since programs compile before the first one.
     """
     every = config.save_scalars_every
     c = dataclasses.replace(
@@ -348,7 +358,7 @@ def bench_train(config: Config) -> list[Row]:
         update(progress, loss)
 
     step = Bench(c).stepper()
-    bare = in_turn({"bare step": step}, 100)["bare step"]  # and again afterwards: machines change their pace
+    bare = in_turn({"bare step": step}, 100)["bare step"]  # half before, half after: machines change their pace
     with tempfile.TemporaryDirectory() as logdir, mock.patch.object(train.Progress, "update", timed_update):
         state = train.train(dataclasses.replace(c, logdir=logdir))
         jax.block_until_ready(state)
@@ -365,7 +375,7 @@ def bench_train(config: Config) -> list[Row]:
 
 
 def bench_data(config: Config) -> list[Row]:
-    """Time mp4 to frames, and frames to batches of 50 windows of 100 colour frames (61 MB each)."""
+    """Time the decoding of mp4 files, and the loading of batches of 50 windows of 100 colour frames (61 MB each)."""
     with tempfile.TemporaryDirectory() as folder:
         videos = Path(folder) / "train"
         videos.mkdir()
@@ -411,7 +421,7 @@ def bench_data(config: Config) -> list[Row]:
 
 
 def batches_per_second(name: str, batches: Iterator[data.Batch]) -> Row:
-    """Time batches that were begun before."""
+    """Time batches of an iterator, after its first one."""
     next(batches)
     rates, cores = [], []
     for _ in range(5):

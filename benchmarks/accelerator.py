@@ -1,15 +1,15 @@
-"""What is to be known of an accelerator, for one that is at hand for minutes.
+"""Benchmarks for an accelerator that is available for only a few minutes.
 
-    python -m benchmarks accelerator --out DIR --seconds 540    measures the items below, and trains in between
-    python -m benchmarks join DIR --out RUN                     puts the trained run together again, wherever DIR went
+    python -m benchmarks accelerator --out DIR --seconds 540    measure items, and train a model
+    python -m benchmarks join DIR --out RUN                     join the trained run, on any machine that has DIR
 
-Items come in order of worth. Each is a process of its own with its own time limit: one that fails or is cut off costs
-nothing but itself. While the second one trains, other processes compile what the later ones need.
+The most important items come first. Each item is a separate process with its own time limit, so the others continue if
+it fails or takes too long. While the item `training` runs, other processes compile what later items need.
 
-    DIR/results.jsonl           a measurement a line, as they come
-    DIR/results.md              the same as tables
-    DIR/log.txt                 what the processes print
-    DIR/profile.xplane.pb.gz    a training step's profile, for XProf or TensorBoard
+    DIR/results.jsonl           a measurement a line, in order of time
+    DIR/results.md              the measurements as tables
+    DIR/log.txt                 the output of the processes
+    DIR/profile.xplane.pb.gz    the profile of a training step, for XProf or TensorBoard
     DIR/run.tar.<n>             the trained run in pieces
 """
 
@@ -74,12 +74,12 @@ from training import loading, runs
 from training.step import make_state
 
 ROOT = Path(__file__).parent.parent
-PIECE = 15 * 2**20
-"""Bytes of a piece of the trained run, at most."""
-TO_SAVE = 45.0
-"""Seconds that the training leaves of its own for its checkpoint and the pieces."""
-TO_COMPILE = 0.75
-"""Of an item's time, after which only what is compiled is timed."""
+PIECE_SIZE = 15 * 2**20
+"""The most bytes of a piece of the trained run."""
+SAVING_SECONDS = 45.0
+"""The last seconds of the training's time limit, for its checkpoint and the pieces."""
+COMPILING_SHARE = 0.75
+"""The share of an item's time limit for compilation. Programs that aren't compiled by then aren't timed."""
 TINY: dict[str, Any] = dict(
     levels=1,
     tmp_abs_factor=2,
@@ -94,18 +94,19 @@ TINY: dict[str, Any] = dict(
     open_loop_ctx=4,
     batch_size=2,
 )
+"""The keys of a rehearsal's tiny models."""
 
 
 class Setting(NamedTuple):
-    """How an item is measured."""
+    """The setting in which a process measures an item."""
 
     out: Path
     limit: float  # seconds
-    rehearse: bool  # tiny sizes
-    ahead: bool  # compile what the item needs, for another process that measures it
+    rehearse: bool  # with tiny sizes
+    ahead: bool  # only compile what the item needs, for a later process that measures it
 
     def config(self, name: str, **keys: Any) -> Config:
-        """Return a configuration by its name, with keys in place of its own; tiny in a rehearsal."""
+        """Return a configuration in configs/ with `keys` replaced; of tiny sizes in a rehearsal."""
         c = configuration.load(ROOT / "configs" / f"{name}.yml")
         return dataclasses.replace(c, seed=0, wandb="disabled", **(keys | (TINY if self.rehearse else {})))
 
@@ -114,7 +115,7 @@ class Setting(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A training step of a configuration, and what holds while it is traced."""
+    """A training step of a configuration, and contexts in which it is traced."""
 
     config: Config
     stepper: Callable[[], Stepper]
@@ -122,17 +123,21 @@ class Program(NamedTuple):
 
 
 def compiled(programs: dict[str, Program], limit: float) -> Iterator[tuple[str, Stepper, Row]]:
-    """Compile programs side by side, and yield those that are compiled within so many seconds, each with its memory."""
+    """Compile programs in parallel, and yield those that are compiled within `limit` seconds.
+
+    Yields:
+        The program's name, its training with the compiled step, and its device memory, if it is known.
+    """
     end, pool, started = time.monotonic() + limit, ThreadPoolExecutor(len(programs)), {}
     for name, program in programs.items():
-        with contextlib.ExitStack() as held:
-            held.enter_context(spared(name))
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(continue_on_error(name))
             for context in program.contexts:
-                held.enter_context(context)
+                contexts.enter_context(context)
             stepper = program.stepper()
             started[name] = stepper, pool.submit(stepper.lower().compile)
     for name, (stepper, compiling) in started.items():
-        with spared(name):
+        with continue_on_error(name):
             stepper.step = compiling.result(timeout=max(0.0, end - time.monotonic()))
             memory = stepper.step.memory_analysis() and memory_row(name, stepper.step)["value"] / 1e3
             yield name, stepper, {"memory_GB": memory} if memory else {}
@@ -140,33 +145,37 @@ def compiled(programs: dict[str, Program], limit: float) -> Iterator[tuple[str, 
 
 
 @contextlib.contextmanager
-def spared(name: str) -> Iterator[None]:
-    """Print what fails inside, whatever it is: the others go on."""
+def continue_on_error(name: str) -> Iterator[None]:
+    """Print any error in the block instead of raising it, so that the other programs continue."""
     try:
         yield
     except Exception as error:
         print(f"{name}: {type(error).__name__}: {error}", flush=True)
 
 
-def measured(setting: Setting, programs: dict[str, Program]) -> Iterator[Row]:
-    """Time training steps, many between two waits, as in a training: one while others compile, then in turn."""
+def time_steps(setting: Setting, programs: dict[str, Program]) -> Iterator[Row]:
+    """Time training steps, and yield a row for each program.
+
+    Preliminary rows are of a single step while other programs compile. Then programs take turns. Each turn is many
+    steps without waiting for the device, as in a training.
+    """
     found: dict[str, tuple[Callable[[], Any], Row]] = {}
-    for name, stepper, more in compiled(programs, TO_COMPILE * setting.limit):
+    for name, stepper, more in compiled(programs, COMPILING_SHARE * setting.limit):
         if setting.ahead:
             continue
-        with spared(name):
-            seconds(stepper)  # the first call
+        with continue_on_error(name):
+            seconds(stepper)  # the first call is slower
             yield row(name, "ms", seconds(stepper) * 1e3, preliminary=True, **more)
             found[name] = stepper, more
     counts: dict[str, int] = {}
     for name, (take_step, _) in found.items():
-        with spared(name):
+        with continue_on_error(name):
             counts[name] = max(1, round(0.2 / seconds(take_step)))
 
-    def many(name: str) -> Callable[[], Any]:
+    def take_steps(name: str) -> Callable[[], Any]:
         return lambda: [found[name][0]() for _ in range(counts[name])][-1]
 
-    times = in_turn({name: many(name) for name in counts}, 3 if setting.rehearse else 7)
+    times = in_turn({name: take_steps(name) for name in counts}, 3 if setting.rehearse else 7)
     each = {name: [s / counts[name] for s in values] for name, values in times.items()}
     first: dict[Config, str] = {}
     for name, program in programs.items():
@@ -181,27 +190,26 @@ def measured(setting: Setting, programs: dict[str, Program]) -> Iterator[Row]:
 
 
 def steps(setting: Setting) -> Iterator[Row]:
-    """Time the training step in each arithmetic, and the textbook form."""
+    """Time the training step in each precision, and the textbook form."""
     programs: dict[str, Program] = {}
     for name in ("mmnist",) if setting.rehearse else ("mmnist", "minerl"):
         c = setting.config(name)
         half = dataclasses.replace(c, dtype="bfloat16")
-        bench, of_half = Bench(c), Bench(half)
+        bench, half_bench = Bench(c), Bench(half)
         programs |= {
             f"{name}, float32, default precision": Program(c, bench.stepper),
             f"{name}, float32, highest precision": Program(c, bench.stepper, [jax.default_matmul_precision("highest")]),
-            f"{name}, bfloat16": Program(half, of_half.stepper),
+            f"{name}, bfloat16": Program(half, half_bench.stepper),
             f"{name}, textbook form, default precision": Program(c, bench.textbook_stepper),
         }
-    return measured(setting, programs)
+    return time_steps(setting, programs)
 
 
 def alternatives(setting: Setting) -> Iterator[Row]:
-    """Time other forms of the training step."""
-
+    """Time alternative forms of the training step."""
     bench = Bench(setting.config("mmnist"))
     forms: dict[str, list[Any]] = {
-        f"{scan.UNROLL} ticks per iteration (now)": [],
+        f"{scan.UNROLL} ticks per iteration (default)": [],
         **{f"{n} ticks per iteration": [mock.patch.object(scan, "UNROLL", n)] for n in (1, 20)},
         "JAX's scan and its gradient": [mock.patch.object(scan, "scan", plain_scan)],
         "convolutions in the forms for CPUs": [
@@ -209,40 +217,41 @@ def alternatives(setting: Setting) -> Iterator[Row]:
             mock.patch.object(convolutions, "CHUNK", 10**9),
         ],
     }
-    return measured(setting, {name: Program(bench.config, bench.stepper, held) for name, held in forms.items()})
+    programs = {name: Program(bench.config, bench.stepper, contexts) for name, contexts in forms.items()}
+    return time_steps(setting, programs)
 
 
 def with_flags(setting: Setting) -> Iterator[Row]:
-    """Time the training step as XLA_FLAGS have it."""
+    """Time the training step with the XLA_FLAGS of this process."""
     bench = Bench(setting.config("mmnist"))
-    return measured(setting, {os.environ["XLA_FLAGS"]: Program(bench.config, bench.stepper)})
+    return time_steps(setting, {os.environ["XLA_FLAGS"]: Program(bench.config, bench.stepper)})
 
 
 # ---------------------------------------------------------------------------------------------- a step's profile
 
 
 class Event(NamedTuple):
-    """A kernel's run, or on a CPU an operation's."""
+    """A run of a kernel, or of an operation on a CPU."""
 
     name: str
     start: float  # ns
     duration: float  # ns
-    operation: str  # of the compiled program; empty if unknown
+    operation: str  # its name in the compiled program; "" if unknown
 
 
 PARTS = {
     "noise": r"draw|threefry|random|uniform",
     "ticks, one after the other": r"cell_\d+/.*while/",
     "cells, all ticks at once": r"cell_\d+",
-    "convolutions": r"conv_\d+|_convolutions|_frames",
+    "convolutions": r"conv_\d+|_convolutions",
     "Dense layers between levels": r"level_\d+_dense",
-    "encoder and decoder besides": r"CWVAE",
+    "rest of the model": r"CWVAE",
 }
-"""What an operation belongs to: the first whose pattern is in the names that it was traced under."""
+"""Parts of a training step. An operation belongs to the first part whose pattern is in its traced name."""
 
 
 def profile(setting: Setting) -> Iterator[Row]:
-    """Profile one training step: where its time goes. While it is profiled, XLA leaves out command buffers."""
+    """Profile one training step by parts and kernels. XLA doesn't use command buffers during a profile."""
     bench = Bench(setting.config("mmnist"))
     for _, stepper, _ in compiled({"training step": Program(bench.config, bench.stepper)}, setting.limit):
         if setting.ahead:
@@ -253,18 +262,18 @@ def profile(setting: Setting) -> Iterator[Row]:
             with jax.profiler.trace(folder):
                 seconds(stepper)
             (path,) = Path(folder).glob("**/*.xplane.pb")
-            with spared("profile"):
+            with continue_on_error("profile"):
                 yield from profile_rows(list(events(path)), traced_names(stepper.step.as_text()))
             packed = gzip.compress(path.read_bytes(), 1)
-            if len(packed) <= PIECE:
+            if len(packed) <= PIECE_SIZE:
                 (setting.out / "profile.xplane.pb.gz").write_bytes(packed)
             else:
-                print(f"profile: {len(packed):,} bytes are too many to be kept")
+                print(f"profile: not written, since {len(packed):,} bytes are too many")
 
 
 def events(path: Path) -> Iterator[Event]:
-    """Read the kernels of a profile: those of a GPU's streams, a TPU's or a CPU's operations."""
-    with warnings.catch_warnings(action="ignore"):  # ProfileData's bindings are deprecated in themselves
+    """Yield the events of a profile: kernels in a GPU's streams, or operations of a TPU or a CPU."""
+    with warnings.catch_warnings(action="ignore"):  # ProfileData itself uses something deprecated
         planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
         on_devices = [plane for plane in planes if plane.name.startswith("/device:")]
         for plane in on_devices or planes:
@@ -278,14 +287,14 @@ def events(path: Path) -> Iterator[Event]:
 
 
 def traced_names(program: str) -> dict[str, str]:
-    """Return the names that each operation of a compiled program was traced under."""
+    """Return the traced name of each operation of a compiled program, by the operation's name."""
     return dict(re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = .*op_name=\"([^\"]*)\"", program, re.MULTILINE))
 
 
 def profile_rows(found: list[Event], names: dict[str, str]) -> Iterator[Row]:
-    """Return a step's time by parts and by kernels, and what of it no kernel runs."""
+    """Yield a step's time by parts and by kernels, and the time without any kernel."""
     if not found:
-        raise ConfigError("profile: no kernels are in it")
+        raise ConfigError("profile: it has no kernels")
     end, busy = 0.0, 0.0
     for event in sorted(found, key=lambda event: event.start):
         busy += max(0.0, event.start + event.duration - max(end, event.start))
@@ -298,7 +307,7 @@ def profile_rows(found: list[Event], names: dict[str, str]) -> Iterator[Row]:
         name = names.get(event.operation)
         if name is None:
             return "unknown"
-        return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), "optimizer and the rest")
+        return next((part for part, pattern in PARTS.items() if re.search(pattern, name)), "optimizer and others")
 
     total = sum(event.duration for event in found)
     for kind, key in ("part", part), ("kernel", lambda event: event.name):
@@ -314,9 +323,9 @@ def profile_rows(found: list[Event], names: dict[str, str]) -> Iterator[Row]:
 
 
 def training(setting: Setting) -> Iterator[Row]:
-    """Train the published model on two digits until the time is over; leave the run in pieces.
+    """Train the published model on two digits until the time is over, and write the run in pieces.
 
-    Videos can be made of its parameters afterwards, wherever they are.
+    No videos are saved, since they can be made from the parameters later.
     """
     c = setting.config("digits", eval_seq_len=432, save_scalars_every=2000, save_model_every=2000)
     c = dataclasses.replace(c, save_gifs=False, save_named_model_every=10**9)
@@ -328,28 +337,32 @@ def training(setting: Setting) -> Iterator[Row]:
             train.validate(model, params, test, Devices())
             return
         begin = time.perf_counter()
-        timer = threading.Timer(setting.limit - TO_SAVE, os.kill, (os.getpid(), signal.SIGTERM))
+        timer = threading.Timer(setting.limit - SAVING_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
         timer.start()
-        with spared("training"), contextlib.suppress(Interrupted):
+        with continue_on_error("training"), contextlib.suppress(Interrupted):
             train.train(c)
         timer.cancel()
-        took = time.perf_counter() - begin
+        duration = time.perf_counter() - begin
         checkpoint = loading.find_checkpoint(runs.directory(c))
         copy, log = Path(logdir) / "copy", checkpoint.run / "metrics.jsonl"
         copy.mkdir()
-        export.write(copy, c, loading.load_state(CWVAE(c), checkpoint), [])
+        export.write_run(copy, c, loading.load_state(CWVAE(c), checkpoint), [])
         if log.exists():
             shutil.copy(log, copy)
         yield split(copy, setting.out)
-        yield row("steps, with everything that a training does", "", checkpoint.step, seconds=took)
+        yield row("steps of a whole training", "", checkpoint.step, seconds=duration)
         for line in map(json.loads, log.read_text().splitlines() if log.exists() else []):
             yield row(f"validation loss after {line['step']} steps", "nats per frame", line["validation/loss"])
         if memory := jax.local_devices()[0].memory_stats():
-            yield row("device memory, at most", "GB", memory["peak_bytes_in_use"] / 1e9)
+            yield row("peak device memory", "GB", memory["peak_bytes_in_use"] / 1e9)
 
 
-def split(run: Path, out: Path, size: int = PIECE) -> Row:
-    """Write a directory's archive to `<out>/run.tar.<n>`, in pieces of at most so many bytes."""
+def split(run: Path, out: Path, size: int = PIECE_SIZE) -> Row:
+    """Write an archive of a run's directory to `<out>/run.tar.<n>`, in pieces of at most `size` bytes.
+
+    Returns:
+        The row of results that `join` needs: the number of pieces, and the SHA-256 of the archive.
+    """
     with tempfile.TemporaryFile() as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
             archive.add(run, ".")
@@ -363,14 +376,14 @@ def split(run: Path, out: Path, size: int = PIECE) -> Row:
 
 
 def join(directory: Path, run: Path) -> None:
-    """Put a run together from the pieces that `split` wrote, and that results.jsonl describes.
+    """Join the pieces that `split` wrote to a run directory.
 
     Raises:
-        ConfigError: pieces are missing or damaged.
+        ConfigError: results.jsonl has no trained run, or pieces are missing or damaged.
     """
-    described = [x for x in read(directory) if x.get("what") == "pieces of the trained run"]
+    described = [x for x in read_rows(directory) if x.get("what") == "pieces of the trained run"]
     if not described:
-        raise ConfigError(f"{directory}: results.jsonl tells of no trained run; was the training cut off?")
+        raise ConfigError(f"{directory}: results.jsonl has no trained run; give accelerator more --seconds")
     digest = hashlib.sha256()
     with tempfile.TemporaryFile() as file:
         for number in range(described[-1]["value"]):
@@ -381,7 +394,7 @@ def join(directory: Path, run: Path) -> None:
             digest.update(content)
             file.write(content)
         if digest.hexdigest() != described[-1]["sha256"]:
-            raise ConfigError(f"{directory}: run.tar.* are not what was written; copy them again")
+            raise ConfigError(f"{directory}: run.tar.* differ from what was written; copy them again")
         file.seek(0)
         with tarfile.open(fileobj=file) as archive:
             archive.extractall(run, filter="data")
@@ -391,7 +404,7 @@ def join(directory: Path, run: Path) -> None:
 
 
 def rollouts(setting: Setting) -> Iterator[Row]:
-    """Time open-loop prediction and evaluation; compare metrics with scikit-image's."""
+    """Time open-loop prediction and evaluation, and compare the metrics with scikit-image's."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     c = setting.config("mmnist")
@@ -406,7 +419,7 @@ def rollouts(setting: Setting) -> Iterator[Row]:
 
     seconds(predict)
     truth, prediction = (random.uniform(size=(2, 10, FRAME_SIZE, FRAME_SIZE, 1)).astype(np.float32) for _ in range(2))
-    metrics = jax.device_get(evaluation.frame_metrics(truth, {"it": prediction})["it"])
+    metrics = jax.device_get(evaluation.frame_metrics(truth, {"prediction": prediction})["prediction"])
     with tempfile.TemporaryDirectory() as folder:
         argv = ["--logdir", str(ROOT / "pretrained"), "--out", f"{folder}/out"]
         argv += ["--num_examples", "1", "--eval_seq_len", "72"] if setting.rehearse else ["--num_examples", "16"]
@@ -417,24 +430,24 @@ def rollouts(setting: Setting) -> Iterator[Row]:
         name = f"open loop, {c.batch_size} sequences, {frames} frames"
         yield timed(name, times, frames_per_s=c.batch_size * frames / statistics.median(times))
         for protocol, data_range in ("paper", 2), ("standard", 1):
-            # `standard` compares frames as saved.
-            shown = (
+            # The standard protocol compares frames as saved.
+            compared = (
                 tools.to_uint8(jnp.asarray(x)) / np.float32(255) if protocol == "standard" else x
                 for x in (truth, prediction)
             )
-            pairs = list(zip(*(np.reshape(x, (-1, FRAME_SIZE, FRAME_SIZE, 1)) for x in shown), strict=True))
+            pairs = list(zip(*(np.reshape(x, (-1, FRAME_SIZE, FRAME_SIZE, 1)) for x in compared), strict=True))
             for metric, want in (
                 ("ssim", [structural_similarity(*pair, data_range=data_range, channel_axis=-1) for pair in pairs]),
                 ("psnr", [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]),
             ):
                 difference = float(np.abs(metrics[protocol][metric].ravel() - want).max())
                 yield row(f"{metric}, {protocol}: difference from scikit-image, at most", "", difference)
-        took = seconds(lambda: evaluation.evaluate(*evaluation.parse(argv)) and ())
-        yield row(f"eval.py --logdir pretrained {' '.join(argv[4:])}", "s", took)
+        duration = seconds(lambda: evaluation.evaluate(*evaluation.parse(argv)) and ())
+        yield row(f"eval.py --logdir pretrained {' '.join(argv[4:])}", "s", duration)
 
 
 def loader(setting: Setting) -> Iterator[Row]:
-    """Time batches on their way to the devices: digits, drawn there, and frames in colour."""
+    """Time the loading of batches to the devices: digits, digits drawn by the devices, and colour frames."""
     if setting.ahead:
         return
     c = setting.config("digits", num_epochs=1000)
@@ -451,23 +464,23 @@ def loader(setting: Setting) -> Iterator[Row]:
                 if source is sprites:
                     batches = (data.digits.draw(batch.video) for batch in batches)
                 jax.block_until_ready(next(batches))
-                begin, taken = time.perf_counter(), 0
+                begin, loaded = time.perf_counter(), 0
                 for batch in itertools.islice(batches, 4 if setting.rehearse else 200):
                     jax.block_until_ready(batch)
-                    taken += 1
+                    loaded += 1
                     if time.perf_counter() - begin > 2:
                         break
-                yield row(f"{name}, {threads} threads", "batches/s", taken / (time.perf_counter() - begin))
+                yield row(f"{name}, {threads} threads", "batches/s", loaded / (time.perf_counter() - begin))
 
 
 # ---------------------------------------------------------------------------------------------- the items
 
 
 class Item(NamedTuple):
-    """What a process measures."""
+    """Something that a process measures."""
 
     measure: Callable[[Setting], Iterator[Row]]
-    limit: float | None  # seconds; None: what the others leave
+    limit: float | None  # seconds; None: the time that the other items leave
     flags: str = ""  # XLA_FLAGS
 
 
@@ -483,30 +496,31 @@ ITEMS = {
 }
 
 
-def measure(name: str, setting: Setting) -> None:
-    """Measure one item; what `start` starts."""
+def measure_item(name: str, setting: Setting) -> None:
+    """Measure an item, and write its rows. `start` calls it in a separate process."""
     if not setting.ahead:
-        tell(setting.out, name, machine() | {"what": "machine"})
+        write_row(setting.out, name, machine() | {"what": "machine"})
     for entry in ITEMS[name].measure(setting):
-        tell(setting.out, name, entry)
+        write_row(setting.out, name, entry)
 
 
-def tell(out: Path, item: str, entry: Row) -> None:
+def write_row(out: Path, item: str, entry: Row) -> None:
+    """Append a row of an item to results.jsonl."""
     with (out / "results.jsonl").open("a") as file:
         file.write(json.dumps({"item": item, **entry}) + "\n")
 
 
-def read(out: Path) -> list[Row]:
-    """Return what was told so far."""
+def read_rows(out: Path) -> list[Row]:
+    """Return the rows of results.jsonl; raise ConfigError if it can't be read."""
     path = out / "results.jsonl"
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read ({error}); name the directory that the benchmark wrote") from error
+        raise ConfigError(f"{path} can't be read ({error}); name the directory that accelerator wrote") from error
 
 
 def command(name: str, setting: Setting) -> list[str]:
-    """Return the command that measures an item."""
+    """Return the command line of the process that measures an item."""
     return [
         *(sys.executable, "-m", "benchmarks", "accelerator", "--item", name),
         *("--out", str(setting.out.absolute()), "--seconds", str(setting.limit)),
@@ -517,11 +531,11 @@ def command(name: str, setting: Setting) -> list[str]:
 
 @contextlib.contextmanager
 def start(name: str, setting: Setting, cache: str, log: Any) -> Iterator[subprocess.Popen]:
-    """Start the process of an item; end it, and what it has started, at the end of the block."""
+    """Start the process of an item; at the end of the block, kill it and the processes that it started."""
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_COMPILATION_CACHE_DIR": cache}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ}
     if setting.rehearse:
-        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they take most of the time of tiny models
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # these would take most of the time of tiny models
     environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ITEMS[name].flags}".strip()
     process = subprocess.Popen(
         command(name, setting), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True, text=True
@@ -535,21 +549,21 @@ def start(name: str, setting: Setting, cache: str, log: Any) -> Iterator[subproc
 
 
 def bench_accelerator(out: Path, limit: float, rehearse: bool) -> None:
-    """Measure all items within so many seconds."""
+    """Measure all items within `limit` seconds, and print and write their tables."""
     end = time.monotonic() + limit
     with (out / "log.txt").open("a") as log, tempfile.TemporaryDirectory() as cache:
-        for place, (name, item) in enumerate(ITEMS.items()):
-            later = list(ITEMS)[place + 1 :]
+        for index, (name, item) in enumerate(ITEMS.items()):
+            later = list(ITEMS)[index + 1 :]
             left = end - time.monotonic()
             spare = left - sum(ITEMS[x].limit or 0 for x in later)
-            share = item.limit or max(spare, 3 * TO_SAVE)
+            share = item.limit or max(spare, 3 * SAVING_SECONDS)
             if item.limit and all(ITEMS[x].limit for x in later):
                 share = max(item.limit, spare)
             allowed = min(left, share)
             if rehearse:
-                allowed = left if item.limit else min(left, TO_SAVE + 20)
-            if allowed < (5 if item.limit else TO_SAVE + 20):
-                tell(out, name, {"what": "ended", "how": "not begun, since no time was left"})
+                allowed = left if item.limit else min(left, SAVING_SECONDS + 20)
+            if allowed < (5 if item.limit else SAVING_SECONDS + 20):
+                write_row(out, name, {"what": "ended", "how": "not begun, since no time was left"})
                 continue
             begin, stop = time.monotonic(), threading.Event()
             setting = Setting(out, allowed, rehearse, ahead=False)
@@ -566,16 +580,16 @@ def bench_accelerator(out: Path, limit: float, rehearse: bool) -> None:
                     stop.set()
                     if ahead.ident:
                         ahead.join()
-            took = time.monotonic() - begin
-            tell(out, name, {"what": "ended", "how": how, "seconds": took})
-            print(f"{name}: {how} after {took:.0f} s", flush=True)
-    table = markdown(read(out))
+            duration = time.monotonic() - begin
+            write_row(out, name, {"what": "ended", "how": how, "seconds": duration})
+            print(f"{name}: {how} after {duration:.0f} s", flush=True)
+    table = markdown(read_rows(out))
     (out / "results.md").write_text(table)
     print(f"\n{table}")
 
 
 def compile_ahead(names: Sequence[str], setting: Setting, cache: str, log: Any, stop: threading.Event) -> None:
-    """Compile what items need, one after the other, until `stop` is set."""
+    """Compile what items need, one item after the other, until `stop` is set."""
     for name in names:
         if stop.is_set():
             return
@@ -587,7 +601,7 @@ def compile_ahead(names: Sequence[str], setting: Setting, cache: str, log: Any, 
 
 
 def markdown(entries: list[Row]) -> str:
-    """Return a table per item."""
+    """Return a Markdown table for each item."""
     lines = []
     for name, group in itertools.groupby(entries, key=lambda entry: entry["item"]):
         rows = list(group)
@@ -600,37 +614,41 @@ def markdown(entries: list[Row]) -> str:
         if found:
             lines += ["| what | value | unit | |", "|---|---|---|---|"]
         for x in found:
-            more = [f"{key} {shown(value)}" for key, value in x.items() if key not in ("item", "what", "value", "unit")]
-            lines.append(f"| {x['what']} | {shown(x['value'])} | {x['unit']} | {', '.join(more)} |")
+            more = [
+                f"{key} {format_value(value)}"
+                for key, value in x.items()
+                if key not in ("item", "what", "value", "unit")
+            ]
+            lines.append(f"| {x['what']} | {format_value(x['value'])} | {x['unit']} | {', '.join(more)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the command line of `accelerator`."""
+    """Run the command `accelerator`."""
     parser = configuration.ArgumentParser(
         prog="python -m benchmarks accelerator", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", required=True, help="new directory for the results")
-    parser.add_argument("--seconds", type=float, default=540.0, help="for everything (default: 540)")
+    parser.add_argument("--seconds", type=float, default=540.0, help="time for all items (default: 540)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on any machine")
     parser.add_argument("--item", choices=ITEMS, help=argparse.SUPPRESS)
     parser.add_argument("--ahead", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.item:
-        measure(given.item, Setting(Path(given.out), given.seconds, given.rehearse, given.ahead))
+        measure_item(given.item, Setting(Path(given.out), given.seconds, given.rehearse, given.ahead))
     else:
         bench_accelerator(new_directory("accelerator", given.out), given.seconds, given.rehearse)
 
 
 def main_join(argv: Sequence[str]) -> None:
-    """Read the command line of `join`."""
+    """Run the command `join`."""
     parser = configuration.ArgumentParser(prog="python -m benchmarks join", description=join.__doc__)
-    parser.add_argument("directory", help="what the benchmark wrote")
+    parser.add_argument("directory", help="directory that accelerator wrote")
     parser.add_argument("--out", required=True, help="new directory for the run")
     given = parser.parse_args(argv)
     run = new_directory("join", given.out)

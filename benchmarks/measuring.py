@@ -1,4 +1,4 @@
-"""What benchmarks share: times and rows, the arithmetic of a step, and a training to be timed."""
+"""Tools of all benchmarks: times and rows, the arithmetic of a training step, and steps that can be timed."""
 
 import contextlib
 import dataclasses
@@ -26,18 +26,23 @@ from system.devices import Devices
 from training.step import make_optimizer, make_state, make_train_step
 
 Row = dict[str, Any]
+"""A row of results: "what", "value", "unit", and more numbers by name."""
 
-# ---------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------------- times
 
 
 def seconds(run: Callable[[], Any]) -> float:
+    """Return the time of a call until its results are ready."""
     begin = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - begin
 
 
 def in_turn(contenders: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
-    """Return the seconds of each run, the contenders taking turns; the first, which compiles, doesn't count."""
+    """Return the seconds of `repeats` calls of each contender, by name.
+
+    The contenders take turns. Each is called once more at first, to compile it.
+    """
     for run in contenders.values():
         seconds(run)
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -52,11 +57,15 @@ def row(what: str, unit: str, value: float, **more: float) -> Row:
 
 
 def timed(what: str, times: list[float], **more: float) -> Row:
+    """Return a row with the median of times in seconds, as milliseconds."""
     return row(what, "ms", statistics.median(times) * 1e3, spread=(max(times) - min(times)) * 1e3, **more)
 
 
-def compared(times: dict[str, list[float]], **amounts: float) -> list[Row]:
-    """Return two contenders' times, each amount by their seconds, and how many times as fast the second is."""
+def compare_times(times: dict[str, list[float]], **amounts: float) -> list[Row]:
+    """Return rows with the times of two contenders, and with the speed-up of the second one.
+
+    Each amount, divided by a contender's seconds, is a number of its row.
+    """
     medians = {name: statistics.median(values) for name, values in times.items()}
     first, second = medians.values()
     return [
@@ -68,11 +77,11 @@ def compared(times: dict[str, list[float]], **amounts: float) -> list[Row]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------- the floor
+# ---------------------------------------------------------------------------------------------- lower bound
 
 
 def multiply_adds(config: Config) -> dict[str, float]:
-    """Return the multiply-adds per frame, forward, of the model as the paper states it."""
+    """Return the multiply-adds of the paper's model per frame, in the forward pass, by part of the model."""
     c = config
     base, feature_size = c.filters * c.channels_mult, 2 * 2 * 8 * c.filters * c.channels_mult
     S, D, E, width = c.cell_stoch_size, c.cell_deter_size, c.cell_embed_size, c.enc_dense_embed_size
@@ -93,13 +102,16 @@ def multiply_adds(config: Config) -> dict[str, float]:
 
 
 def training_flop(config: Config) -> float:
-    """Return those of a step: a multiplication and an addition each, forward once and backward twice."""
+    """Return the floating-point operations of a training step: two per multiply-add, forward once, backward twice."""
     return 6 * sum(multiply_adds(config).values()) * config.batch_size * config.seq_len
 
 
 def floor(config: Config) -> tuple[float, list[Row]]:
-    """Return the seconds below which no step can come, and what they are made of: matmuls and dependent ticks, as fast
-    as this machine does them by themselves."""
+    """Return a lower bound in seconds for a training step on this machine, and rows with its two summands.
+
+    The summands are the step's arithmetic at the speed of large matmuls, and its ticks, each a matmul that depends on
+    the tick before.
+    """
     dtype = jnp.dtype(config.dtype)
     size = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((size, size), dtype)
@@ -124,7 +136,7 @@ def floor(config: Config) -> tuple[float, list[Row]]:
 
 
 class Bench:
-    """A model with something to train on."""
+    """A model with a batch of random videos for training."""
 
     def __init__(self, config: Config):
         c = self.config = dataclasses.replace(config, seed=0)
@@ -137,12 +149,12 @@ class Bench:
         self.keys = sequence_keys(jax.random.key(0), 0, c.batch_size)
 
     def stepper(self) -> "Stepper":
-        """Return the training step."""
+        """Return the training step, on all devices."""
         step = make_train_step(self.model)
         return Stepper(step.func, self.devices.replicate(self.host), self.batch, *step.args)
 
     def textbook_stepper(self, **forms: Any) -> "Stepper":
-        """Return the same in the textbook form, on one device."""
+        """Return the training step in the textbook form, on one device; `forms` are keywords of `textbook.elbo`."""
         c, optimizer = self.config, make_optimizer(self.model)
 
         @functools.partial(jax.jit, donate_argnums=0)
@@ -165,7 +177,7 @@ class Bench:
 
 
 class Stepper:
-    """A step (*constants, state, batch) -> (state, metrics): takes one each time that it is called."""
+    """A training with the function `step`, (*constants, state, batch) -> (state, metrics); each call takes a step."""
 
     def __init__(self, step: Any, state: Any, batch: Any, *constants: Any):
         self.step, self.state, self.batch, self.constants = step, state, batch, constants
@@ -175,12 +187,12 @@ class Stepper:
         return metrics
 
     def lower(self) -> Any:
-        """Return the step, traced."""
+        """Return the lowered step."""
         return self.step.lower(*self.constants, self.state, self.batch)
 
 
 def plain_scan(tick: Any, params: Any, state: Any, inputs: Any) -> Any:
-    """Do what `fast.scan.scan` does as one would write it, and as JAX differentiates it."""
+    """Compute what `fast.scan.scan` does in the obvious way, with JAX's own gradient."""
 
     def body(state: Any, inputs: Any) -> Any:
         state, outputs = tick(params, state, inputs)
@@ -193,6 +205,7 @@ def plain_scan(tick: Any, params: Any, state: Any, inputs: Any) -> Any:
 
 
 def memory_row(what: str, program: Any) -> Row:
+    """Return a row with the device memory of a compiled program."""
     memory = program.memory_analysis()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = arguments + outputs + memory.temp_size_in_bytes
@@ -203,7 +216,7 @@ def memory_row(what: str, program: Any) -> Row:
 
 
 def machine() -> Row:
-    """Return what figures depend on."""
+    """Return what the results depend on: device, versions and commit."""
     return {
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
@@ -215,7 +228,7 @@ def machine() -> Row:
 
 
 def output(*command: str) -> str | None:
-    """Return what a program prints, None if it isn't there or fails."""
+    """Return the output of a program; None if it isn't installed or fails."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None

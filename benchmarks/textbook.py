@@ -1,8 +1,8 @@
-"""The model as one would first write it in JAX: what the benchmarks compare with.
+"""The textbook form of the model: the obvious implementation in JAX, with which benchmarks compare the fast one.
 
-Everything of a tick is inside the scan, inputs are concatenated, each gate is a matmul of its own, convolutions are
-XLA's. As keywords, some of the fast forms, to be switched on one by one. Shares parameters and noise with the fast
-model; oracle.py, slower still, says what is right.
+The scan computes everything of a tick, inputs are concatenated, each gate has its own matmul, and convolutions are
+XLA's. Keywords turn on some of the fast forms. Parameters and noise are the same as in the fast model. tests/oracle.py,
+which is even slower, defines the right results.
 """
 
 import math
@@ -29,7 +29,7 @@ def lax_conv_transpose(x: Array, kernel: Array) -> Array:
 
 
 def encode(c, p, video, conv=lax_conv, sum_first=False):
-    """[B, T, H, W, C] -> features of each level [B, T_l, F]"""
+    """Return the features of each level, [B, T, H, W, C] -> [B, T_l, F]."""
     B, T = video.shape[:2]
     x = video.reshape(B * T, *video.shape[2:])
     for i in range(4):
@@ -57,7 +57,7 @@ def encode(c, p, video, conv=lax_conv, sum_first=False):
 
 
 def decode(p, output, conv_transpose=lax_conv_transpose):
-    """[B, T, S + D] -> [B, T, H, W, C]"""
+    """Return the frames' means, [B, T, S + D] -> [B, T, H, W, C]."""
     B, T = output.shape[:2]
     x = oracle.dense(p["dense"], output).reshape(B * T, 1, 1, -1)
     for i in range(4):
@@ -68,7 +68,10 @@ def decode(p, output, conv_transpose=lax_conv_transpose):
 
 
 def unroll(c, params, noise, features, context_ticks=None):
-    """Per level prior, posterior, stoch and deter over time, from zeros; after `context_ticks` of a level its prior."""
+    """Return prior, posterior, stoch and deter of each level over time, from states of zeros.
+
+    After `context_ticks` of a level, its stoch is a sample of the prior.
+    """
     context, levels = None, [()] * c.levels
     for level in reversed(range(c.levels)):
         B, T, S = noise[level].shape
@@ -92,7 +95,7 @@ def unroll(c, params, noise, features, context_ticks=None):
 
 
 def elbo(c, params, video, noise, conv=lax_conv, conv_transpose=lax_conv_transpose, sum_first=False):
-    """What `CWVAE.elbo` returns, as far as training without options needs it."""
+    """Return the terms of `CWVAE.elbo` that training without options needs."""
     params, video = params["params"], floats(video)
     levels = unroll(c, params, noise, encode(c, params["encoder"], video, conv, sum_first))
     frames = decode(params["decoder"], jnp.concatenate(levels[0][2:], -1), conv_transpose)
@@ -107,7 +110,10 @@ def elbo(c, params, video, noise, conv=lax_conv, conv_transpose=lax_conv_transpo
 
 
 def open_loop(c, params, video, noise):
-    """The frames after the context, [B, T - context, H, W, C]. As in both earlier codes, all frames are encoded."""
+    """Return the frames after the context, [B, T - context, H, W, C].
+
+    All frames are encoded, as in both earlier codes.
+    """
     params = params["params"]
     features = encode(c, params["encoder"], floats(video))
     levels = unroll(c, params, noise, features, ticks(c, c.open_loop_ctx))

@@ -1,1 +1,1 @@
-"""What makes the model fast and changes nothing of what it computes."""
+"""What makes the model fast without changing what it computes."""

@@ -1,15 +1,15 @@
-"""Convolutions of stride 2 without padding in the forms that are fastest on the backend, and frames in chunks.
+"""Convolutions of stride 2 without padding, in the forms that are fastest on each backend; and frames in chunks.
 
-A large image x [N, H, W, C] and a small one y [N, H', W', O] belong to a kernel [size, size, C, O]. What `conv` and
-`conv_transpose` and their gradients compute are three sums, for all pixels (i, j) of y and all (a, b) of the kernel:
+A kernel [size, size, C, O] connects a large image x [N, H, W, C] and a small one y [N, H', W', O]. `conv`,
+`conv_transpose` and their gradients are three sums, for all pixels (i, j) of y and all taps (a, b) of the kernel:
 
-    gather    y[i, j] = sum over a, b of x[2 i + a, 2 j + b] @ kernel[a, b]
-    scatter   x[2 i + a, 2 j + b] += y[i, j] @ kernel[a, b].T
-    weights   kernel[a, b] = sum over i, j of x[2 i + a, 2 j + b].T @ y[i, j]
+    gather            y[i, j] = sum over a, b of x[2 i + a, 2 j + b] @ kernel[a, b]
+    scatter           x[2 i + a, 2 j + b] += y[i, j] @ kernel[a, b].T
+    kernel_gradient   kernel[a, b] = sum over i, j of x[2 i + a, 2 j + b].T @ y[i, j]
 
-On accelerators XLA finds them by itself. On CPUs its gather is fast, but its scatter is slow, and what it derives
-from these two for the gradients is tens of times slower in places. So there each sum has a form of its own, and with
-many channels and frames one with fewer multiplications (fast/toom_cook.py).
+On accelerators, XLA's own forms are used. On CPUs, XLA's gather is fast and its scatter slow, and the gradients that it
+derives from them are tens of times slower for some layers. So each sum has its own form on CPUs. For many channels and
+frames, there is one with fewer multiplications (fast/toom_cook.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +24,13 @@ from fast.backend import on_cpu
 CHUNK = 800
 """Frames times channels (of the largest layer's output) that go through the convolutions together on a CPU."""
 
-FEW = 4
-"""Up to so many channels, an image is small beside its patches, and a layer that reads it is computed again for its
-gradient."""
+FEW_CHANNELS = 4
+"""With up to this number of channels, an image is small compared with its patches. A layer that takes it is computed
+again for its gradient."""
 
 MANY_CHANNELS = 64
 MANY_FRAMES = 64
-"""From these on, fewer multiplications pay for their additions and for preparing the kernel."""
+"""From these numbers on, fewer multiplications are worth more additions and a transformed kernel."""
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -39,9 +39,9 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def layer(kernel: Array, transposed: bool, frames: int = 1) -> Callable[[Array], Array]:
-    """Return `conv` or `conv_transpose` with a kernel, for so many frames in all.
+    """Return `conv` or `conv_transpose` with this kernel, for `frames` frames in all.
 
-    What prepares the kernel is computed here, outside of loops over frames.
+    The kernel is transformed here, outside of loops over frames.
     """
     direct = conv_transpose if transposed else conv
     size, _, C, O = kernel.shape  # noqa: E741
@@ -50,40 +50,43 @@ def layer(kernel: Array, transposed: bool, frames: int = 1) -> Callable[[Array],
     if not on_cpu() or kernel.dtype == jnp.bfloat16 or channels < MANY_CHANNELS or frames < MANY_FRAMES:
         return lambda x: direct(x, kernel)
 
-    paired = pairs_of_kernel(kernel.swapaxes(2, 3) if transposed else kernel)
-    taps = len(paired)
-    prepared = toom_cook.at_points(paired)
+    stride1_kernel = kernel_space_to_depth(kernel.swapaxes(2, 3) if transposed else kernel)
+    taps = len(stride1_kernel)
+    points = toom_cook.evaluate_kernel(stride1_kernel)
     if not transposed:
-        return lambda x: toom_cook.convolve(pairs(x, [(n - size) // 2 + taps for n in x.shape[1:3]]), prepared)
-    reverse = toom_cook.at_points(paired[::-1, ::-1].swapaxes(2, 3))  # XLA leaves out whichever isn't used
+        return lambda x: toom_cook.convolve(space_to_depth(x, [(n - size) // 2 + taps for n in x.shape[1:3]]), points)
+    reversed_points = toom_cook.evaluate_kernel(stride1_kernel[::-1, ::-1].swapaxes(2, 3))  # XLA removes unused ones
 
     def function(y: Array) -> Array:
         H, W = y.shape[1:3]
         if -(-H // taps) < -(-(H + taps - 1) // taps):
-            x = toom_cook.spread(y, prepared)
-        else:  # as few tiles, and fewer additions
+            x = toom_cook.spread(y, points)
+        else:  # as many tiles, and fewer additions
             around = (taps - 1, taps - 1)
-            x = toom_cook.convolve(jnp.pad(y, ((0, 0), around, around, (0, 0))), reverse)
-        return pixels(x)[:, : 2 * (H - 1) + size, : 2 * (W - 1) + size]
+            x = toom_cook.convolve(jnp.pad(y, ((0, 0), around, around, (0, 0))), reversed_points)
+        return depth_to_space(x)[:, : 2 * (H - 1) + size, : 2 * (W - 1) + size]
 
     return function
 
 
 def conv(x: Array, kernel: Array) -> Array:
-    """[N, H, W, C] with kernel [size, size, C, O] -> [N, (H - size) // 2 + 1, ., O]."""
+    """Return the convolution of x [N, H, W, C] and a kernel [size, size, C, O], [N, (H - size) // 2 + 1, ., O]."""
     return gather_with_gradients(x, kernel) if on_cpu() else gather(x, kernel)
 
 
 def conv_transpose(x: Array, kernel: Array) -> Array:
-    """[N, H, W, C] with kernel [size, size, C, O] -> [N, 2 (H - 1) + size, ., O]. On one pixel, a Dense layer."""
+    """Return the transposed convolution of x [N, H, W, C] and a kernel [size, size, C, O], [N, 2 (H - 1) + size, ., O].
+
+    For a single pixel, it is a matmul.
+    """
     N, H, W, C = x.shape
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if H == W == 1:
         x, kernel = x.reshape(N, C), kernel.reshape(-1, C, outputs)
         if on_cpu() and outputs >= MANY_CHANNELS:  # transposing the kernel takes longer than multiplying by it
-            return jnp.stack([x @ tap for tap in toom_cook.slices(kernel)], 1).reshape(N, size, size, outputs)
+            return jnp.stack([x @ tap for tap in toom_cook.unstack(kernel)], 1).reshape(N, size, size, outputs)
         return (x @ kernel.swapaxes(0, 1).reshape(C, -1)).reshape(N, size, size, outputs)
-    return scatter_with_gradients(x, kernel) if on_cpu() else dilated(x, kernel)
+    return scatter_with_gradients(x, kernel) if on_cpu() else dilated_scatter(x, kernel)
 
 
 @jax.custom_vjp
@@ -94,8 +97,9 @@ def gather_with_gradients(x: Array, kernel: Array) -> Array:
 def gather_gradients(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = operands
     dx = scatter(gradient, kernel.swapaxes(2, 3))
-    unread = [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]  # a last row and column, if the extent is odd
-    return jnp.pad(dx, unread), weights(x, gradient, kernel.shape[0])
+    # The convolution may not use the last row and column.
+    unused = [(0, n - m) for n, m in zip(x.shape, dx.shape, strict=True)]
+    return jnp.pad(dx, unused), kernel_gradient(x, gradient, kernel.shape[0])
 
 
 gather_with_gradients.defvjp(lambda x, kernel: (gather(x, kernel), (x, kernel)), gather_gradients)
@@ -108,7 +112,7 @@ def scatter_with_gradients(x: Array, kernel: Array) -> Array:
 
 def scatter_gradients(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = operands
-    return gather(gradient, kernel.swapaxes(2, 3)), weights(gradient, x, kernel.shape[0]).swapaxes(2, 3)
+    return gather(gradient, kernel.swapaxes(2, 3)), kernel_gradient(gradient, x, kernel.shape[0]).swapaxes(2, 3)
 
 
 scatter_with_gradients.defvjp(lambda x, kernel: (scatter(x, kernel), (x, kernel)), scatter_gradients)
@@ -118,12 +122,12 @@ scatter_with_gradients.defvjp(lambda x, kernel: (scatter(x, kernel), (x, kernel)
 
 
 def gather(x: Array, kernel: Array) -> Array:
-    """Gather by XLA's convolution of stride 2."""
+    """Gather with XLA's convolution of stride 2."""
     return jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=LAYOUT)
 
 
-def dilated(x: Array, kernel: Array) -> Array:
-    """Scatter by XLA's convolution of an image with zeros between its pixels, the kernel the other way round."""
+def dilated_scatter(x: Array, kernel: Array) -> Array:
+    """Scatter with XLA's convolution of stride 1: of an image with zeros between its pixels and the reversed kernel."""
     padding = [(kernel.shape[0] - 1,) * 2] * 2
     return jax.lax.conv_general_dilated(
         x, kernel[::-1, ::-1], (1, 1), padding, lhs_dilation=(2, 2), dimension_numbers=LAYOUT
@@ -131,36 +135,38 @@ def dilated(x: Array, kernel: Array) -> Array:
 
 
 def scatter(x: Array, kernel: Array) -> Array:
-    """Scatter [N, H, W, C] with kernel [size, size, C, O] on a CPU.
+    """Scatter x [N, H, W, C] with a kernel [size, size, C, O] on a CPU.
 
-    For an even size, a convolution of stride 1 makes 2x2 pixels of the output at each place (sub-pixels): no zero
-    is multiplied. An odd size would need a kernel padded with zeros, which costs as much. For few outputs, a matmul
-    makes a plane [N, H, W] of each tap and output, and sums of shifted planes are sub-pixels.
+    For an even size, a convolution of stride 1 computes 2x2 pixels of the output at a time, so no zero is multiplied.
+    For few output channels, a matmul computes a plane [N, H, W] for each tap and channel; sums of shifted planes are
+    the output. An odd size would need a kernel padded with zeros, which costs as much as `dilated_scatter`.
     """
     N, H, W, C = x.shape
     size, outputs = kernel.shape[0], kernel.shape[-1]
     if size % 2:
-        return dilated(x, kernel)
+        return dilated_scatter(x, kernel)
     taps = size // 2
-    if outputs <= FEW:
+    if outputs <= FEW_CHANNELS:
         planes = kernel.swapaxes(2, 3).reshape(-1, C) @ x.reshape(-1, C).T
         planes = planes.reshape(taps, 2, taps, 2, outputs, N, H, W)
         shifted = jnp.zeros((2, 2, outputs, N, H + taps - 1, W + taps - 1), x.dtype)
         for a in range(taps):
             for b in range(taps):
                 shifted += jnp.pad(planes[a, :, b], [(0, 0)] * 4 + [(a, taps - 1 - a), (b, taps - 1 - b)])
-        return pixels(shifted.transpose(3, 4, 5, 0, 1, 2).reshape(N, H + taps - 1, W + taps - 1, 4 * outputs))
-    kernel = pairs_of_kernel(kernel.swapaxes(2, 3))[::-1, ::-1].swapaxes(2, 3)
-    return pixels(jax.lax.conv_general_dilated(x, kernel, (1, 1), [(taps - 1,) * 2] * 2, dimension_numbers=LAYOUT))
+        return depth_to_space(shifted.transpose(3, 4, 5, 0, 1, 2).reshape(N, H + taps - 1, W + taps - 1, 4 * outputs))
+    kernel = kernel_space_to_depth(kernel.swapaxes(2, 3))[::-1, ::-1].swapaxes(2, 3)
+    x = jax.lax.conv_general_dilated(x, kernel, (1, 1), [(taps - 1,) * 2] * 2, dimension_numbers=LAYOUT)
+    return depth_to_space(x)
 
 
-def weights(x: Array, y: Array, size: int) -> Array:
+def kernel_gradient(x: Array, y: Array, size: int) -> Array:
     """Return the kernel's gradient [size, size, C, O] from x [N, H, W, C] and y [N, H', W', O] on a CPU.
 
-    In matmuls over all pixels. With patches of x it is one, but they are size**2 / 4 times as large as x, and copying
-    them takes longer than multiplying. So pairs of x's pixels become channels (stride 2 is then stride 1, with half as
-    many taps each way), the taps of a row are shifts of the smaller y, side by side, and each row of taps is a matmul
-    of its own. Patches remain if x has few channels, and for odd sizes, which have no pairs.
+    It could be one matmul of y and patches of x. But patches are size**2 / 4 times as large as x, and copying them
+    takes longer than multiplying. So 2x2 pixels of x become channels: the stride is then 1, with half as many taps in
+    each direction. One matmul for each row of taps multiplies x with copies of y, shifted by each tap of the row.
+
+    Patches are used if x has few channels, and for odd sizes, which have no pairs of taps.
     """
     _, H, W, O = y.shape  # noqa: E741
     C, taps = x.shape[-1], size // 2
@@ -169,8 +175,8 @@ def weights(x: Array, y: Array, size: int) -> Array:
         kernel = y.reshape(-1, O).T @ jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
         return kernel.T.reshape(size, size, C, O)
     rows, columns = H + taps - 1, W + taps - 1
-    x = pairs(x, [rows, columns])
-    if C <= FEW:
+    x = space_to_depth(x, [rows, columns])
+    if C <= FEW_CHANNELS:
         patches = [x[:, a : a + H, b : b + W] for a in range(taps) for b in range(taps)]
         kernel = y.reshape(-1, O).T @ jnp.concatenate(patches, axis=-1).reshape(-1, size * size * C)
         return kernel.reshape(O, taps, taps, 2, 2, C).transpose(1, 3, 2, 4, 5, 0).reshape(size, size, C, O)
@@ -180,22 +186,25 @@ def weights(x: Array, y: Array, size: int) -> Array:
     return kernel.reshape(taps, taps, O, 2, 2, C).transpose(0, 3, 1, 4, 5, 2).reshape(size, size, C, O)
 
 
-def pairs(x: Array, extents: Sequence[int]) -> Array:
-    """Make pairs of rows and columns channels: [N, H, W, C] -> [N, *extents, 4 C], cut or filled up with zeros."""
+def space_to_depth(x: Array, extents: Sequence[int]) -> Array:
+    """Turn 2x2 pixels into channels: [N, H, W, C] -> [N, *extents, 4 C], cut or padded with zeros to these extents."""
     (N, _, _, C), (rows, columns) = x.shape, extents
     x = x[:, : 2 * rows, : 2 * columns]
     x = jnp.pad(x, ((0, 0), (0, 2 * rows - x.shape[1]), (0, 2 * columns - x.shape[2]), (0, 0)))
     return x.reshape(N, rows, 2, columns, 2, C).transpose(0, 1, 3, 2, 4, 5).reshape(N, rows, columns, 4 * C)
 
 
-def pixels(x: Array) -> Array:
-    """Undo `pairs`: [N, H, W, 4 C] -> [N, 2 H, 2 W, C]."""
+def depth_to_space(x: Array) -> Array:
+    """Turn channels into 2x2 pixels: [N, H, W, 4 C] -> [N, 2 H, 2 W, C]."""
     N, H, W, C = x.shape
     return x.reshape(N, H, W, 2, 2, C // 4).transpose(0, 1, 3, 2, 4, 5).reshape(N, 2 * H, 2 * W, C // 4)
 
 
-def pairs_of_kernel(kernel: Array) -> Array:
-    """[size, size, C, O] -> [taps, taps, 4 C, O], which does with `pairs` what the kernel does; taps = size / 2, up."""
+def kernel_space_to_depth(kernel: Array) -> Array:
+    """Return the kernel of stride 1 that does to space_to_depth(x) what this kernel of stride 2 does to x.
+
+    [size, size, C, O] -> [taps, taps, 4 C, O], taps = ceil(size / 2)
+    """
     size, _, C, O = kernel.shape  # noqa: E741
     taps, odd = -(-size // 2), size % 2
     kernel = jnp.pad(kernel, ((0, odd), (0, odd), (0, 0), (0, 0)))
@@ -206,10 +215,10 @@ def pairs_of_kernel(kernel: Array) -> Array:
 
 
 def frame_by_frame(function: Callable[[Array], Array], x: Array, channels: int) -> Array:
-    """Return function(x) for frames x [N, ...], none of which matters to another.
+    """Return function(x) for frames x [N, ...] that don't depend on each other.
 
-    On CPUs in chunks that fit into the caches: the fewer `channels` the largest layer has, the more frames. For the
-    gradient only what is named "convolved" is kept.
+    On CPUs, it is computed in chunks of frames that fit into the caches: the fewer `channels` the largest layer has,
+    the more frames. For the gradient, only arrays named "convolved" are kept; the others are computed again.
     """
     N = x.shape[0]
     count = -(-N * channels // CHUNK)

@@ -1,7 +1,7 @@
-"""Initial parameters, drawn by NumPy: XLA would compile a program for each, which took longer than all else at a start.
+"""Initial parameters, drawn by NumPy. With XLA, compiling the initialisers took longer than the rest of a start.
 
-The initialisers are Flax's in form and distribution. Wherever Flax calls them, they draw from the key that it hands
-them. `init` calls them all without computing anything else of the model.
+The initialisers have the signature and distributions of Flax's. When Flax calls one, it draws from the key that Flax
+passes. `init` calls all initialisers of a model and computes nothing else of it.
 """
 
 import math
@@ -18,23 +18,23 @@ Shape = tuple[int, ...]
 Initializer = Callable[[Any, Shape], Any]
 Draw = Callable[[np.random.Generator, Shape], np.ndarray]
 
-undrawn: ContextVar[dict[int, tuple[np.ndarray, Draw]] | None] = ContextVar("undrawn", default=None)
-"""Within `init`, the arrays that initialisers returned, by id, and what will fill them."""
+pending_draws: ContextVar[dict[int, tuple[np.ndarray, Draw]] | None] = ContextVar("pending_draws", default=None)
+"""Within `init`: the arrays that initialisers returned, by id, each with the function that fills it."""
 
 
 def init(model: Any, key: Array, *arguments: Any, draw: bool = True) -> dict[str, Any]:
     """Return the variables of `model.init` for arguments of these shapes, as NumPy arrays.
 
-    The model is only traced. What its initialisers left open is drawn then, in the order of the tree, unless only the
-    shapes are wanted: without `draw` it is zeros.
+    The model is only traced, and random initialisers return arrays of zeros. Then these are filled, in the order of the
+    tree. With draw=False they stay zeros, for callers that only need the shapes.
     """
     variables: dict[str, Any] = {}
     draws: dict[int, tuple[np.ndarray, Draw]] = {}
-    token = undrawn.set(draws)
+    token = pending_draws.set(draws)
     try:
         jax.eval_shape(lambda *arguments: variables.update(model.init(key, *arguments)), *arguments)
     finally:
-        undrawn.reset(token)
+        pending_draws.reset(token)
     if not draw:
         return variables
     random = generator(jax.random.key_data(key))
@@ -45,12 +45,12 @@ def init(model: Any, key: Array, *arguments: Any, draw: bool = True) -> dict[str
     return variables
 
 
-def drawn(draw: Draw) -> Initializer:
-    """Return an initialiser of the values draw(generator, shape)."""
+def initializer(draw: Draw) -> Initializer:
+    """Return an initialiser whose values are draw(generator, shape)."""
 
-    def initializer(key: Array, shape: Shape) -> Any:
+    def initialize(key: Array, shape: Shape) -> Any:
         dtype = jax.dtypes.canonicalize_dtype(float)
-        if (draws := undrawn.get()) is not None:
+        if (draws := pending_draws.get()) is not None:
             array = np.zeros(shape, dtype)
             draws[id(array)] = array, draw
             return array
@@ -59,16 +59,16 @@ def drawn(draw: Draw) -> Initializer:
             lambda key: draw(generator(key), shape).astype(dtype), result, jax.random.key_data(key)
         )
 
-    return initializer
+    return initialize
 
 
 def generator(key_data: Any) -> np.random.Generator:
-    """Return NumPy's generator of what a key holds."""
+    """Return a NumPy generator seeded with a PRNG key's data."""
     return np.random.default_rng(np.asarray(key_data))
 
 
 def constant(value: float) -> Initializer:
-    """Return the initialiser of a constant."""
+    """Return an initialiser to a constant."""
     return lambda key, shape: np.full(shape, value, jax.dtypes.canonicalize_dtype(float))
 
 
@@ -76,30 +76,30 @@ zeros, ones = constant(0.0), constant(1.0)
 
 
 def normal(stddev: float, mean: float = 0.0) -> Initializer:
-    """Return the initialiser of a normal distribution."""
-    return drawn(lambda random, shape: mean + stddev * random.standard_normal(shape, np.float32))
+    """Return an initialiser from a normal distribution."""
+    return initializer(lambda random, shape: mean + stddev * random.standard_normal(shape, np.float32))
 
 
 def uniform(bound: float) -> Initializer:
-    """Return the initialiser of a uniform distribution between -bound and bound."""
-    return drawn(lambda random, shape: random.uniform(-bound, bound, shape))
+    """Return an initialiser from the uniform distribution between -bound and bound."""
+    return initializer(lambda random, shape: random.uniform(-bound, bound, shape))
 
 
-@drawn
+@initializer
 def lecun_normal(random: np.random.Generator, shape: Shape) -> np.ndarray:
-    """Draw from a normal distribution, cut at two standard deviations, whose variance is one over a kernel's inputs."""
+    """Draw from a normal distribution, truncated at two standard deviations, with variance 1 / (number of inputs)."""
     x = random.standard_normal(shape, np.float32)
     while (beyond := np.abs(x) > 2).any():
         x[beyond] = random.standard_normal(beyond.sum(), np.float32)
-    stddev = 0.87962566103423978  # of the cut distribution
+    stddev = 0.87962566103423978  # of the truncated distribution
     return x / (stddev * math.sqrt(math.prod(shape[:-1])))
 
 
-@drawn
+@initializer
 def orthogonal(random: np.random.Generator, shape: Shape) -> np.ndarray:
-    """Draw [D, n D], n orthogonal matrices side by side, uniformly."""
+    """Draw n orthogonal matrices side by side, [D, n D], uniformly."""
     D, columns = shape
-    # A single thread, so that results don't depend on their number. On busy cores it is faster, too.
+    # With one thread, results don't depend on the number of threads. On busy cores it is also faster.
     with threadpool_limits(1, "blas"):
         q, r = np.linalg.qr(random.standard_normal((columns // D, D, D)))
     q = q * np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]

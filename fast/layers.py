@@ -1,4 +1,4 @@
-"""Dense layers and convolutions: their parameters, and the multiplications that all dense layers go through."""
+"""Dense layers, convolutions and the GRU, and `linear`, which computes all dense layers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ from fast.initial import lecun_normal, orthogonal, zeros
 
 
 class Dense(nn.Module):
-    """x @ kernel + bias, with kernel [inputs, outputs]; of [x, given] if the input comes in two parts.
+    """A dense layer: concat([x, extra]) @ kernel + bias, with kernel [inputs, outputs]. `extra` is optional.
 
-    In a cell, `given` must not depend on the state: it is multiplied for all ticks at once (see fast/scan.py).
+    In a cell, `extra` must not depend on the state: it is multiplied for all ticks at once (see fast/scan.py).
     """
 
     inputs: int
@@ -31,14 +31,14 @@ class Dense(nn.Module):
         self.kernel = self.param("kernel", self.kernel_init, (self.inputs, self.outputs))
         self.bias = self.param("bias", zeros, (self.outputs,))
 
-    def __call__(self, x: Array, given: Array | None = None) -> Array:
-        return linear(x, self.kernel, self.bias, given, self.dtype)
+    def __call__(self, x: Array, extra: Array | None = None) -> Array:
+        return linear(x, self.kernel, self.bias, extra, self.dtype)
 
 
 class GRU(nn.Module):
-    """A GRU whose reset gate acts after the recurrent matmul, as Flax's GRUCell; its three gates share one matmul.
+    """A GRU whose reset gate acts after the recurrent matmul, as in Flax's GRUCell.
 
-    The gates come in the order reset, update, candidate.
+    One kernel for the input and one for the state hold all gates, in the order reset, update, candidate.
     """
 
     inputs: int
@@ -47,7 +47,7 @@ class GRU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, state: Array) -> Array:
-        """[..., inputs], [..., D] -> the new state, [..., D]"""
+        """Return the new state [..., D] for x [..., inputs] and the state before, [..., D]."""
         D = self.size
         input_kernel = self.param("input_kernel", lecun_normal, (self.inputs, 3 * D))
         input_bias = self.param("input_bias", zeros, (3 * D,))
@@ -62,11 +62,10 @@ class GRU(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A convolution of stride 2 without padding, kernel [size, size, C_in, C_out]: [N, H, W, C_in] -> [N, H', W',
-    C_out].
+    """A convolution of stride 2 without padding, from x [N, H, W, C_in] to [N, H', W', C_out].
 
-    Plain: H' = (H - size) // 2 + 1. Transposed: H' = 2 (H - 1) + size, and out[2 i + a] sums x[i] kernel[a], as in
-    Keras and PyTorch.
+    The kernel is [size, size, C_in, C_out]. Plain: H' = (H - size) // 2 + 1. Transposed: H' = 2 (H - 1) + size, and
+    pixel 2 i + a sums x[i] @ kernel[a] over i and a, as in Keras and PyTorch.
     """
 
     inputs: int
@@ -79,38 +78,38 @@ class Convolution(nn.Module):
 
     @nn.compact
     def layer(self, dtype: Any, frames: int = 1) -> Callable[[Array], Array]:
-        """Return the layer as a function of x; see `fast.convolutions.layer`."""
+        """Return the layer as a function of x, for `frames` frames in all; see `fast.convolutions.layer`."""
         kernel = self.param("kernel", lecun_normal, (self.size, self.size, self.inputs, self.outputs))
         bias = self.param("bias", zeros, (self.outputs,))
         convolve = convolutions.layer(kernel.astype(dtype), self.transposed, frames)
 
         def function(x: Array) -> Array:
             y = (convolve(x) + bias).astype(x.dtype)
-            return y if self.inputs <= convolutions.FEW else checkpoint_name(y, "convolved")
+            return y if self.inputs <= convolutions.FEW_CHANNELS else checkpoint_name(y, "convolved")
 
         return function
 
 
 Linear = Callable[[Array, Array, Array, Array | None, Any], Array]
 
-in_place_of_linear: ContextVar[Linear | None] = ContextVar("in_place_of_linear", default=None)
+linear_override: ContextVar[Linear | None] = ContextVar("linear_override", default=None)
 
 
-def linear(x: Array, kernel: Array, bias: Array, given: Array | None = None, dtype: Any = None) -> Array:
-    """Return concat([x, given]) @ kernel + bias, multiplied in `dtype` (None: as it is), in the precision of x.
+def linear(x: Array, kernel: Array, bias: Array, extra: Array | None = None, dtype: Any = None) -> Array:
+    """Return concat([x, extra]) @ kernel + bias in the dtype of x, multiplied in `dtype` (None: in that of x).
 
-    In a tick of `scan`, `given` must not depend on the state.
+    In a tick of `scan`, `extra` must not depend on the state.
     """
-    if replacement := in_place_of_linear.get():
-        return replacement(x, kernel, bias, given, dtype)
-    if given is not None:
-        x = jnp.concatenate([x, given], -1)
+    if override := linear_override.get():
+        return override(x, kernel, bias, extra, dtype)
+    if extra is not None:
+        x = jnp.concatenate([x, extra], -1)
     return (dot(x, kernel, dtype) + bias).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dot(x: Array, kernel: Array, dtype: Any) -> Array:
-    """Return x @ kernel; it and its gradients are multiplied in `dtype`, summed in the operands' own precision."""
+    """Return x @ kernel. It and its gradients multiply in `dtype` and add up in the operands' own dtypes."""
     dtype = dtype or x.dtype
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=x.dtype)
 
@@ -130,10 +129,10 @@ dot.defvjp(lambda x, kernel, dtype: (dot(x, kernel, dtype), (x, kernel)), dot_ba
 
 
 @contextmanager
-def meaning(replacement: Linear) -> Iterator[None]:
-    """Let `linear` be another function inside."""
-    token = in_place_of_linear.set(replacement)
+def override_linear(function: Linear) -> Iterator[None]:
+    """Let `linear` call `function` within the context."""
+    token = linear_override.set(function)
     try:
         yield
     finally:
-        in_place_of_linear.reset(token)
+        linear_override.reset(token)

@@ -1,1 +1,1 @@
-"""How good predicted frames are: SSIM and PSNR, LPIPS and FVD."""
+"""Metrics of predicted frames: SSIM and PSNR, LPIPS and FVD."""

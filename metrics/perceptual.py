@@ -1,7 +1,7 @@
-"""LPIPS and FVD: predictions as networks see them, whose TorchScript files the user has.
+"""LPIPS and FVD, by networks from TorchScript files that the user provides.
 
-LPIPS (Zhang et al. 2018) is a distance of two frames, FVD (Unterthiner et al. 2018) one of two sets of clips. For both,
-lower is better, and both are of frames as saved, with 8 bits.
+LPIPS (Zhang et al. 2018) is a distance between two frames, FVD (Unterthiner et al. 2018) between two sets of clips.
+Lower is better for both. Both are computed on frames as saved, with 8 bits.
 """
 
 import hashlib
@@ -21,25 +21,25 @@ from report.results import load_frames
 from report.statistics import FEW_CLIPS, plain
 
 LPIPS_FLAG = Flag(
-    "FILE", "TorchScript file of LPIPS's network (vgg16.pt); measures it, too (needs requirements-perceptual.txt)"
+    "FILE", "TorchScript file of LPIPS's network (vgg16.pt): measure LPIPS, too (needs requirements-perceptual.txt)"
 )
 FVD_FLAG = Flag(
     "FILE",
-    "TorchScript file of FVD's network (i3d_torchscript.pt); measures it, too",
+    "TorchScript file of FVD's network (i3d_torchscript.pt): measure FVD, too (needs requirements-perceptual.txt)",
 )
 
-SHORT = 16
-"""The fewest frames of a clip for FVD. Of longer predictions, it is measured on their first 16 frames, too."""
+MIN_FRAMES = 16
+"""The fewest frames of a clip for FVD. For longer predictions, FVD is also measured on the first 16 frames."""
 
-FEATURES = 400
-"""Of a clip, by the I3D network: what it says of each class of Kinetics-400, before the softmax."""
+FEATURE_SIZE = 400
+"""The features of a clip by the I3D network: its logits of the classes of Kinetics-400."""
 
 
 class Network(NamedTuple):
-    """What a file's network computes.
+    """A network from a file, with what `apply` computes.
 
-    lpips: (truth, prediction), uint8 [N, H, W, C] each -> distances [N].
-    fvd: clips uint8 [N, T, H, W, C] -> features [N, 400].
+    LPIPS: truth and prediction, uint8 [N, H, W, C] each -> distances [N].
+    FVD: clips, uint8 [N, T, H, W, C] -> features [N, 400].
     """
 
     file: str
@@ -48,6 +48,8 @@ class Network(NamedTuple):
 
 
 class Networks(NamedTuple):
+    """The networks of the metrics that are asked for."""
+
     lpips: Network | None = None
     fvd: Network | None = None
 
@@ -56,28 +58,30 @@ class Networks(NamedTuple):
 
 
 def load(lpips: Path | None, fvd: Path | None, frames: int, clips: int) -> Networks:
-    """Load the networks of the files that are given, and try them on black frames.
+    """Load the networks from their files, and try each on black frames.
 
     Args:
-        lpips: file of a network that is called as `network(images, resize_images=False, return_lpips=True)`. Of images
-            float32 [N, 3, H, W] from 0 to 255 it returns vectors, whose squared distance is the LPIPS.
-        fvd: file of a network that is called as `network(clips, rescale=True, resize=True, return_features=True)`. Of
-            clips float32 [N, 3, T, H, W] from 0 to 255 it returns 400 features.
-        frames: predicted frames of a sequence.
-        clips: how many sequences there are.
+        lpips: the file of a network with the call `network(images, resize_images=False, return_lpips=True)`. For
+            images float32 [N, 3, H, W] from 0 to 255, it returns vectors [N, F]. LPIPS is their squared distance.
+        fvd: the file of a network with the call `network(clips, rescale=True, resize=True, return_features=True)`. For
+            clips float32 [N, 3, T, H, W] from 0 to 255, it returns features [N, 400].
+        frames: the number of predicted frames of a sequence.
+        clips: the number of sequences.
 
     Raises:
-        ConfigError: PyTorch, or a file, is missing, or isn't what is said above; or FVD lacks frames or clips.
+        ConfigError: PyTorch or a file is missing, a network doesn't work as above, or there are too few frames or
+            clips for FVD.
     """
-    if fvd is not None and (frames < SHORT or clips < 2):
+    if fvd is not None and (frames < MIN_FRAMES or clips < 2):
         raise ConfigError(
-            f"fvd: needs at least {SHORT} predicted frames of at least 2 sequences, got {frames} of {clips}; raise "
-            "--eval_seq_len or --num_examples, or leave out --fvd"
+            f"fvd: needs at least {MIN_FRAMES} predicted frames of at least 2 sequences, got {frames} of {clips}; "
+            "raise --eval_seq_len or --num_examples, or leave out --fvd"
         )
     return Networks(load_lpips(lpips) if lpips else None, load_fvd(fvd) if fvd else None)
 
 
 def load_lpips(path: Path) -> Network:
+    """Load the network of LPIPS; raise ConfigError as `load_torchscript`."""
     sha256, network = load_torchscript("lpips", path, dict(resize_images=False, return_lpips=True))
 
     def distances(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -90,29 +94,37 @@ def load_lpips(path: Path) -> Network:
 
 
 def load_fvd(path: Path) -> Network:
+    """Load the network of FVD; raise ConfigError as `load_torchscript`, or if it isn't I3D."""
     sha256, network = load_torchscript("fvd", path, dict(rescale=True, resize=True, return_features=True))
 
     def features(clips: np.ndarray) -> np.ndarray:
         return network(np.moveaxis(tools.rgb(clips), -1, 1)).double().cpu().numpy()
 
-    if (count := features(np.zeros((1, SHORT, 64, 64, 3), np.uint8)).shape[1]) != FEATURES:
+    if (count := features(np.zeros((1, MIN_FRAMES, 64, 64, 3), np.uint8)).shape[1]) != FEATURE_SIZE:
         raise ConfigError(
-            f"fvd: {path} returns {count} features of a clip, not {FEATURES}; name the I3D network's file"
+            f"fvd: {path} returns {count} features of a clip, not {FEATURE_SIZE}; name the I3D network's file"
         )
     return Network(path.name, sha256, features)
 
 
 def load_torchscript(key: str, path: Path, options: Mapping[str, bool]) -> tuple[str, Callable[[np.ndarray], Any]]:
-    """Return a file's SHA-256, and its network: uint8 [N, ...] -> float32 tensor [N, F]. On a GPU, if there is one.
+    """Return the SHA-256 of a file and its network, uint8 [N, ...] -> float32 tensor [N, F].
+
+    The network runs on a GPU, if there is one.
+
+    Args:
+        key: the metric's flag, for messages.
+        path: the file.
+        options: keyword arguments of each call.
 
     Raises:
-        ConfigError: now or in a call, in one line.
+        ConfigError: PyTorch or the file can't be used. Also raised by a call that fails.
     """
     try:
         import torch
     except ImportError as error:
         raise ConfigError(
-            f"{key}: PyTorch can't be imported ({said(error)}); pip install -r requirements-perceptual.txt"
+            f"{key}: PyTorch can't be imported ({error_text(error)}); pip install -r requirements-perceptual.txt"
         ) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -122,7 +134,7 @@ def load_torchscript(key: str, path: Path, options: Mapping[str, bool]) -> tuple
     try:
         module = torch.jit.load(io.BytesIO(content), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} isn't a TorchScript file ({said(error)})") from None
+        raise ConfigError(f"{key}: {path} isn't a TorchScript file ({error_text(error)}); name another file") from None
     call = f"({', '.join(f'{name}={value}' for name, value in options.items())})"
 
     def network(pixels: np.ndarray) -> Any:
@@ -130,7 +142,7 @@ def load_torchscript(key: str, path: Path, options: Mapping[str, bool]) -> tuple
             with torch.no_grad():
                 found = module(torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float(), **options)
         except (RuntimeError, torch.jit.Error) as error:
-            raise ConfigError(f"{key}: {path} can't be called with {call}: {said(error)}") from None
+            raise ConfigError(f"{key}: {path} can't be called with {call}: {error_text(error)}") from None
         shape = list(getattr(found, "shape", []))
         if len(shape) != 2 or shape[0] != len(pixels):
             raise ConfigError(
@@ -144,49 +156,51 @@ def load_torchscript(key: str, path: Path, options: Mapping[str, bool]) -> tuple
     return hashlib.sha256(content).hexdigest(), network
 
 
-def said(error: Exception) -> str:
-    """Return what an error says in a sentence, without the trace through the network that PyTorch adds."""
+def error_text(error: Exception) -> str:
+    """Return the first sentence of an error, without the trace through the network that PyTorch adds."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[-1] if "Traceback of TorchScript" in str(error) else lines[0]
     return line.strip().partition(". ")[0]
 
 
-# ---------------------------------------------------------------------------------------------- what they measure
+# ---------------------------------------------------------------------------------------------- metrics
 
 
 def lpips(network: Network, truth: np.ndarray, prediction: np.ndarray, batch: int = 64) -> np.ndarray:
-    """Return the LPIPS of each frame: uint8 [..., H, W, C] twice -> float32 [...]."""
+    """Return the LPIPS of each frame, for truth and prediction uint8 [..., H, W, C] -> float32 [...]."""
     *leading, H, W, C = truth.shape
     a, b = (frames.reshape(-1, H, W, C) for frames in (truth, prediction))
-    parts = [network.apply(a[i : i + batch], b[i : i + batch]) for i in range(0, len(a), batch)]
-    return np.concatenate(parts).reshape(leading).astype(np.float32)
+    distances = [network.apply(a[i : i + batch], b[i : i + batch]) for i in range(0, len(a), batch)]
+    return np.concatenate(distances).reshape(leading).astype(np.float32)
 
 
-def measure_fvd(network: Network, directory: Path, count: int) -> dict[str, Any]:
-    """Return what is told of an evaluation's FVD, from its saved frames.
+def compute_fvd(network: Network, directory: Path, count: int) -> dict[str, Any]:
+    """Return the FVD of an evaluation of `count` sequences, from its saved frames.
 
-    Each sequence is a clip: the frames after its context, as they are and as they are in its first sample. There are as
-    many real clips as predicted ones, and the real ones are the continuations of the very contexts that the model saw.
+    Each sequence gives a real clip, the true frames after its context, and a predicted clip, those of its first sample.
 
     Returns:
-        "clips": how many; "frames": number of frames -> FVD, of the first 16 ones and of all.
+        "clips": the number of clips; "frames": number of frames -> FVD, for the first 16 frames and for all.
     """
     features: dict[tuple[str, int], list[np.ndarray]] = {}
     for number in progress(range(count), "FVD"):
         for name in "gt_pred", "random_sample_1":
             video = load_frames(directory, number, name)
-            for length in sorted({SHORT, len(video)}):
+            for length in sorted({MIN_FRAMES, len(video)}):
                 features.setdefault((name, length), []).append(network.apply(video[None, :length])[0])
     lengths = [length for name, length in features if name == "gt_pred"]
     values = {
         str(length): frechet_distance(*(np.stack(features[name, length]) for name in ("gt_pred", "random_sample_1")))
         for length in lengths
     }
-    return {"clips": len(features["gt_pred", SHORT]), "frames": plain({k: np.float64(v) for k, v in values.items()})}
+    return {
+        "clips": len(features["gt_pred", MIN_FRAMES]),
+        "frames": plain({k: np.float64(v) for k, v in values.items()}),
+    }
 
 
 def progress(numbers: Iterable[int], metric: str) -> Iterable[int]:
-    """Show the progress over sequences on the terminal; in a log, a line every half a minute."""
+    """Yield the numbers of sequences, and show the progress; in a log, a line every half a minute."""
     return tqdm(
         numbers,
         desc=metric,
@@ -197,7 +211,10 @@ def progress(numbers: Iterable[int], metric: str) -> Iterable[int]:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the Fréchet distance of Gaussians with the means and sample covariances of features [N, F], [M, F]."""
+    """Return the Fréchet distance between two sets of features, [N, F] and [M, F].
+
+    It is the distance of Gaussians with their means and sample covariances.
+    """
     (mean_a, cov_a), (mean_b, cov_b) = (
         (x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))) for x in (a.astype(np.float64), b.astype(np.float64))
     )
@@ -207,8 +224,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def gaussian_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """Return |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), the squared 2-Wasserstein distance.
 
-    The product's root has the trace of that of the symmetric cov_a^(1/2) cov_b cov_a^(1/2). Its eigenvalues are real
-    and not negative, also where there are fewer clips than features and no covariance can be inverted.
+    The trace of the root of cov_a cov_b equals that of the root of the symmetric cov_a^(1/2) cov_b cov_a^(1/2), whose
+    eigenvalues are real and not negative. This also holds for singular covariances, of fewer clips than features.
     """
     values, vectors = scipy.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -217,16 +234,16 @@ def gaussian_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray,
     return float(((mean_a - mean_b) ** 2).sum() + trace)
 
 
-def measured(networks: Networks, directory: Path, count: int) -> dict[str, Any]:
-    """Measure the FVD, if its network is given, and return what `metrics.json` says of both metrics.
+def summarise(networks: Networks, directory: Path, count: int) -> dict[str, Any]:
+    """Return the entry of `metrics.json` for LPIPS and FVD; compute FVD, if its network is given.
 
     Args:
-        networks: those that were given.
-        directory: an evaluation's, of `count` sequences.
-        count: how many sequences there are.
+        networks: the networks of the metrics that are asked for.
+        directory: the directory of the evaluation.
+        count: the number of sequences.
 
     Returns:
-        metric -> "file", "sha256"; for FVD also what `measure_fvd` returns.
+        metric -> "file" and "sha256" of its network, for FVD also what `compute_fvd` returns.
     """
     found: dict[str, Any] = {
         metric: {"file": network.file, "sha256": network.sha256}
@@ -234,10 +251,10 @@ def measured(networks: Networks, directory: Path, count: int) -> dict[str, Any]:
         if network
     }
     if networks.fvd:
-        found["fvd"] |= measure_fvd(networks.fvd, directory, count)
+        found["fvd"] |= compute_fvd(networks.fvd, directory, count)
         if count < FEW_CLIPS:
             print(
-                f"Warning: FVD of {count} clips. Of fewer than {FEW_CLIPS} it is much too high, and can only be "
-                "compared with that of the same sequences."
+                f"Warning: FVD of {count} clips. With fewer than {FEW_CLIPS} clips it is much too high; compare it "
+                "only with FVD of the same sequences."
             )
     return found

@@ -10,15 +10,15 @@ PROTOCOLS = {
     "paper": "SSIM with data range 2; PSNR with data range 1 per channel, then averaged; predictions as they are",
     "standard": "SSIM with data range 1; PSNR with data range 1, over all channels; frames as saved, with 8 bits",
 }
-"""How predictions are compared with the truth. Figures of different protocols can't be compared.
+"""The protocols of SSIM and PSNR. Values of different protocols aren't comparable.
 
-paper is what both earlier codes computed, with scikit-image 0.18, on floats. standard can be computed from the saved
-frames. In both protocols, SSIM is per channel with a uniform 7x7 window and sample covariance.
+paper: as both earlier codes computed, with scikit-image 0.18 on floats. standard: can be computed from the saved
+frames. In both, SSIM is per channel, with a uniform 7x7 window and sample covariances.
 """
 
 
 PSNR_OF_EQUAL_FRAMES = 100.0
-"""Bounds the PSNR, which is infinite for a frame that equals the truth, to keep averages finite."""
+"""The greatest PSNR. It keeps averages finite: the PSNR of a frame that equals the truth is infinite."""
 
 
 def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, Array]:
@@ -26,7 +26,7 @@ def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, A
 
     Args:
         truth: [..., H, W, C], uint8 or floats in [0, 1].
-        prediction: likewise, but floats may leave [0, 1].
+        prediction: the same shape, uint8 or floats, which may be outside of [0, 1].
         protocol: one of PROTOCOLS.
 
     Returns:
@@ -44,18 +44,18 @@ def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, A
 
 
 def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7) -> Array:
-    """Return the SSIM per channel, [..., H, W, C] -> [..., C], as scikit-image's function with its defaults does."""
+    """Return the SSIM per channel, [..., H, W, C] -> [..., C], as scikit-image with its defaults."""
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     pixels = window**2
 
     def window_mean(x: Array) -> Array:
-        """Over each window that lies within the frame, [..., H, W] -> [..., H - window + 1, W - window + 1]."""
+        """Average over each window within the frame, [..., H, W] -> [..., H - window + 1, W - window + 1]."""
         for sizes in (1, window), (window, 1):
             x = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1,) * (x.ndim - 2) + sizes, (1,) * x.ndim, "valid")
         return x / pixels
 
-    # A single channel as the last axis would be slow. Variances don't change when a constant is subtracted, but their
-    # rounding errors shrink.
+    # Channels first, since a last axis of size 1 is slow. Subtracting the mean doesn't change variances, but reduces
+    # their rounding errors.
     a, b = (jnp.moveaxis(x, -1, -3) for x in (a, b))
     center = a.mean((-2, -1), keepdims=True)
     a, b = a - center, b - center

@@ -1,1 +1,1 @@
-"""How results are told: averages with intervals, tables, plots, a page."""
+"""Presentation of results: averages with intervals, tables, plots and a page."""

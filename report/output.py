@@ -1,4 +1,4 @@
-"""Where results go: directories, formats of figures and videos, failures to write in one line."""
+"""Output of results: directories, formats of figures and videos, one-line errors if writing fails."""
 
 import contextlib
 import re
@@ -15,7 +15,7 @@ from training.loading import Checkpoint
 
 FIGURES, VIDEOS = ("png", "pdf"), ("gif", "mp4")
 FORMAT = Flag("FORMATS", "formats of figures (png, pdf) and videos (gif, mp4): a list, e.g. pdf,mp4 (default: png,gif)")
-"""`--format`"""
+"""The flag `--format`."""
 
 
 class Formats(NamedTuple):
@@ -26,10 +26,10 @@ class Formats(NamedTuple):
 
 
 def formats(text: str | None) -> Formats:
-    """Read the value of `--format`; a kind that it doesn't mention keeps its default.
+    """Return the formats in the value of `--format`; a kind that it doesn't name keeps its default.
 
     Raises:
-        ConfigError: an unknown format.
+        ConfigError: a format is unknown.
     """
     names = re.split(r"[,\s]+", text.strip().lower()) if text is not None else []
     if unknown := [name for name in names if name not in FIGURES + VIDEOS]:
@@ -40,14 +40,14 @@ def formats(text: str | None) -> Formats:
 
 @contextlib.contextmanager
 def writing(directory: Path | None, remedy: str = "name another directory with --out") -> Iterator[None]:
-    """Raise a ConfigError that names the remedy if results can't be written: disk full, no permission, ...
+    """Raise ConfigError, with the remedy, if results can't be written in the block: disk full, no permission, ...
 
-    Without a directory, only for errors that name no file: `exit_codes` tells of the others.
+    Without a directory, this applies only to errors without a file name; `exit_codes` reports the others.
     """
     try:
         yield
     except FileNotFoundError:
-        raise  # of something to be read
+        raise  # it is about reading
     except OSError as error:
         if directory is None and error.filename is not None:
             raise
@@ -58,16 +58,17 @@ def writing(directory: Path | None, remedy: str = "name another directory with -
 
 
 def open_directory(
-    held: contextlib.ExitStack, config: Config, checkpoint: Checkpoint, out: Path | None, network: str = ""
+    locks: contextlib.ExitStack, config: Config, checkpoint: Checkpoint, out: Path | None, network: str = ""
 ) -> Path:
-    """Return the directory of the same evaluation, if it was interrupted, or a new one; `held` holds its lock.
+    """Return the directory of the same evaluation if it was interrupted, or else a new one, and lock it.
 
-    Never one with results, or one that another process holds.
+    Directories with results, and those that another process has locked, are never returned.
 
     Args:
-        held: holds the lock until it ends.
-        config, checkpoint, network: what is evaluated; a network (its SHA-256) measures each example, if any does.
-        out: the directory; None: a new one below the run's.
+        locks: keeps the lock until its end.
+        config, checkpoint: what is evaluated.
+        out: the directory; None: one in the run's directory.
+        network: the SHA-256 of LPIPS's network, if LPIPS is measured for each example.
 
     Raises:
         ConfigError: `out` is in use or isn't empty, or nothing can be written there.
@@ -75,52 +76,55 @@ def open_directory(
     with writing(out or checkpoint.run):
         if out is None:
             for directory in sorted(checkpoint.run.glob("eval_*")):
-                # Looked at again once nobody else can write there.
-                found = unfinished(directory, config, checkpoint, network) and lock(held, directory)
+                # Check again with the lock, since another process may have written there.
+                found = unfinished(directory, config, checkpoint, network) and lock(locks, directory)
                 if found and unfinished(directory, config, checkpoint, network):
                     print(f"Resuming {directory}")
                     return directory
             directory = dated_directory(checkpoint.run, "eval")
-            lock(held, directory)
+            lock(locks, directory)
         else:
             directory = out
             occupied = ConfigError(f"out: {out} isn't empty; name a new directory")
             if out.exists() and any(out.iterdir()) and not (out / "lock").exists():
                 raise occupied
             out.mkdir(parents=True, exist_ok=True)
-            if not lock(held, out):
-                raise ConfigError(f"out: another process evaluates into {out}; wait for it, or name a new directory")
+            if not lock(locks, out):
+                raise ConfigError(f"out: another process writes to {out}; wait for it, or name a new directory")
             if unfinished(out, config, checkpoint, network):
                 print(f"Resuming {out}")
                 return out
             if any(path.name != "lock" for path in out.iterdir()):
                 raise occupied
-        replace_file(directory / "checkpoint", evaluated(checkpoint, network).encode())
+        replace_file(directory / "checkpoint", describe_checkpoint(checkpoint, network).encode())
         replace_file(directory / "evaluation.yml", config.to_yaml().encode())
         return directory
 
 
-def evaluated(checkpoint: Checkpoint, network: str) -> str:
-    """Return a checkpoint's place, and in a second line the network that measures each example, if there is one."""
-    place = checkpoint.run.resolve() / "checkpoints" / str(checkpoint.step)
-    return f"{place}\nlpips {network}" if network else str(place)
+def describe_checkpoint(checkpoint: Checkpoint, network: str) -> str:
+    """Return a checkpoint's path, and in a second line the SHA-256 of LPIPS's network, if there is one."""
+    path = checkpoint.run.resolve() / "checkpoints" / str(checkpoint.step)
+    return f"{path}\nlpips {network}" if network else str(path)
 
 
-def lock(held: contextlib.ExitStack, directory: Path) -> bool:
-    """Take a directory's lock until `held` ends, unless another process has it; the system takes it from the dead."""
+def lock(locks: contextlib.ExitStack, directory: Path) -> bool:
+    """Lock a directory until `locks` ends; return False if another process has locked it.
+
+    The system releases the locks of processes that have died.
+    """
     try:
-        held.enter_context(filelock.FileLock(directory / "lock", timeout=0))
+        locks.enter_context(filelock.FileLock(directory / "lock", timeout=0))
     except filelock.Timeout:
         return False
     return True
 
 
 def unfinished(directory: Path, config: Config, checkpoint: Checkpoint, network: str) -> bool:
-    """Return whether a directory holds the same evaluation, interrupted."""
+    """Return whether a directory holds the same evaluation, and was interrupted."""
     if (directory / "metrics.json").exists():
         return False
     try:
         same = configuration.load(directory / "evaluation.yml") == config
-        return same and (directory / "checkpoint").read_bytes() == evaluated(checkpoint, network).encode()
-    except (ConfigError, OSError):  # not an evaluation, or interrupted before it was one
+        return same and (directory / "checkpoint").read_bytes() == describe_checkpoint(checkpoint, network).encode()
+    except (ConfigError, OSError):  # not an evaluation, or interrupted at its start
         return False

@@ -1,5 +1,5 @@
 "use strict";
-// One control for all videos of the page. A canvas shows frame `now` of a sheet: frames in rows, 1 pixel apart.
+// One control plays all videos of the page. A canvas shows frame `now` of a sheet, whose frames are in rows, 1 pixel apart.
 const player = document.querySelector(".player");
 const [play, back, forward, first] = player.querySelectorAll("button");
 const slider = player.querySelector("input");
@@ -12,7 +12,7 @@ const framesPerSecond = Number(player.dataset.rate);
 const sheets = new Map();
 let now = 0;
 let playing = false;
-let due = 0; // frames that have passed since `now`, less than one
+let due = 0; // fraction of a frame that has passed since `now` was shown
 let last = 0; // time of the last tick, in ms
 
 function sheet(path) {
@@ -34,7 +34,7 @@ function draw(canvas) {
     const columns = (image.naturalWidth + 1) / (width + 1);
     const x = (now % columns) * (width + 1);
     const y = Math.floor(now / columns) * (height + 1);
-    pen.globalCompositeOperation = i ? "difference" : "copy"; // of two: their absolute error
+    pen.globalCompositeOperation = i ? "difference" : "copy"; // the second sheet: absolute error
     pen.drawImage(image, x, y, width, height, 0, 0, width, height);
   });
   canvas.dataset.frame = now + 1;
@@ -61,7 +61,7 @@ function run(start) {
 
 function tick(time) {
   if (!playing) return;
-  // A page in the background isn't called; it continues where it was.
+  // The browser pauses ticks in the background. With this limit, videos then continue where they stopped.
   if (last) due += (Math.min(time - last, 250) / 1000) * framesPerSecond * Number(speed.value);
   last = time;
   const passed = Math.floor(due);

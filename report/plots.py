@@ -1,4 +1,7 @@
-"""Plots: lines over predicted frames or steps, bars, rows of frames. Of a paper's column's width, in 8 points."""
+"""Plots: lines over predicted frames or steps, bars, and rows of frames.
+
+Figures are for papers: at most as wide as a column or a page, with text of 8 points.
+"""
 
 import contextlib
 import io
@@ -17,11 +20,11 @@ from system.files import replace_file
 from tools import GREEN, RED, rgb
 
 COLUMN, PAGE = 3.25, 6.75
-"""Widths of a paper's column, and of its two columns with the space between them, in inches."""
+"""Widths in inches of a paper's column, and of its page with two columns."""
 
 STYLE: Any = {
     "font.size": 8,
-    "axes.titlesize": "medium",  # as large as all other text
+    "axes.titlesize": "medium",  # the size of all other text
     "legend.frameon": False,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
@@ -35,13 +38,13 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
 }
-"""What all figures have in common, as matplotlib's settings."""
+"""Matplotlib's settings for all figures."""
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Models' colours: Okabe and Ito's, which colour-blind readers can tell apart, without yellow and black."""
+"""Colours of models: those of Okabe and Ito without yellow and black. Colour-blind readers can tell them apart."""
 
 DASHES = tuple((0, dashes) for dashes in ((), (6, 1.5), (6, 1.5, 1, 1.5), (3, 1), (9, 1.5, 3, 1.5), (6, 1, 1, 1, 1, 1)))
-"""Models' line styles, which tell them apart without colours. None is dotted, as lines beside others are."""
+"""Line styles of models, which tell them apart without colours. Dots are for companions, see `Line`."""
 
 DARK, MEDIUM, LIGHT = "#000000", "#4d4d4d", "#7f7f7f"
 REFERENCE_STYLES: dict[str, dict[str, Any]] = {
@@ -50,27 +53,24 @@ REFERENCE_STYLES: dict[str, dict[str, Any]] = {
     REFERENCES["random"]: {"color": MEDIUM, "linestyle": (0, (4, 1.5, 1, 1.5))},
     REFERENCES["shuffled"]: {"color": LIGHT, "linestyle": (0, (8, 2))},
 }
-"""Grey, so that no reference has a model's colour."""
+"""Styles of known references, in grey, so that no reference has a model's colour."""
 OTHER_REFERENCES: tuple[dict[str, Any], ...] = (
     {"color": DARK, "linestyle": (0, ())},
     {"color": LIGHT, "linestyle": (0, (1, 1.5))},
 )
+"""Styles of other references, in turn."""
 
 
 class Line(NamedTuple):
-    """A curve, [T] each, with a band around it: over predicted frames from 1 on, or over `x`.
+    """A curve, with an optional band around it."""
 
-    A reference has a style of its own. A line `beside` another one has that one's colour and is dotted; its name is
-    the other's and, after a comma, what it is. Where it is one of several, `thin` says what these are.
-    """
-
-    values: np.ndarray
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
-    reference: bool = False
-    beside: str = ""
-    thin: str = ""
-    x: np.ndarray | None = None
+    values: np.ndarray  # [T]
+    low: np.ndarray | None = None  # [T], the lower edge of the band
+    high: np.ndarray | None = None  # [T], the upper edge of the band
+    reference: bool = False  # not a model's line: drawn in grey
+    companion_of: str = ""  # name of the line whose colour it shares; drawn dotted, and named "<that name>, <label>"
+    thin_label: str = ""  # common label of several companions, which are drawn thin instead of dotted
+    x: np.ndarray | None = None  # [T]; None: 1, 2, ..., the predicted frames
 
 
 def plot_lines(
@@ -81,14 +81,15 @@ def plot_lines(
     xlabel: str = "predicted frame",
     formats: Sequence[str] = ("png",),
 ) -> None:
-    """Write a plot of named lines. Long ones, and the bands around them, are drawn as running means.
+    """Write a plot of named lines. Long lines and their bands are drawn as running means.
 
     Args:
-        lines: what is drawn, by name. The axis shows the models' lines whole; where a reference leaves it, a
-            triangle at the edge says so.
-        path: where to.
-        ylabel, xlabel: the axes' labels.
-        band: what the bands are.
+        lines: the lines by name. The y-axis covers the models' lines. A triangle at its edge marks where a reference
+            leaves it.
+        path: the path of the figure.
+        ylabel: the label of the y-axis.
+        band: the label of the bands.
+        xlabel: the label of the x-axis.
         formats: see `save_figure`.
     """
     length = max(len(line.values) for line in lines.values())
@@ -105,18 +106,18 @@ def plot_lines(
         for name, line in lines.items():
             x, style = np.arange(1, len(line.values) + 1) if line.x is None else line.x, styles[name]
             (curve,) = axes.plot(x, line.values, marker="." if len(x) == 1 else None, **style)
-            if not line.beside:
+            if not line.companion_of:
                 entries[name] = curve
             if line.low is not None and line.high is not None:
                 axes.fill_between(x, line.low, line.high, alpha=0.18, color=style["color"], linewidth=0, zorder=0)
                 bands |= bool((line.high > line.low).any())
         for name, line in lines.items():
-            if line.beside:
-                note = line.thin or name.removeprefix(f"{line.beside}, ")
-                entries[note] = Line2D([], [], **styles[name] | {"color": MEDIUM})
+            if line.companion_of:
+                label = line.thin_label or name.removeprefix(f"{line.companion_of}, ")
+                entries[label] = Line2D([], [], **styles[name] | {"color": MEDIUM})
         if bands:
             entries[band] = Patch(color=MEDIUM, alpha=0.25, linewidth=0)
-        low, high = limits(lines)
+        low, high = axis_limits(lines)
         if high > low:
             axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
             cuts = [mark_cuts(axes, line, styles[name]["color"]) for name, line in lines.items()]
@@ -129,41 +130,45 @@ def plot_lines(
 
 
 def smoothed(line: Line, window: int) -> Line:
-    """Return the running means of a line and of its band, which is then the mean of the intervals around it."""
+    """Return the running means of a line and of its band.
+
+    The new band is the mean of intervals, not the interval of the running mean.
+    """
     values, low, high = (x if x is None else running_mean(x, window) for x in (line.values, line.low, line.high))
     assert values is not None
     return line._replace(values=values, low=low, high=high)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean over `window` values, an odd number, around each one; towards the ends, over fewer."""
-    place = np.arange(len(values))
-    reach = np.minimum(np.minimum(place, place[::-1]), window // 2)
+    """Return the means over `window` values around each value, [T]; near the ends, over fewer. `window` is odd."""
+    index = np.arange(len(values))
+    reach = np.minimum(np.minimum(index, index[::-1]), window // 2)
     sums = np.concatenate([[0], np.cumsum(values)])
-    return (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)
+    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
 def styles_of(lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
-    """Return colour, line style and width of each line, different ones for all models and references."""
+    """Return colour, line style and width of each line. All models and references look different."""
     others, numbers = itertools.cycle(OTHER_REFERENCES), itertools.count()
     styles: dict[str, dict[str, Any]] = {}
     for name, line in lines.items():
         if line.reference:
             styles[name] = {"linewidth": 1.0} | (REFERENCE_STYLES.get(name) or next(others))
-        elif line.beside:
-            shape = {"linewidth": 0.6, "alpha": 0.7} if line.thin else {"linewidth": 1.0, "linestyle": (0, (1, 1.2))}
-            styles[name] = {"color": styles[line.beside]["color"]} | shape
+        elif line.companion_of:
+            dotted = {"linewidth": 1.0, "linestyle": (0, (1, 1.2))}
+            shape = {"linewidth": 0.6, "alpha": 0.7} if line.thin_label else dotted
+            styles[name] = {"color": styles[line.companion_of]["color"]} | shape
         else:
-            lap, place = divmod(next(numbers), len(COLORS))
-            styles[name] = {"linewidth": 1.4, "color": COLORS[place], "linestyle": DASHES[(place + lap) % len(DASHES)]}
+            lap, index = divmod(next(numbers), len(COLORS))
+            styles[name] = {"linewidth": 1.4, "color": COLORS[index], "linestyle": DASHES[(index + lap) % len(DASHES)]}
     return styles
 
 
-def limits(lines: Mapping[str, Line]) -> tuple[float, float]:
-    """Return which values the axis shows: the models' lines and bands, and the references' medians.
+def axis_limits(lines: Mapping[str, Line]) -> tuple[float, float]:
+    """Return the limits of the y-axis: it covers the models' lines and bands, and the references' medians.
 
-    Each reference is shown whole if that at most doubles the axis. One that is far off for a few frames, as the last
-    context frame where the video returns to it, would leave no room for the models.
+    It covers all of a reference if this at most doubles its length. Some references are far off for a few frames, such
+    as the last context frame when the video returns to it, and would leave little room for the models.
     """
     medians = [np.median(line.values, keepdims=True) for line in lines.values() if line.reference]
     models = [x for line in lines.values() if not line.reference for x in (line.values, line.low, line.high)]
@@ -185,25 +190,25 @@ def finite(values: np.ndarray) -> np.ndarray:
 
 
 def mark_cuts(axes: Any, line: Line, color: str) -> bool:
-    """Put a triangle at the edge of the axes in the middle of each part of a line beyond it; return if there is any."""
+    """Mark each section of a line beyond the axes by a triangle at their edge; return whether there is one."""
     low, high = axes.get_ylim()
     cut = False
     x = np.arange(1, len(line.values) + 1) if line.x is None else line.x
     for beyond, edge, marker in (line.values > high, high, "^"), (line.values < low, low, "v"):
         starts, stops = np.flatnonzero(np.diff(beyond, prepend=False, append=False)).reshape(-1, 2).T
-        for place in x[(starts + stops - 1) // 2]:
-            axes.plot(place, edge, marker, color=color, markersize=4, clip_on=False)
+        for middle in x[(starts + stops - 1) // 2]:
+            axes.plot(middle, edge, marker, color=color, markersize=4, clip_on=False)
             cut = True
     return cut
 
 
 def add_legend(figure: Any, entries: Mapping[str, Any], title: str) -> None:
-    """Add a legend below the axes, in as many columns as have room, and make the figure higher by it.
+    """Add a legend below the axes, in as many columns as fit, and make the figure higher by its height.
 
     Args:
-        figure: of constrained layout.
-        entries: what is drawn of each, by name.
-        title: stands above.
+        figure: a figure of constrained layout.
+        entries: the artists by label.
+        title: the title of the legend; "" for none.
     """
     names = [textwrap.fill(name, 42) for name in entries]
     for columns in 3, 2, 1:
@@ -224,9 +229,8 @@ def add_legend(figure: Any, entries: Mapping[str, Any], title: str) -> None:
     figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
 
 
-def drawn(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Line]:
-    """Return one metric's lines as `plot_lines` takes them: with confidence intervals, which references leave to the
-    tables."""
+def metric_lines(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Line]:
+    """Return the `statistics.summary`s of one metric by name as lines of a plot; references have no bands."""
     found = {}
     for name, figures in lines.items():
         value, low, high = (np.array(figures["curve"][key]) for key in ("value", "low", "high"))
@@ -240,9 +244,9 @@ def plot_bars(
     ylabel: str,
     formats: Sequence[str] = ("png",),
 ) -> None:
-    """Write bars: group -> name of a bar -> value, low, high. Each group has a panel of its own.
+    """Write a bar plot: group -> name of a bar -> value, low, high. Each group has its own panel.
 
-    A name has the same colour in all groups. Error bars are left out where no interval of a group has any extent.
+    A name has the same colour in all groups. A group has error bars if one of its intervals has any extent.
     """
     names = list(dict.fromkeys(itertools.chain(*groups.values())))
     with new_figure(path, formats, figsize=(COLUMN if len(groups) == 1 else PAGE, 2.6)) as figure:
@@ -268,16 +272,22 @@ def save_rows(
     formats: Sequence[str] = ("png",),
     boundaries: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write named videos uint8 [T, H, W, C] as rows of their frames at `times`, over a page's width.
+    """Write a figure with a row for each named video, uint8 [T, H, W, C], at most as wide as a page.
 
-    Frames of a row's context are framed green, predicted ones red; a row without context (the truth) not at all.
-    `boundaries` are probabilities [T] that a segment begins: they stand below the frames, and where they are at least
-    1/2, a bar stands at the left.
+    Args:
+        rows: the videos by name.
+        path: the path of the figure.
+        times: the numbers of the frames that are shown.
+        context: the context frames of each row, which have a green border; predicted frames have a red one. Rows that
+            aren't named here (the truth) have a grey border.
+        formats: see `save_figure`.
+        boundaries: probabilities [T] of rows that a segment begins. They are written below the frames. If one is at
+            least 1/2, there is a bar at the left of its frame.
     """
-    names = 0.2 + 0.065 * max(map(len, rows))  # inches
-    side = min(0.8, (PAGE - names) / len(times))
+    label_width = 0.2 + 0.065 * max(map(len, rows))  # inches
+    side = min(0.8, (PAGE - label_width) / len(times))
     height = 0.3 + side * len(rows) + 0.15 * len(boundaries or ())
-    with new_figure(path, formats, figsize=(names + side * len(times), height), layout="compressed") as figure:
+    with new_figure(path, formats, figsize=(label_width + side * len(times), height), layout="compressed") as figure:
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.04, hspace=0.04)
         panels = figure.subplots(len(rows), len(times), squeeze=False)
         for y, (name, video) in enumerate(rows.items()):
@@ -285,25 +295,25 @@ def save_rows(
                 axes = panels[y, x]
                 axes.imshow(rgb(video[time]), interpolation="nearest")
                 axes.set(xticks=[], yticks=[])
-                framed = GREEN if time < context.get(name, 0) else RED
-                color = np.array(framed) / 255 if name in context else "0.8"
+                border = GREEN if time < context.get(name, 0) else RED
+                color = np.array(border) / 255 if name in context else "0.8"
                 axes.spines[:].set(visible=True, color=color, linewidth=1.2)
                 if y == 0:
                     axes.set_title(str(time + 1), pad=2)
                 if boundaries and name in boundaries:
-                    axes.set_xlabel(short(boundaries[name][time]), labelpad=2)
+                    axes.set_xlabel(short_probability(boundaries[name][time]), labelpad=2)
                     if boundaries[name][time] >= 0.5:
                         axes.axvline(-0.5, color=COLORS[0], linewidth=5)
             panels[y, 0].set_ylabel(name, rotation=0, ha="right", va="center")
 
 
-def short(probability: float) -> str:
-    """Return a probability as `.07`, which has room below a frame."""
+def short_probability(probability: float) -> str:
+    """Return a probability with two digits, such as `.07`, which fits below a frame."""
     return "1" if probability >= 0.995 else f"{probability:.2f}".removeprefix("0")
 
 
 def save_figure(figure: Any, path: Path, formats: Sequence[str]) -> None:
-    """Write a figure in each of the formats, which take the place of the path's suffix."""
+    """Write a figure in each of the formats, which replace the suffix of the path."""
     for suffix in formats:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix)
@@ -311,10 +321,11 @@ def save_figure(figure: Any, path: Path, formats: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def new_figure(path: Path, formats: Sequence[str], **how: Any) -> Iterator[Any]:
-    """Yield a matplotlib figure in STYLE that no screen shows, and write it. Slow to import, and only evaluation plots.
+def new_figure(path: Path, formats: Sequence[str], **options: Any) -> Iterator[Any]:
+    """Yield a matplotlib figure in STYLE that isn't shown on a screen, and write it at the end of the block.
 
-    MPLBACKEND may name a notebook's backend that isn't installed here, with which matplotlib can't be imported.
+    Matplotlib is imported here, since that takes long and only evaluations plot. It can't be imported if MPLBACKEND
+    names a notebook's backend that isn't installed, so this variable is removed during the import.
     """
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     import matplotlib
@@ -323,8 +334,8 @@ def new_figure(path: Path, formats: Sequence[str], **how: Any) -> Iterator[Any]:
     if backend is not None:
         os.environ["MPLBACKEND"] = backend
         with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend  # for others in this process; files need none
+            matplotlib.rcParams["backend"] = backend  # for other plots of this process; files need no backend
     with matplotlib.rc_context(STYLE):
-        figure = Figure(**{"layout": "constrained"} | how)
+        figure = Figure(**{"layout": "constrained"} | options)
         yield figure
         save_figure(figure, path, formats)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: each example's frames and metrics; then curves, tables, plots, videos and a page."""
+"""The results of an evaluation: frames and metrics of each example; then curves, tables, plots, videos and a page."""
 
 import dataclasses
 import datetime
@@ -26,11 +26,12 @@ from training import loading, runs
 
 
 def metrics_file(directory: Path, number: int) -> Path:
-    """Return the path of one example's metrics, [T] each: what is written last of it."""
+    """Return the path of an example's metrics, which are written last."""
     return directory / f"sample{number}" / "metrics.npz"
 
 
 def is_done(directory: Path, number: int) -> bool:
+    """Return whether all files of an example are written."""
     return metrics_file(directory, number).exists()
 
 
@@ -42,7 +43,16 @@ def save_example(
     predictions: Mapping[str, np.ndarray],
     metrics: Mapping[str, np.ndarray],
 ) -> None:
-    """Write one example's truth uint8 [T, H, W, C], its predictions (and reconstructed context), and metrics [T]."""
+    """Write the frames and metrics of an example.
+
+    Args:
+        config: of the evaluation.
+        directory: the directory of the evaluation.
+        number: the number of the example.
+        video: the truth with its context, uint8 [T, H, W, C].
+        predictions: the reconstructed "context" and the predictions by name, uint8 [., H, W, C].
+        metrics: the metrics of each predicted frame by name, [T - open_loop_ctx].
+    """
     context = config.open_loop_ctx
     for name, frames in {"gt_ctx": video[:context], "gt_pred": video[context:], **predictions}.items():
         path = frames_file(directory, number, name)
@@ -54,36 +64,36 @@ def save_example(
 
 
 def frames_file(directory: Path, number: int, name: str) -> Path:
-    """Return the path of an example's `gt_ctx`, `gt_pred`, reconstructed `context` or one of its predictions."""
+    """Return the path of an example's frames: `gt_ctx`, `gt_pred`, `context` (reconstructed) or a prediction."""
     return directory / (f"sample{number}_gt" if name.startswith("gt_") else f"sample{number}") / f"{name}.npz"
 
 
 def load_frames(directory: Path, number: int, name: str) -> np.ndarray:
-    """Return an example's frames of one of the names that `frames_file` takes, uint8 [T, H, W, C]."""
+    """Return an example's frames, uint8 [T, H, W, C]; names are as for `frames_file`."""
     return load_arrays(frames_file(directory, number, name), ["arr_0"], remedy(directory, number))["arr_0"]
 
 
 def remedy(directory: Path, number: int) -> str:
-    """Return what to do about a damaged file of an example."""
+    """Return what the user should do about a damaged file of an example."""
     return f"delete {metrics_file(directory, number).parent}, and evaluate again"
 
 
 def video_names(config: Config) -> dict[str, str]:
-    """Return what the page calls an example's predictions that are shown as videos -> their names."""
+    """Return the predictions that are shown as videos: label on the page -> name for `frames_file`."""
     if config.num_samples == 1:
         return {"prediction": "random_sample_1"}
     return {"first sample": "random_sample_1", "best sample": "best_ssim_sample"}
 
 
 def with_context(directory: Path, number: int, name: str) -> np.ndarray:
-    """Return `gt_pred` after its context, or a prediction after the reconstructed one, uint8 [T, H, W, C]."""
+    """Return `gt_pred` with its context, or a prediction with the reconstructed context, uint8 [T, H, W, C]."""
     context = "gt_ctx" if name == "gt_pred" else "context"
-    return np.concatenate([load_frames(directory, number, part) for part in (context, name)])
+    return np.concatenate([load_frames(directory, number, kind) for kind in (context, name)])
 
 
 def example_video(config: Config, directory: Path, number: int, name: str) -> np.ndarray:
-    """Return an example's truth, prediction and absolute error, see `tools.triptych`."""
-    truth, prediction = (with_context(directory, number, part)[None] for part in ("gt_pred", name))
+    """Return a video of an example's truth, prediction and absolute error; see `tools.triptych`."""
+    truth, prediction = (with_context(directory, number, kind)[None] for kind in ("gt_pred", name))
     return tools.triptych(truth, prediction, config.open_loop_ctx)
 
 
@@ -91,18 +101,19 @@ def example_video(config: Config, directory: Path, number: int, name: str) -> np
 
 
 def line_names(config: Config) -> dict[str, str]:
-    """Return the names of the lines in plots and tables -> what ends their keys in an example's metrics."""
+    """Return the lines of plots and tables: name -> suffix of the keys of an example's metrics."""
     N = config.num_samples
     own = {"prediction": ""} if N == 1 else {f"best of {N}": "", f"mean of {N}": "_mean"}
     return own | {name: f"_{key}" for key, name in statistics.REFERENCES.items()}
 
 
 def load_metrics(directory: Path, number: int) -> dict[str, np.ndarray]:
-    """Return one example's metrics, [T] each."""
+    """Return an example's metrics of each predicted frame, [T] each."""
     return load_arrays(metrics_file(directory, number), remedy=remedy(directory, number))
 
 
 def save_metrics(directory: Path, number: int, metrics: Mapping[str, np.ndarray]) -> None:
+    """Write an example's metrics of each predicted frame, [T] each."""
     replace_arrays(metrics_file(directory, number), **metrics)
 
 
@@ -116,16 +127,19 @@ def summarise(
     all_videos: bool,
     perceptual: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write what is told of all examples, from their files. Returns what `metrics.json` holds.
+    """Write tables, plots, videos and the page of an evaluation, from the files of its examples.
 
     Args:
         config, checkpoint: what was evaluated.
-        stages: before the checkpoint's training, as `loading.stages_before` returns them.
-        directory: where to.
-        count: how many examples there are.
-        formats: of figures and videos.
-        all_videos: whether each example has videos.
-        perceptual: what `perceptual.measured` returns.
+        stages: the steps of earlier trainings, as `loading.stages_before` returns them.
+        directory: the directory of the evaluation.
+        count: the number of examples.
+        formats: the formats of figures and videos.
+        all_videos: whether videos of all examples are written.
+        perceptual: what `metrics.perceptual.summarise` returns.
+
+    Returns:
+        The content of `metrics.json`.
     """
     figures = figure_formats(formats)
     examples = [load_metrics(directory, number) for number in range(count)]
@@ -140,7 +154,7 @@ def summarise(
             averages[protocol][metric] = float(next(iter(curves.values())).mean())
             lines[protocol][metric] = {name: statistics.summary(values) for name, values in curves.items()}
             draw_curves(curves, lines[protocol][metric], directory, metric, protocol, label, figures)
-    means = averages_of(examples)
+    means = example_averages(examples)
     results = {
         "averages": averages,
         "num_examples": count,
@@ -163,7 +177,7 @@ def summarise(
 
 
 def provenance(checkpoint: loading.Checkpoint, stages: Sequence[int] | None) -> dict[str, Any]:
-    """Return which run a checkpoint is of, the stages before, and when and by which commit it is evaluated."""
+    """Return where results come from: run, earlier stages, date of the evaluation, and commit of this code."""
     return {
         "run": checkpoint.run.resolve().name,
         "stages": stages,
@@ -173,9 +187,9 @@ def provenance(checkpoint: loading.Checkpoint, stages: Sequence[int] | None) -> 
 
 
 def commit(source: Path = Path(__file__).parent.parent) -> str:
-    """Return the commit of these programs, with `-dirty` behind it if files differ from it."""
-    if not (source / ".git").exists():  # git would look for one above
-        return "unknown, since the programs aren't in a git repository"
+    """Return the commit of this code, with `-dirty` after it if files have been changed."""
+    if not (source / ".git").exists():  # git would search the parent directories
+        return "unknown, since the code isn't in a git repository"
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -184,7 +198,7 @@ def commit(source: Path = Path(__file__).parent.parent) -> str:
 
 
 def figure_formats(formats: Formats) -> tuple[str, ...]:
-    """Return the formats of an evaluation's figures: also PNG, which the page shows."""
+    """Return the formats of an evaluation's figures, which include PNG for the page."""
     return tuple({"png": None} | dict.fromkeys(formats.figures))
 
 
@@ -196,7 +210,16 @@ def add_perceptual(
     examples: Sequence[Mapping[str, np.ndarray]],
     formats: Sequence[str],
 ) -> None:
-    """Add what `perceptual.measured` returns to what `metrics.json` holds: LPIPS with the examples' curves."""
+    """Add LPIPS and FVD to the content of `metrics.json`, and write the plots of LPIPS.
+
+    Args:
+        config: of the evaluation.
+        directory: the directory of the evaluation.
+        results: the content of `metrics.json`, which is changed in place.
+        perceptual: what `metrics.perceptual.summarise` returns.
+        examples: the metrics of each example.
+        formats: the formats of figures.
+    """
     if not perceptual:
         return
     results["perceptual"] = results.get("perceptual", {}) | perceptual
@@ -213,7 +236,13 @@ def add_perceptual(
 
 
 def write_results(directory: Path, results: Mapping[str, Any], means: Sequence[Mapping[str, float]]) -> None:
-    """Write the tables and the page of what `metrics.json` holds, and that file itself."""
+    """Write tables, page and `metrics.json`.
+
+    Args:
+        directory: the directory of the evaluation.
+        results: the content of `metrics.json`.
+        means: of `example_averages`.
+    """
     figures = [f"{metric}_{protocol}.png" for protocol, metrics in results["lines"].items() for metric in metrics]
     rows = [*tables.csv_rows(results["lines"]), *tables.fvd_rows(results)]
     tables.write(directory / "examples.csv", examples_csv(means))
@@ -231,17 +260,17 @@ def write_results(directory: Path, results: Mapping[str, Any], means: Sequence[M
     ]
     own = {path.name for path in result_files(directory)} - {*figures, "index.html"} | {"metrics.json"}
     tables.write(directory / "index.html", evaluation_page(results, figures, sorted(own), listed))
-    tables.write(directory / "metrics.json", tables.to_json(results))  # last: with it, the evaluation is finished
+    tables.write(directory / "metrics.json", tables.to_json(results))  # last: it marks the evaluation as finished
 
 
 def result_files(directory: Path) -> list[Path]:
-    """Return the files of results in a directory, without those in directories below it."""
+    """Return the files of results in a directory, without those in its subdirectories."""
     kinds = {".npz", ".csv", ".json", ".yml", ".md", ".html", *(f".{kind}" for kind in (*FIGURES, *VIDEOS))}
     return sorted(path for path in directory.iterdir() if path.suffix in kinds and not path.name.startswith("."))
 
 
-def averages_of(examples: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, float]]:
-    """Return the examples' metrics, averaged over the predicted frames."""
+def example_averages(examples: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, float]]:
+    """Return each example's metrics, averaged over the predicted frames."""
     return [{key: float(values.mean()) for key, values in example.items()} for example in examples]
 
 
@@ -254,14 +283,23 @@ def draw_curves(
     label: str,
     formats: Sequence[str],
 ) -> None:
-    """Write one metric's curves [N, T] over the predicted frames: plots, and the arrays of the earlier codes."""
-    stem = metric if protocol == "paper" else f"{metric}_{protocol}"  # named as in the earlier codes
+    """Write plots of a metric over the predicted frames, and its mean and standard deviation as NPZ.
+
+    Args:
+        curves: name of a line -> [N, T].
+        lines: name of a line -> `statistics.summary`.
+        directory: the directory of the evaluation.
+        metric, protocol: for the names of the files.
+        label: the label of the y-axis.
+        formats: the formats of figures.
+    """
+    stem = metric if protocol == "paper" else f"{metric}_{protocol}"  # the paper's protocol: as in the earlier codes
     label = f"{label}, {protocol} protocol" if protocol in similarity.PROTOCOLS else label
     own, values = next(iter(curves.items()))
     mean, stddev = values.mean(0), values.std(0)
     replace_arrays(directory / f"{stem}_mean.npz", mean)
     replace_arrays(directory / f"{stem}_stddev.npz", stddev)
-    drawn = plots.drawn(lines)
+    drawn = plots.metric_lines(lines)
     plots.plot_lines(drawn, directory / f"{metric}_{protocol}.png", label, formats=formats)
     spread = {name: line for name, line in drawn.items() if line.reference}
     spread = {own: plots.Line(mean, mean - stddev, mean + stddev)} | spread
@@ -269,28 +307,30 @@ def draw_curves(
 
 
 def examples_csv(means: Sequence[Mapping[str, float]]) -> str:
-    """Return a table with one row per example: each metric, averaged over the predicted frames."""
+    """Return a CSV table with a row per example: each metric, averaged over the predicted frames."""
     keys = list(means[0])
     rows = ([number, *(f"{mean[key]:.6g}" for key in keys)] for number, mean in enumerate(means))
     return tables.to_csv(["example", *keys], rows)
 
 
-FIRST = 4
-"""How many of the first examples a page shows."""
+FIRST_EXAMPLES = 4
+"""The number of first examples that a page shows."""
 
 
 def draw_videos(
     config: Config, directory: Path, means: Sequence[Mapping[str, float]], formats: Formats, all_videos: bool
 ) -> dict[str, Any]:
-    """Write the examples that the page shows: the best, the median, the worst and the first ones; and videos of them,
-    or of all.
+    """Write sheets of the examples that the page shows, and videos of these or of all examples.
+
+    The page shows the best, the median and the worst example (by SSIM in the paper's protocol), and the first ones.
 
     Returns:
-        "examples": captions and sheets, as `page.Example` has them; "videos": captions and paths of the first three.
+        "examples": the entries of a `page.Example` for each; "videos": caption -> path, for the best, the median and
+        the worst example.
     """
     order = sorted(range(len(means)), key=lambda number: -means[number]["paper_ssim"])
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
-    shown = list(dict.fromkeys([*chosen.values(), *range(min(FIRST, len(means)))]))
+    shown = list(dict.fromkeys([*chosen.values(), *range(min(FIRST_EXAMPLES, len(means)))]))
     for number in range(len(means)) if all_videos else shown:
         for name in video_names(config).values():
             path = directory / f"sample{number}" / f"{name}.gif"
@@ -308,7 +348,7 @@ def draw_videos(
 
 
 def draw_example(config: Config, directory: Path, number: int, caption: str, videos: Sequence[str]) -> Example:
-    """Write the sheets of an example's truth and predictions; return what the page shows, with videos in formats."""
+    """Write the sheets of an example's truth and predictions; return the example for the page."""
     sheets, names = {}, video_names(config)
     for label, name in {"truth": "gt_pred", **names}.items():
         path = frames_file(directory, number, name).with_name(f"{name}_sheet.png")
@@ -318,7 +358,7 @@ def draw_example(config: Config, directory: Path, number: int, caption: str, vid
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """Print the averages over all predicted frames."""
+    """Print a table of averages over all predicted frames, for each protocol."""
     count = results["num_examples"]
     print(
         f"\nAverages over {count} sequence{'s' * (count > 1)} and {results['predicted_frames']} predicted frames, "
@@ -334,7 +374,7 @@ def print_table(results: Mapping[str, Any]) -> None:
 
 
 def print_perceptual(results: Mapping[str, Any]) -> None:
-    """Print LPIPS and FVD, as far as they were measured."""
+    """Print LPIPS and FVD, if they were measured."""
     for line, figures in results["lines"].get("perceptual", {}).get("lpips", {}).items():
         print(f"LPIPS, {line}: {tables.with_interval(figures['average'], statistics.DIGITS['lpips'])}")
     if fvd := results.get("perceptual", {}).get("fvd"):
@@ -345,9 +385,10 @@ def print_perceptual(results: Mapping[str, Any]) -> None:
 
 
 def log_to_wandb(config: Config, run: Path, directory: Path, results: Mapping[str, Any]) -> None:
-    """Add averages and videos to the run's wandb run, if it has one and wandb isn't disabled.
+    """Add averages and videos to the run's wandb run, if there is one and wandb isn't disabled.
 
-    Not while the run is being trained, since two processes can't write one wandb run. No failure there is one here.
+    Nothing is added while the run is being trained, since two processes can't write to one wandb run. Failures are
+    printed, not raised.
     """
     if config.wandb == "disabled" or not (run / "wandb_id").exists():
         return
@@ -367,10 +408,10 @@ def log_to_wandb(config: Config, run: Path, directory: Path, results: Mapping[st
                 f"evaluation/{name}": wandb.Video(str(directory / path)) for name, path in results["videos"].items()
             }
             trained = max(map(logs.step_of, logs.read_lines(run / "metrics.jsonl")), default=0)
-            # wandb drops what is logged for an earlier step than its last.
+            # wandb drops metrics of a step before its last one.
             step = max(wandb_run.step, trained + 1)
             wandb_run.log({**averages, "evaluation/checkpoint_step": results["checkpoint_step"], **videos}, step=step)
     except ConfigError as error:
         print(f"wandb: the evaluation isn't logged, since {error}")
-    except Exception as error:  # whatever happens there
+    except Exception as error:  # wandb raises many kinds
         print(f"Warning: wandb failed ({' '.join(str(error).split())}); the evaluation isn't logged there")

@@ -1,4 +1,4 @@
-"""Curves of single examples -> averages with confidence intervals."""
+"""Averages of examples' curves, with confidence intervals."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 DISTANCES = (10, 50, 100, 200, 400, 1000)
-"""Averages over the first so many predicted frames are reported, as far as there are so many."""
+"""Numbers of first predicted frames over which averages are reported, if there are so many."""
 
 REFERENCES = {
     "posterior": "posterior reconstruction",
@@ -14,38 +14,40 @@ REFERENCES = {
     "random": "random training frame",
     "shuffled": "shuffled actions",
 }
-"""What predictions are compared with. posterior: the model's reconstruction of the very frames that are to be
-predicted, from a posterior that sees them: its upper bound. copy: the last context frame, forever. random: another
-training frame at each step, the quality of a prediction that has lost the video (the paper's Figure 1). shuffled: the
-model's prediction under the actions after the context in another order, where it takes actions: what it is worse by,
-actions tell."""
+"""The references with which predictions are compared.
+
+posterior: the model's reconstruction of the frames, from a posterior that sees them; an upper bound. copy: the last
+context frame, repeated. random: a random training frame at each step, the quality of a prediction that has lost the
+video (the paper's Figure 1). shuffled, for models with actions: a prediction with the actions after the context in
+random order; its lower quality shows what the actions tell the model.
+"""
 
 
 METRICS = {"ssim": "SSIM", "psnr": "PSNR (dB)"}
-"""What is measured in each protocol."""
+"""The metrics of each protocol."""
 
 PERCEPTUAL = {"lpips": "LPIPS", "fvd": "FVD"}
-"""What is measured with a network's file, of frames as saved: no matter of a protocol, and lower is better."""
+"""The metrics by a network from a file. They don't depend on the protocol, and lower is better."""
 
-PERCEPTION = "Of frames as saved, with 8 bits. Lower is better. FVD is of one sample of each sequence."
+PERCEPTUAL_NOTE = "Computed on frames as saved, with 8 bits. Lower is better. FVD uses one sample of each sequence."
 
 NAMES = METRICS | PERCEPTUAL
 DIGITS = {"ssim": 4, "psnr": 2, "lpips": 4, "fvd": 1}
 
 FEW_CLIPS = 256
-"""Of fewer clips than this, an FVD is mainly one of their number: it is biased, the more so the fewer there are."""
+"""With fewer clips than this, FVD depends mainly on their number: it is biased, more so with fewer clips."""
 
 
 def goodness(metric: str, values: Any) -> Any:
-    """Return values of a metric so that higher ones are better."""
+    """Return the values of a metric, negated if lower is better."""
     return -values if metric in PERCEPTUAL else values
 
 
 def estimate(values: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:
     """Return averages over examples [N, ...] with 95 % confidence intervals.
 
-    These are percentiles of a bootstrap over the examples. Each call draws the same resamples, from a fixed seed.
-    The interval of a single example has no extent.
+    The intervals are percentiles of a bootstrap over the examples. Its seed is fixed, so each call draws the same
+    resamples. The interval of a single example has no extent.
 
     Returns:
         "value", "low" and "high", [...] each.
@@ -60,11 +62,15 @@ def estimate(values: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]
 def estimate_over_seeds(
     values: np.ndarray, minus: np.ndarray | None = None, resamples: int = 1000
 ) -> dict[str, np.ndarray]:
-    """Return averages over seeds and examples [S, N, ...], or their difference from those of another model, with 95 %
-    intervals.
+    """Return averages over seeds and examples [S, N, ...] with 95 % confidence intervals.
 
-    These are percentiles of a bootstrap over both: seeds and, for all seeds and both models alike, examples are drawn.
-    Of few seeds it says too little: intervals are then too narrow.
+    The intervals are percentiles of a bootstrap that draws seeds and examples. All seeds and both models have the same
+    drawn examples. With few seeds, the intervals are too narrow.
+
+    Args:
+        values: of a model.
+        minus: of another model, [S', N, ...]; the averages are then differences of the two models.
+        resamples: the number of resamples.
 
     Returns:
         "value", "low" and "high", [...] each.
@@ -74,10 +80,10 @@ def estimate_over_seeds(
     def shares(count: int) -> np.ndarray:
         return random.multinomial(count, np.full(count, 1 / count), size=resamples) / count
 
-    of_examples = shares(values.shape[1])  # [resamples, N]
+    example_shares = shares(values.shape[1])  # [resamples, N]
 
     def means(values: np.ndarray) -> np.ndarray:
-        each_seed = np.tensordot(of_examples, values, axes=(1, 1))  # [resamples, S, ...]
+        each_seed = np.tensordot(example_shares, values, axes=(1, 1))  # [resamples, S, ...]
         return np.einsum("rs,rs...->r...", shares(len(values)), each_seed)
 
     value, drawn = values.mean((0, 1)), means(values)
@@ -88,25 +94,28 @@ def estimate_over_seeds(
 
 
 def summary(curves: np.ndarray, estimate: Callable[[np.ndarray], dict[str, np.ndarray]] = estimate) -> dict[str, Any]:
-    """Return what is reported of one line, from the examples' curves over predicted frames [N, T], of several seeds
-    [S, N, T].
+    """Return what is reported of a line, ready for JSON.
+
+    Args:
+        curves: over the predicted frames of each example, [N, T], or of several seeds, [S, N, T].
+        estimate: `estimate`, or `estimate_over_seeds` for several seeds.
 
     Returns:
-        "average": over all frames; "first": over the first d frames, by d of DISTANCES; "curve": at each frame (what
-        the paper's Figure 1 shows). Each with "value", "low" and "high", ready for JSON.
+        "average": over all frames; "first": d -> over the first d frames, for DISTANCES; "curve": at each frame, as in
+        the paper's Figure 1. Each has "value", "low" and "high".
     """
     T = curves.shape[-1]
     distances = [d for d in DISTANCES if d <= T]
-    until = curves.cumsum(-1) / np.arange(1, T + 1)
+    means = curves.cumsum(-1) / np.arange(1, T + 1)
     return {
-        "average": plain(estimate(until[..., -1])),
-        "first": {str(d): plain(estimate(until[..., d - 1])) for d in distances},
+        "average": plain(estimate(means[..., -1])),
+        "first": {str(d): plain(estimate(means[..., d - 1])) for d in distances},
         "curve": plain(estimate(curves)),
     }
 
 
 def plain(tree: Any) -> Any:
-    """Return a tree with arrays as lists and numbers of six digits."""
+    """Return a tree for JSON: arrays as lists, and numbers with six significant digits."""
     if isinstance(tree, Mapping):
         return {key: plain(value) for key, value in tree.items()}
     if isinstance(tree, np.ndarray) and tree.ndim:

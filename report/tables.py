@@ -1,4 +1,4 @@
-"""Averages as JSON, CSV and Markdown."""
+"""Tables of averages as JSON, CSV and Markdown."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from report.statistics import DIGITS, FEW_CLIPS, METRICS, NAMES
 from system.files import replace_file
 
 Lines = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""protocol -> metric -> name of a line -> `summary`"""
+"""protocol -> metric -> name of a line -> `statistics.summary`"""
 
 
 def to_json(results: Any) -> str:
@@ -21,6 +21,7 @@ def to_json(results: Any) -> str:
 
 
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a CSV table."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
@@ -29,7 +30,7 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def to_markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table, its first column to the left."""
+    """Return a Markdown table, its first column aligned to the left and the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
@@ -38,7 +39,7 @@ CSV_HEADER = ("protocol", "metric", "line", "frames", "value", "low", "high")
 
 
 def csv_rows(lines: Lines) -> Iterator[Sequence[Any]]:
-    """Yield one row per value. `frames` says over which predicted frames it is: `7` alone, or the mean over `1-50`."""
+    """Yield a row per value. `frames` is a single predicted frame, such as `7`, or a range that is averaged, `1-50`."""
     for protocol, metrics in lines.items():
         for metric, by_line in metrics.items():
             for line, figures in by_line.items():
@@ -53,14 +54,16 @@ def csv_rows(lines: Lines) -> Iterator[Sequence[Any]]:
 
 
 def fvd_rows(results: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
-    """Yield one row per FVD of an evaluation, if it was measured."""
+    """Yield a row per FVD of an evaluation, if it was measured."""
     for frames, value in results.get("perceptual", {}).get("fvd", {"frames": {}})["frames"].items():
         yield "perceptual", "fvd", "first sample", f"1-{frames}", value, "", ""
 
 
 def table(lines: Lines, protocol: str, metrics: Sequence[str] = tuple(METRICS)) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the averages in one protocol: a row per line; over all frames, with intervals, and at
-    the distances."""
+    """Return header and rows of a table of averages in one protocol, with a row per line.
+
+    Averages are over all predicted frames, with intervals, and over the first ones.
+    """
     header, rows = ["prediction / reference"], []
     for metric in metrics:
         name = NAMES[metric]
@@ -78,7 +81,7 @@ def table(lines: Lines, protocol: str, metrics: Sequence[str] = tuple(METRICS)) 
 
 
 def fvd_table(models: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the FVD of named results' first samples: a row per name, with the number of clips."""
+    """Return header and rows of a table of FVD and number of clips, for named contents of `metrics.json`."""
     any_fvd = next(iter(models.values()))["perceptual"]["fvd"]
     header = ["prediction / reference", *(f"FVD, {frames} frames" for frames in any_fvd["frames"]), "clips"]
     rows = []
@@ -91,11 +94,11 @@ def fvd_table(models: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[
 
 
 def with_interval(estimate: Mapping[str, float], digits: int) -> str:
-    """Return a value with its interval, if that has any extent: one of a single sequence has none."""
+    """Return a value as text, with its interval unless that has no extent, as for a single sequence."""
     value, low, high = (f"{estimate[key]:.{digits}f}" for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})" if estimate["low"] < estimate["high"] else value
 
 
 def write(path: Any, text: str) -> None:
-    """Write a file of results whole, or not at all."""
+    """Write a text file atomically."""
     replace_file(path, text.encode())

@@ -1,1 +1,1 @@
-"""Models over sequences: their interface, noise, long videos in chunks, step by step."""
+"""Models of sequences: their interface and noise, long videos in chunks, and use step by step."""

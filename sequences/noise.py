@@ -1,7 +1,7 @@
-"""Where randomness comes from: one key per purpose, sequence and tick.
+"""The model's randomness: a PRNG key for each purpose and sequence, and the noise of each tick.
 
-Noise belongs to a sequence, whatever batch, chunk or device it is computed in, so that nothing of it needs to be saved
-and results don't depend on how the work is divided.
+The noise of a sequence is the same in any batch or chunk and on any device. So results don't depend on how the work is
+divided, and no noise needs to be saved.
 """
 
 from collections.abc import Sequence
@@ -24,17 +24,17 @@ def key_for(purpose: str, config: Config) -> Array:
 
 
 def sequence_keys(key: Array, first: Array | int, count: int) -> Array:
-    """Return the keys of `count` sequences from number `first` on, [count]."""
+    """Return the keys of `count` sequences, from number `first` on, [count]."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(count))
 
 
 def example_keys(config: Config, first: int, count: int, sample: int) -> Array:
-    """Return the keys of one sample for each of `count` test sequences from number `first` on, [count]."""
+    """Return the keys of sample number `sample` of `count` test sequences, from number `first` on, [count]."""
     return fold_in(sequence_keys(key_for("evaluation", config), first, count), sample)
 
 
 def fold_in(keys: Array, number: Array | int) -> Array:
-    """Return keys [B] that follow from others and a number."""
+    """Fold a number into each of the keys [B]."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
@@ -44,23 +44,24 @@ def ticks(config: Config, frames: int) -> list[int]:
 
 
 class Inputs(NamedTuple):
-    """What one level's ticks take besides the frames and the level above."""
+    """The inputs of one level's ticks, except its features and the level above."""
 
     noise: Array  # [B, T_l, S], standard normal
-    keep: Array | None = None  # [T_l], multiplies the previous stoch; only with `cell_reset_state`
-    actions: Array | None = None  # [B, T, A]; only at level 0 of a model with actions
+    keep: Array | None = None  # [T_l], 0 or 1, multiplies the previous stoch; only with `cell_reset_state`
+    actions: Array | None = None  # [B, T, A], only at level 0 of a model with actions
 
 
 def draw(
     config: Config, keys: Array, frames: int, context: int = 0, actions: Array | None = None
 ) -> tuple[Inputs, ...]:
-    """Draw the inputs of each level over `frames` frames.
+    """Return the inputs of each level for T frames.
 
     Args:
-        config: for sizes, and for `cell_reset_state`.
+        config: of the model.
         keys: one PRNG key per sequence [B].
         frames: T.
-        context: the first so many of them are observed and the others imagined; both begin a reset pattern.
+        context: number of frames, at the beginning, that are observed. The others are imagined. With
+            `cell_reset_state`, the pattern of resets begins again with them.
         actions: [B, T, A], for a model with actions.
     """
     sizes = ticks(config, frames)
@@ -77,10 +78,10 @@ def draw(
 
 
 def keep_patterns(config: Config, sizes: Sequence[int]) -> list[Array | None]:
-    """Return the factors of the previous stoch for so many ticks of each level, None for ones.
+    """Return `Inputs.keep` of each level for these numbers of ticks; None: nothing is reset.
 
-    With `cell_reset_state`, as in the official code: 0, 1, 0, 1, ... over the ticks of level L-2; each level further
-    down repeats the whole pattern of the level above k times, cut to its own ticks.
+    With `cell_reset_state`, as in the official code: level L-2 has 0, 1, 0, 1, ... Each level below repeats the whole
+    pattern of the level above k times, cut to its number of ticks.
     """
     patterns: list[Array | None] = [None] * len(sizes)
     if config.cell_reset_state and config.levels > 1:
@@ -92,23 +93,26 @@ def keep_patterns(config: Config, sizes: Sequence[int]) -> list[Array | None]:
 
 
 def time_slice(config: Config, inputs: Sequence[Inputs], start: int, stop: int) -> tuple[Inputs, ...]:
-    """Cut out the ticks from frame `start` (a multiple of k**(L-1)) to frame `stop`; zeros behind an array's end."""
+    """Return the inputs of frames `start` to `stop` (exclusive), with zeros after the end of an array.
+
+    `start` is a multiple of k**(L-1).
+    """
     sliced = []
     for level, (noise, keep, actions) in enumerate(inputs):
         first = start // config.tmp_abs_factor**level
         count = -(-stop // config.tmp_abs_factor**level) - first
         sliced.append(
             Inputs(
-                cut(noise, first, count, 1),
-                None if keep is None else cut(keep, first, count, 0),
-                None if actions is None else cut(actions, first, count, 1),
+                padded_slice(noise, first, count, 1),
+                None if keep is None else padded_slice(keep, first, count, 0),
+                None if actions is None else padded_slice(actions, first, count, 1),
             )
         )
     return tuple(sliced)
 
 
 @partial(jax.jit, static_argnames=("count", "axis"))
-def cut(x: Array, first: int, count: int, axis: int) -> Array:
-    """Return x[first : first + count] along an axis, with zeros where x has ended. Compiled once for all `first`."""
+def padded_slice(x: Array, first: int, count: int, axis: int) -> Array:
+    """Return x[first : first + count] along an axis, with zeros after the end of x. Compiled once for all `first`."""
     padded = jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
     return jax.lax.dynamic_slice_in_dim(padded, first, count, axis)

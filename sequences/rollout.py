@@ -1,7 +1,7 @@
-"""Long sequences in chunks of time, so that memory doesn't grow with their length: ELBO, filtering, open loop.
+"""Long sequences in chunks of time: evidence lower bound, filtering, reconstruction, open-loop prediction.
 
-Noise is drawn for the whole sequence at once, so that results don't depend on the chunks. Videos lie on the
-host; `place` puts a part of them on the devices.
+The chunks bound the memory on the devices. Noise is drawn for the whole sequence, so results don't depend on the
+chunks. Videos are on the host; `place` copies a chunk to the devices.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,18 +14,18 @@ from jax import Array
 
 from config import Config
 from cwvae import LevelRollout
-from sequences.interface import Model
+from sequences.interface import Model, Terms
 
 Place = Callable[[Any], Any]
 
 
 def chunk_size(config: Config) -> int:
-    """Return the frames of a chunk: a training sequence's, up to whole ticks of the top level."""
+    """Return the number of frames in a chunk: `seq_len`, rounded up to whole ticks of the top level."""
     return -(-config.seq_len // config.block) * config.block
 
 
 def chunks(config: Config, frames: int, chunk: int | None, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield the first frame of each chunk and the one after its last, from frame `first` on."""
+    """Yield each chunk's first frame and the one after its last, for the frames from `first` to `frames`."""
     chunk = chunk or chunk_size(config)
     for start in range(first, frames, chunk):
         yield start, min(start + chunk, frames)
@@ -39,9 +39,8 @@ def elbo(
     chunk: int | None = None,
     place: Place = jnp.asarray,
     actions: Any = None,
-) -> dict[str, Array]:
-    """Return the terms of `CWVAE.elbo` for video [B, T, H, W, C] and actions [B, T, A], if the model takes any, with
-    noise from one PRNG key per sequence [B]."""
+) -> Terms:
+    """Return the terms of the evidence lower bound; arguments as in `observe`."""
     c, T = model.config, video.shape[1]
     inputs, state, total = model.draw(keys, T, actions=actions), None, None
     for start, stop in chunks(c, T, chunk):
@@ -63,7 +62,17 @@ def observe(
     place: Place = jnp.asarray,
     actions: Any = None,
 ) -> Iterator[tuple[LevelRollout, ...]]:
-    """Infer the states behind all frames of a video; arguments as in `open_loop`, which draws the same noise.
+    """Infer the states of all frames of a video, chunk by chunk.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        video: [B, T, H, W, C].
+        keys: one PRNG key per sequence [B]. `open_loop` draws the same noise from them.
+        use_obs: the levels that see the frames; see `CWVAE.observe`.
+        chunk: number of frames in a chunk, a multiple of k**(L-1); None: `chunk_size`.
+        place: copies arrays to the devices.
+        actions: [B, T, A], for a model with actions.
 
     Yields:
         Each level's rollout over the ticks of a chunk.
@@ -86,8 +95,10 @@ def observe(
 def reconstruct(
     model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
 ) -> Iterator[Array]:
-    """Yield the frames of a video after its context, which `predict` predicts, in chunks of time, as decoded from a
-    posterior that sees them all. The noise of the context is that of `predict`."""
+    """Yield reconstructions of the frames after the context, in chunks of time: decoded from the posterior.
+
+    The frames are those that `predict` predicts. The context has the same noise as in `predict`.
+    """
     c, T, context = model.config, video.shape[1], model.config.open_loop_ctx
     inputs = model.draw(keys, T, actions=actions)
     _, state = filter_frames(model, params, place(video[:, :context]), model.time_slice(inputs, 0, context), None)
@@ -98,10 +109,10 @@ def reconstruct(
 
 
 class OpenLoop(NamedTuple):
-    """Frames that an open loop predicts, all [B, T, H, W, C], not clipped to [0, 1]."""
+    """An open-loop prediction: frames [B, T, H, W, C], not clipped to [0, 1]."""
 
-    reconstruction: Array  # the context, as its posterior decodes it
-    prediction: Iterator[Array]  # what follows, in chunks of time
+    reconstruction: Array  # of the context frames
+    prediction: Iterator[Array]  # of the frames after the context, in chunks of time
 
 
 def open_loop(
@@ -115,18 +126,18 @@ def open_loop(
     place: Place = jnp.asarray,
     actions: Any = None,
 ) -> OpenLoop:
-    """Predict from context frames: filter them, then follow the prior at all levels (Section 3).
+    """Predict what follows context frames: filter them, then follow the prior at all levels (Section 3).
 
     Args:
         model: the model.
         params: its parameters.
-        context: [B, T, H, W, C]; T a multiple of k**(L-1). Nothing else of a video enters here.
+        context: [B, T, H, W, C], T a multiple of k**(L-1). No other frames of the video are used.
         keys: one PRNG key per sequence [B].
-        frames: to predict after the context.
-        use_obs: the levels that see the context, see `CWVAE.observe`.
-        chunk: frames predicted at a time, a multiple of k**(L-1).
-        place: puts the context on the devices.
-        actions: [B, T + frames, A] for a model that takes them, those of the context and of what follows.
+        frames: number of frames to predict after the context.
+        use_obs: the levels that see the context; see `CWVAE.observe`.
+        chunk: number of frames predicted at a time, a multiple of k**(L-1); None: `chunk_size`.
+        place: copies the context to the devices.
+        actions: [B, T + frames, A], for a model with actions: those of the context and of the predicted frames.
 
     Raises:
         ValueError: the context isn't a multiple of k**(L-1) frames.
@@ -140,7 +151,10 @@ def open_loop(
 def imagine(
     model: Model, params: Any, inputs: Any, state: Any, start: int, frames: int, chunk: int | None
 ) -> Iterator[Array]:
-    """Yield so many frames from frame `start` on, in chunks of time that are all of one size: compiled once."""
+    """Yield `frames` predicted frames from frame `start` on, in chunks.
+
+    All chunks are computed at the same size, so that the model is compiled once; the last one is then cut.
+    """
     size = chunk or chunk_size(model.config)
     for first in range(start, start + frames, size):
         predicted, state = imagine_frames(model, params, model.time_slice(inputs, first, first + size), state)
@@ -150,7 +164,7 @@ def imagine(
 def predict(
     model: Model, params: Any, video: Any, keys: Array, place: Place = jnp.asarray, actions: Any = None
 ) -> OpenLoop:
-    """Predict one sample of the frames of a video after its context (`open_loop_ctx`, `use_obs`), see `open_loop`."""
+    """Predict the frames of a video after its context (`open_loop_ctx`, `use_obs`): one sample; see `open_loop`."""
     c, T = model.config, model.config.open_loop_ctx
     frames = video.shape[1] - T
     return open_loop(model, params, video[:, :T], keys, frames, c.use_obs, place=place, actions=actions)
@@ -158,18 +172,19 @@ def predict(
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="use_obs")
 def apply(model: Model, method: str, params: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Call a method of the model, compiled."""
+    """Return the result of a method of the model, compiled."""
     return model.apply(params, *arguments, method=method, **keywords)
 
 
 @partial(jax.jit, static_argnums=(0, 4))
 def filter_frames(model: Model, params: Any, video: Array, inputs: Any, use_obs: str | None, state: Any = None) -> Any:
-    """Return a chunk as its posterior decodes it, and the state behind it. Its rollouts would cost time to compile."""
+    """Return the reconstruction of a chunk and the state after it. Returning rollouts would take time to compile."""
     rollouts, state = model.apply(params, video, inputs, state, use_obs, method="observe")
     return model.apply(params, rollouts, method="decode"), state
 
 
 @partial(jax.jit, static_argnums=0)
 def imagine_frames(model: Model, params: Any, inputs: Any, state: Any) -> Any:
+    """Return the frames that follow a state, as many as the inputs are for, and the state after them."""
     rollouts, state = model.apply(params, inputs, state, method="imagine")
     return model.apply(params, rollouts, method="decode"), state

@@ -1,1 +1,1 @@
-"""What a program needs of the machine: devices, checkpoints on disk, logs, signals."""
+"""The interface to the machine: devices, checkpoints, logs, files and signals."""

@@ -1,6 +1,6 @@
-"""Checkpoints that are what was saved, or are said not to be: Orbax, plus a checksum.
+"""Checkpoints by Orbax, with a checksum that detects damage.
 
-Several processes make each call together, on a file system that they share; the first one writes.
+Several processes make each call together, on a file system that they share. The first one writes.
 """
 
 import json
@@ -15,25 +15,32 @@ import numpy as np
 
 from config import ConfigError
 from system.files import require_utf8
+from system.interrupts import uninterrupted
 
 
 class DamagedCheckpoint(ConfigError):
-    """A checkpoint that isn't what was saved."""
+    """The error of a checkpoint that differs from what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints in a directory: the newest two, and forever one of each `keep_every` steps (None: all)."""
+    """The checkpoints in a directory.
 
+    The newest two are kept, and one every `keep_every` steps forever. With None, all are kept.
+    """
+
+    # Orbax 0.12.8 may turn an exception that a signal raises in it into another one, lose it, or wait forever.
+    @uninterrupted()
     def __init__(self, directory: Path, keep_every: int | None = None):
         """Open the directory, or make it.
 
         Raises:
             ConfigError: its path isn't UTF-8.
+            DamagedCheckpoint: the metadata of a checkpoint are damaged.
         """
         require_utf8("logdir", directory.absolute())
         from orbax.checkpoint import v1 as ocp  # slow to import
 
-        for name in "absl", "asyncio":  # what fails is told here, in one line
+        for name in "absl", "asyncio":  # failures are reported in one line by this module
             logging.getLogger(name).setLevel(logging.CRITICAL)
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(2), policies.EveryNSteps(keep_every)] if keep_every else [policies.PreserveAll()]
@@ -44,11 +51,11 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=keep_every is not None,
             )
-        except (TypeError, ValueError) as error:  # of metadata that are JSON, but not Orbax's
+        except (TypeError, ValueError) as error:  # metadata that are JSON, but not Orbax's
             reason = " ".join(str(error).split())
             raise DamagedCheckpoint(
                 f"checkpoint: one in {self.directory} is damaged ({reason}); remove the one whose _CHECKPOINT_METADATA "
-                "isn't like the others'"
+                "differs from the others"
             ) from error
 
     def __enter__(self) -> "Checkpoints":
@@ -56,54 +63,59 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Wait until all is written."""
+        """Wait until all checkpoints are written."""
         try:
             self.orbax.close()
         except Exception as error:
-            tell(error)
+            warn(error)
         finally:
             sys.unraisablehook = self.earlier_hook
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Leave out what Orbax's threads say after a failed write, a trace for each array; `tell` tells of it."""
+        """Suppress the traces that Orbax's threads print after a failed write; `warn` reports the failure."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self.earlier_hook(unraisable)
 
     @property
     def steps(self) -> list[int]:
+        """The steps of the checkpoints, in order."""
         return [info.step for info in self.orbax.checkpoints]
 
     def save(self, step: int, state: Any, **notes: Any) -> None:
-        """Save a pytree of arrays, and notes that JSON can hold. Return once it is copied; a thread writes it.
+        """Save a pytree of arrays, with notes that JSON can hold.
 
-        If a save fails (disk full, say), that is told in a line, here or at the next call; earlier checkpoints stay.
+        Return once the arrays are copied; a thread writes them. If that fails, for example because the disk is full,
+        this call or the next one prints a warning. Earlier checkpoints are kept.
         """
-        host = jax.tree.map(lambda x: np.array(x), state)  # a copy: the devices' memory is donated to the next step
+        host = jax.tree.map(lambda x: np.array(x), state)  # a copy, because the next step reuses the devices' memory
         metadata = {"checksum": checksum(host, notes), "notes": notes}
-        for _ in range(2):  # the failure of the save before comes up in the first try
+        for _ in range(2):  # the first try raises the failure of the save before
             try:
                 self.orbax.save_async(step, host, force=True, overwrite=True, custom_metadata=metadata)
                 return
             except Exception as error:
-                tell(error)
+                warn(error)
 
+    @uninterrupted()
     def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Return what was saved at `step`: a pytree of numpy arrays of the shapes and dtypes of `like`, and the notes.
+        """Return the state and the notes that were saved at `step`.
+
+        The state is a pytree of numpy arrays with the shapes and dtypes of `like`.
 
         Raises:
-            DamagedCheckpoint: it isn't there whole, is of other shapes, or fails its checksum.
-            ConfigError: it may not be read.
+            DamagedCheckpoint: it is incomplete, has other shapes, or fails its checksum.
+            ConfigError: the user may not read it.
         """
         path = self.directory / str(step)
         try:
             state = self.orbax.load(step, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like))
             metadata = self.orbax.metadata(step).custom_metadata
-            # Orbax doesn't compare shapes.
+            # Orbax itself doesn't compare shapes.
             assert [x.shape for x in jax.tree.leaves(state)] == [x.shape for x in jax.tree.leaves(like)]
             expected, notes = metadata["checksum"], metadata["notes"]
-        except PermissionError as error:  # falling back would replace it
+        except PermissionError as error:  # not damaged: falling back to an older one would overwrite it
             raise ConfigError(f"checkpoint: {path} can't be read ({error.strerror}); permit it") from error
-        except Exception as error:  # whatever Orbax meets in a damaged file; its texts mislead
+        except Exception as error:  # Orbax raises all kinds for a damaged file, with misleading texts
             raise DamagedCheckpoint(
                 f"checkpoint: {path} is damaged or of another model ({type(error).__name__}); choose another"
             ) from error
@@ -111,22 +123,23 @@ class Checkpoints:
             raise DamagedCheckpoint(f"checkpoint: {path} is damaged (its checksum isn't the saved one); choose another")
         return state, notes
 
+    @uninterrupted()
     def notes(self, step: int) -> dict[str, Any]:
-        """Return the notes of what was saved at `step`, without its arrays, and so without the checksum's test.
+        """Return the notes that were saved at `step`, without a check of the arrays and the checksum.
 
         Raises:
             DamagedCheckpoint: they can't be read.
         """
         try:
             return self.orbax.metadata(step).custom_metadata["notes"]
-        except Exception as error:  # whatever Orbax meets in a damaged file
+        except Exception as error:  # Orbax raises all kinds for a damaged file
             path = self.directory / str(step)
             raise DamagedCheckpoint(
                 f"checkpoint: {path} is damaged ({type(error).__name__}); choose another"
             ) from error
 
     def load_newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Return step, state and notes of the newest intact checkpoint, if any. Say which newer ones are damaged."""
+        """Return step, state and notes of the newest intact checkpoint, if any. Print which newer ones are damaged."""
         for step in reversed(self.steps):
             try:
                 return step, *self.load(step, like)
@@ -135,12 +148,13 @@ class Checkpoints:
         return None
 
 
-def tell(error: Exception) -> None:
-    print(f"Warning: a checkpoint couldn't be saved ({' '.join(str(error).split())[:200]}); earlier ones stay")
+def warn(error: Exception) -> None:
+    """Print a warning about a checkpoint that couldn't be saved."""
+    print(f"Warning: a checkpoint couldn't be saved ({' '.join(str(error).split())[:200]}); earlier ones are kept")
 
 
 def checksum(tree: Any, notes: dict[str, Any]) -> int:
-    """Return a checksum of the bytes of all leaves, their places in the tree, and the notes."""
+    """Return a checksum of the bytes and paths of all leaves, and of the notes."""
     crc = zlib.crc32(json.dumps(notes, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         crc = zlib.crc32(

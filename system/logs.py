@@ -1,4 +1,4 @@
-"""What a training tells: metrics.jsonl, TensorBoard, wandb, a progress bar. None of their failures stops it."""
+"""The logs of a training: metrics.jsonl, TensorBoard, wandb, a progress bar. If one fails, training continues."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from system.tensorboard import Events
 
 
 class Log:
-    """The metrics of a run: one line of `metrics.jsonl` per log, and what is asked for of TensorBoard and wandb.
+    """The log of a run: a line of `metrics.jsonl` per step, and TensorBoard and wandb if they are asked for.
 
-    `last` is the last step that had been logged when it was opened, 0 if none had.
+    `last` is the last step in the log when it was opened, 0 if there was none.
     """
 
     def __init__(self, directory: Path, step: int, wandb_run: Any | None = None, tensorboard: bool = False):
-        """Open the log of a run that stands at `step`; drop lines of later steps, which will come again."""
+        """Open the log of a run at `step`. Lines of later steps are dropped, since these steps are repeated."""
         self.path = directory / "metrics.jsonl"
         self.wandb_run = wandb_run
         self.unwritten: list[str] = []
@@ -35,14 +35,15 @@ class Log:
         if kept != lines:
             replace_file(self.path, "".join(kept).encode())
         self.last = step_of(kept[-1]) if kept else 0
-        self.sent = max(map(step_of, lines), default=0)
-        """The last step that wandb has been told, since it would take a step that comes again for a later one."""
+        self.last_sent = max(map(step_of, lines), default=0)
+        """The last step that was sent to wandb, which would count a repeated step as a later one."""
         self.events = Events(directory) if tensorboard else None
         if self.events:
             for values in map(json.loads, kept):
                 self.events.metrics(values.pop("step"), values)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the metrics of a step."""
         self.unwritten.append(json.dumps({"step": step, **values}) + "\n")
         size = None
         try:
@@ -50,43 +51,47 @@ class Log:
                 size = file.tell()
                 file.write("".join(self.unwritten).encode())
             self.unwritten.clear()
-        except OSError as error:  # disk full, say: these lines go with the next ones
+        except OSError as error:  # for example a full disk: the next call writes these lines, too
             if size is not None:
                 os.truncate(self.path, size)
             print(f"Warning: {self.path} can't be written ({error.strerror}); training continues")
         if self.events:
             self.events.metrics(step, values)
-        self._to_wandb(dict(values), step)
+        self._to_wandb(lambda: dict(values), step)
 
     def gif(self, step: int, name: str, path: Path) -> None:
-        if self.events:
-            self.events.gif(step, name, path)
-        if self.wandb_run is not None:
+        """Log a video of a step."""
+
+        def video() -> dict[str, Any]:
             import wandb
 
-            self._to_wandb({name: wandb.Video(str(path), format="gif")}, step)
+            return {name: wandb.Video(str(path), format="gif")}
+
+        if self.events:
+            self.events.gif(step, name, path)
+        self._to_wandb(video, step)
 
     def close(self) -> None:
         if self.events:
             self.events.close()
 
-    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
-        if self.wandb_run is None or step <= self.sent:
+    def _to_wandb(self, values: Callable[[], dict[str, Any]], step: int) -> None:
+        if self.wandb_run is None or step <= self.last_sent:
             return
         try:
-            self.wandb_run.log(values, step=step)
-        except Exception as error:  # whatever happens there
-            print(f"Warning: wandb failed ({' '.join(str(error).split())}); training continues without it")
+            self.wandb_run.log(values(), step=step)
+        except Exception as error:
+            warn_of_wandb(error, "training continues without it")
             self.wandb_run = None
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return a file's lines; bytes that aren't text, as after a power cut, belong to none that is whole."""
+    """Return the lines of a log, [] if there is no file. Bytes that aren't text, as after a power cut, are replaced."""
     return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def step_of(line: str) -> int:
-    """Return the step of a line of `metrics.jsonl`, -1 if it isn't whole."""
+    """Return the step of a line of `metrics.jsonl`, -1 if the line is damaged."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else -1
     except (ValueError, KeyError, TypeError):
@@ -97,25 +102,31 @@ def step_of(line: str) -> int:
 
 
 def with_sweep(config: Config) -> Config:
-    """Return the configuration with a sweep's values in place of its own, if wandb's agent started this program.
+    """Return the configuration with the values of a sweep, if wandb's agent started this program.
 
-    The agent's run is started for it. Other runs are started by `start_wandb`, once their directory is locked.
+    This starts the wandb run of the agent, since it holds the values. Other wandb runs are started once the run's
+    directory is locked.
 
     Raises:
-        ConfigError: a sweep's key or value can't work, or all of its runs would have one name.
+        ConfigError: wandb can't start, a key or value of the sweep can't work, or all of its runs would have one name.
     """
     if config.wandb == "disabled" or "WANDB_SWEEP_ID" not in os.environ:
         return config
     if config.name is not None:
         raise ConfigError(f"name: the runs of a sweep can't share one, got {config.name!r}; leave it out")
-    run = start_wandb(config)
+    try:
+        run = start_wandb(config)
+    except Exception as error:  # without the sweep's values, another configuration would be trained
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"wandb: the sweep's values can't be read ({reason}); start the agent again") from error
     return config if run is None else config.updated(dict(run.config), "wandb")
 
 
 def start_wandb(config: Config, directory: Path | None = None) -> Any | None:
-    """Start a wandb run, or resume that of a run directory; name it, and remember it there.
+    """Start a wandb run, or resume that of a run directory, where its id is saved.
 
-    Without a login, `auto` runs offline and says so: nobody is asked for a key. WANDB_MODE, if set, decides for `auto`.
+    The mode `auto` is that of WANDB_MODE, if set. Otherwise it is online with an API key, and offline without: nobody
+    is asked for a key. Exceptions of wandb are passed on.
 
     Returns:
         The run, or None if wandb is disabled.
@@ -146,8 +157,22 @@ def start_wandb(config: Config, directory: Path | None = None) -> Any | None:
     return run
 
 
+def try_start_wandb(config: Config, directory: Path) -> Any | None:
+    """Start the wandb run of a training as `start_wandb`. If wandb fails, print a warning and return None."""
+    try:
+        return start_wandb(config, directory)
+    except Exception as error:
+        warn_of_wandb(error, "training continues without it")
+        return None
+
+
+def warn_of_wandb(error: Exception, consequence: str) -> None:
+    """Print a warning about an exception of wandb, which can be of any type."""
+    print(f"Warning: wandb failed ({' '.join(str(error).split())}); {consequence}")
+
+
 def online_or_offline() -> str:
-    """Return wandb's mode by whether an API key is configured; say so if none is."""
+    """Return wandb's mode: online if an API key is configured, else offline, with a printed line."""
     import wandb
 
     try:
@@ -162,7 +187,7 @@ def online_or_offline() -> str:
 
 @contextlib.contextmanager
 def wandb_session() -> Iterator[None]:
-    """End the wandb run that was started inside, if any, as finished, or after an exception as failed."""
+    """End the wandb run that was started inside, if any: as finished, or after an exception as failed."""
     try:
         yield
     except BaseException:
@@ -172,29 +197,33 @@ def wandb_session() -> Iterator[None]:
 
 
 def finish_wandb(exit_code: int) -> None:
+    """End the current wandb run, if any. If wandb fails, print a warning."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.run.finish(exit_code=exit_code)
+        try:
+            wandb.run.finish(exit_code=exit_code)
+        except Exception as error:
+            warn_of_wandb(error, "its run may be incomplete")
 
 
 # ---------------------------------------------------------------------------------------------- progress
 
 
-class Overall:
-    """How far several trainings are: "3 of 12 done, 40 min left"."""
+class OverallProgress:
+    """The progress of several trainings, as text: "3 of 12 done, 40 min left"."""
 
     def __init__(self, work: Sequence[float]):
-        """Begin the first; `work` is how long each takes, as a multiple of anything."""
+        """Begin the first training. `work` is how long each training takes, in any unit."""
         self.work, self.finished, self.done, self.seconds = work, 0, 0.0, 0.0
-        self.begun = time.monotonic()
+        self.start = time.monotonic()
 
     def update(self, share: float) -> None:
-        """Count one as finished, of which this start did only a `share`, and begin the next."""
+        """Count a training as finished, and begin the next one. This start of the program did a `share` of it."""
         now = time.monotonic()
         if share > 0:
             self.done += share * self.work[self.finished]
-            self.seconds += now - self.begun
-        self.begun = now
+            self.seconds += now - self.start
+        self.start = now
         self.finished += 1
 
     def __str__(self) -> str:
@@ -206,15 +235,15 @@ class Overall:
         return f"{text}, {f'{minutes / 60:.1f} h' if minutes > 90 else f'{max(1, round(minutes))} min'} left"
 
 
-SLOW = 30.0
-"""Seconds of a step from which on it is said how long all of them take."""
+SLOW_STEP = 30.0
+"""If a step takes more seconds, the time of all steps is printed."""
 
 
 class Progress:
     """A progress bar that counts finished steps, and keeps the loop from running ahead of the devices.
 
-    At most two steps are in flight: so the bar shows where the training stands, a signal is followed by a checkpoint
-    soon, and no more batches are held than these need.
+    At most two steps are in progress. Thus the bar shows the true progress, a checkpoint soon follows a signal, and few
+    batches are in memory.
     """
 
     def __init__(self, step: int, steps: int, frames_per_step: int, shown: bool = True):
@@ -230,14 +259,14 @@ class Progress:
             dynamic_ncols=True,
         )
         self.losses: deque[Any] = deque()
-        self.begun: float | None = None
-        """When the first step was compiled."""
-        self.first = True
+        self.start: float | None = None
+        """The time when the first step had been compiled."""
+        self.is_first = True
 
     def update(self, loss: Array) -> None:
-        """Count a step that was begun, by the loss that it will have; wait until the one before is finished."""
-        if self.begun is None:
-            self.begun = time.monotonic()
+        """Take the future loss of a step that was started, and wait until the step before is finished."""
+        if self.start is None:
+            self.start = time.monotonic()
             self.bar.set_description("first step")
         self.losses.append(loss)
         while len(self.losses) > 1 or (self.losses and self.losses[0].is_ready()):
@@ -245,8 +274,8 @@ class Progress:
 
     def _finish(self, loss: Array) -> None:
         loss.block_until_ready()
-        if self.first and self.begun is not None:
-            self._finish_first(time.monotonic() - self.begun)
+        if self.is_first and self.start is not None:
+            self._finish_first(time.monotonic() - self.start)
         elif self.bar.update():
             rate = self.bar.format_dict["rate"] or 0
             self.bar.set_postfix_str(
@@ -254,8 +283,8 @@ class Progress:
             )
 
     def _finish_first(self, seconds: float) -> None:
-        """Count the first step without its time, in which things were compiled."""
-        self.first = False
+        """Count the first step, but not its time, which includes compilation."""
+        self.is_first = False
         if self.bar.disable:
             return
         self.bar.n += 1
@@ -264,7 +293,7 @@ class Progress:
         self.bar.unpause()
         self.bar.refresh()
         left = self.steps - self.bar.n
-        if seconds > SLOW and left:
+        if seconds > SLOW_STEP and left:
             self.bar.write(
                 f"A step takes {seconds:.0f} s, so the {left:,} steps left take {left * seconds / 86400:.1f} days; "
                 "lower --batch_size, --seq_len or --max_steps, or use an accelerator"

@@ -1,5 +1,7 @@
-"""TensorBoard's event files of a run, written with tensorboardX, which is optional: it brings neither TensorFlow nor
-TensorBoard."""
+"""TensorBoard's event files of a run.
+
+They are written with the optional package tensorboardX, which needs neither TensorFlow nor TensorBoard.
+"""
 
 import contextlib
 import importlib.util
@@ -14,7 +16,7 @@ from config import Config, ConfigError
 
 
 def require_tensorboard(config: Config) -> None:
-    """Raise a ConfigError if event files are asked for, and what writes them isn't installed."""
+    """Raise ConfigError if event files are asked for, but tensorboardX isn't installed."""
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ConfigError(
             "tensorboard: needs tensorboardX, which isn't installed; call pip install tensorboardX, or leave "
@@ -23,64 +25,65 @@ def require_tensorboard(config: Config) -> None:
 
 
 class Events:
-    """The event files: metrics in the run's directory, videos in its `videos/`.
+    """The event files of a run: metrics in its directory, videos in its `videos/`.
 
-    `Log` writes the metrics of earlier starts again: they are always those of `metrics.jsonl`, no step twice and none
-    missing, even if those starts wrote no event files. Videos are large, and written once.
+    `Log` writes the metrics of earlier starts again, so that they are always those of `metrics.jsonl`: no step is
+    missing or repeated, even if an earlier start wrote no event files. Videos are large, and are written once.
     """
 
     def __init__(self, directory: Path):
-        """Replace the event files of a run's directory, but not those of its videos, by an empty one."""
+        """Replace the event files of metrics in a run's directory by an empty one. Those of videos are kept."""
         for path in directory.glob("events.out.tfevents.*"):
             path.unlink()
-        self.metrics_writer: Any = writer(directory)
+        self.metrics_writer: Any = open_writer(directory)
         self.video_writer: Any = None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Write metrics, rounded to float32, as TensorBoard has them."""
+        """Write the metrics of a step. TensorBoard rounds them to float32."""
         from tensorboardX import summary
 
-        with self._stopping_nothing():
+        with self._warn_on_failure():
             for name, value in values.items():
-                add(self.metrics_writer, step, summary.scalar(name, value))
+                add_summary(self.metrics_writer, step, summary.scalar(name, value))
             self.metrics_writer.flush()
 
     def gif(self, step: int, name: str, path: Path) -> None:
-        """Write a video as it is: TensorBoard plays GIFs. (tensorboardX itself would need moviepy to make one.)"""
+        """Write a GIF as it is, since TensorBoard plays GIFs. (tensorboardX itself would need moviepy to make one.)"""
         from tensorboardX.proto.summary_pb2 import Summary
 
-        with self._stopping_nothing():
+        with self._warn_on_failure():
             with Image.open(path) as gif:
                 width, height = gif.size
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
             if self.video_writer is None:
-                self.video_writer = writer(path.parent, f".{step}")
-            add(self.video_writer, step, Summary(value=[Summary.Value(tag=name, image=image)]))
+                self.video_writer = open_writer(path.parent, f".{step}")
+            add_summary(self.video_writer, step, Summary(value=[Summary.Value(tag=name, image=image)]))
             self.video_writer.flush()
 
     @contextlib.contextmanager
-    def _stopping_nothing(self) -> Iterator[None]:
+    def _warn_on_failure(self) -> Iterator[None]:
+        """Print a warning if event files can't be written."""
         try:
             yield
         except OSError as error:
             print(f"Warning: TensorBoard's event files can't be written ({error.strerror}); training continues")
 
     def close(self) -> None:
-        for opened in self.metrics_writer, self.video_writer:
-            if opened is not None:
-                with self._stopping_nothing():
-                    opened.close()
+        for writer in self.metrics_writer, self.video_writer:
+            if writer is not None:
+                with self._warn_on_failure():
+                    writer.close()
 
 
-def writer(directory: Path, suffix: str = "") -> Any:
-    """Open a new event file, whose name has the time, the host and the suffix."""
+def open_writer(directory: Path, suffix: str = "") -> Any:
+    """Open a new event file. Its name contains the time, the host and the suffix."""
     from tensorboardX.event_file_writer import EventsWriter
 
     return EventsWriter(str(directory / "events"), suffix)
 
 
-def add(writer: Any, step: int, summary: Any) -> None:
-    """Write a summary of a step, with the time of now."""
+def add_summary(writer: Any, step: int, summary: Any) -> None:
+    """Write a summary of a step, with the current time."""
     from tensorboardX.proto.event_pb2 import Event
 
     writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))

@@ -1,4 +1,4 @@
-"""What the tests share: the import path, a tiny configuration."""
+"""The import path, fixtures and a tiny configuration, for all tests."""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-# Compiling takes most of the time of tiny models: so it is done soon, and once for all tests and programs of theirs.
+# Compiling takes most of the time of tiny models. So compiled programs aren't optimised, and all tests share them.
 os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
 }
 OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-"""For programs that are to be run just as users run them."""
+"""The environment of programs that are run as users run them."""
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -36,7 +36,7 @@ from sequences.interface import Model  # noqa: E402
 from training import models, runs  # noqa: E402
 from training.step import make_train_step  # noqa: E402
 
-# JAX keeps much, and tracing would search it for garbage again and again.
+# JAX keeps many objects. Without higher thresholds, tracing makes Python search them for garbage again and again.
 gc.set_threshold(100_000, 50, 50)
 
 TINY = dict(
@@ -63,23 +63,23 @@ TINY = dict(
 
 
 def tiny_keys(model: str) -> dict:
-    """Those keys of TINY that a model reads."""
+    """Return the keys of TINY that a model reads."""
     return {key: value for key, value in TINY.items() if key in configuration.read_by(model)}
 
 
 def flags(**keys) -> list[str]:
-    """A tiny configuration as a program's flags."""
+    """Return a tiny configuration as a program's flags."""
     return [f"--{key}={'null' if value is None else value}" for key, value in (TINY | keys).items()]
 
 
 def log_of(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
+    """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @contextlib.contextmanager
 def full_disk(size=20_000):
-    """Files can't grow beyond 20 kB: writes fail in the system, as they do on a full disk."""
+    """Limit files to `size` bytes within the block: longer writes fail in the system, as on a full disk."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -92,9 +92,9 @@ def full_disk(size=20_000):
 
 @pytest.fixture(autouse=True, scope="session")
 def compile_once():
-    """Trainings that differ only in what the model and its training step don't depend on share what was compiled.
+    """Share compiled functions between configurations that differ only in keys that don't change them.
 
-    The dataset that takes all numbers of channels stands for all.
+    All get the dataset `videos`, which takes any number of channels.
     """
 
     def model(config: Config) -> Model:
@@ -117,7 +117,10 @@ def compile_once():
 
 @pytest.fixture(autouse=True)
 def room_for_compiled_programs():
-    """Linux allows a process 65,530 memory mappings. What XLA compiles takes them, and without any left it crashes."""
+    """Forget compiled programs before their memory mappings run out.
+
+    Linux allows a process 65,530 mappings, and XLA crashes if none is left.
+    """
     yield
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > 45_000:
@@ -126,13 +129,13 @@ def room_for_compiled_programs():
 
 @pytest.fixture
 def tiny(tmp_path) -> Config:
-    """A configuration that compiles and trains in seconds."""
+    """Return a configuration that compiles and trains in seconds."""
     return Config(**TINY, logdir=str(tmp_path / "logs"), datadir=str(tmp_path / "datasets"))
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The run directory of a tiny training, with checkpoints at steps 2 and 4. Not to be written to: see `run`."""
+    """Return the run directory of a tiny training, with checkpoints at steps 2 and 4. Tests that write to it use `run`."""
     folder = tmp_path_factory.mktemp("trained")
     c = Config(**TINY, logdir=str(folder / "logs"), datadir=str(folder / "datasets"))
     c = dataclasses.replace(c, save_model_every=2, save_named_model_every=2)
@@ -142,5 +145,5 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of the trained run, in a root directory of its own."""
+    """Return a copy of the trained run, in its own log directory."""
     return Path(shutil.copytree(trained, tmp_path / "logs" / trained.parent.name / trained.name))

@@ -1,4 +1,4 @@
-"""Models, videos and results that several test modules make."""
+"""Models, videos and results that several test modules need."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ import numpy as np
 from conftest import TINY
 
 import config as configuration
+import eval as evaluation
 import tools
 from config import Config
 from cwvae import CWVAE
@@ -19,7 +20,7 @@ TINY_MODEL = {key: TINY[key] for key in TINY if key.startswith(("cell", "enc", "
 
 
 def make(T, B=2, dtype=np.float32, **keys):
-    """A model, random parameters (biases too), a video, noise and actions."""
+    """Return a configuration, its model, random parameters (also of biases), a video and inputs."""
     c = Config(**{**TINY_MODEL, "open_loop_ctx": keys.get("tmp_abs_factor", 6) ** (keys.get("levels", 3) - 1), **keys})
     model, action_size = CWVAE(c), c.action_size
     random = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def make(T, B=2, dtype=np.float32, **keys):
 
 
 class Compiled:
-    """A model whose methods are compiled whole: op by op takes longer than the computation."""
+    """A model whose methods are compiled as a whole. Running them op by op takes longer."""
 
     def __init__(self, model):
         self.module, self.config = model, model.config
@@ -55,10 +56,12 @@ class Compiled:
 
 
 def parameters(state):
+    """Return a state's arrays on the host."""
     return jax.tree.map(np.asarray, state)
 
 
 def assert_same(a, b):
+    """Check that two trees of arrays are equal to the bit."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -71,7 +74,7 @@ ROOMS = {
 
 
 def walk(rooms, frames=20, seed=0):
-    """A video of walls and floor in the rooms' colours; the horizon and the light vary from frame to frame."""
+    """Return a video of walls and floors in the rooms' colours. The horizon and the light vary from frame to frame."""
     random = np.random.default_rng(seed)
     video = np.zeros((len(rooms) * frames, 64, 64, 3))
     for t in range(len(video)):
@@ -82,13 +85,25 @@ def walk(rooms, frames=20, seed=0):
     return (video + random.normal(0, 6, video.shape)).clip(0, 255).astype(np.uint8)
 
 
-def write_evaluation(directory, seed, frames=True, truth=0, **keys):
-    """Write what eval.py leaves, of planted curves and frames."""
+def evaluate(run, *flags):
+    """Evaluate a run as eval.py does; return the directory of the evaluation and its results."""
+    before = set(run.glob("eval_*"))
+    results = evaluation.evaluate(*evaluation.parse(["--logdir", str(run), *flags]))
+    (directory,) = set(run.glob("eval_*")) - before
+    return directory, results
+
+
+def write_evaluation(directory, seed, frames=True, truth=0, quality=None, **keys):
+    """Write an evaluation with planted curves and frames.
+
+    Curves are random in [0, 1], or close to `quality`. The true frames have the grey level `truth`.
+    """
     random = np.random.default_rng(seed)
+    low, high = (0, 1) if quality is None else (quality, quality + 0.01)
     names = ["prediction", *statistics.REFERENCES.values()]
     lines = {
         protocol: {
-            metric: {name: statistics.summary(random.uniform(size=(4, 12))) for name in names}
+            metric: {name: statistics.summary(random.uniform(low, high, (4, 12))) for name in names}
             for metric in statistics.METRICS
         }
         for protocol in similarity.PROTOCOLS

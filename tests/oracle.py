@@ -1,7 +1,7 @@
-"""The model in textbook form: one frame, one level, one tick at a time, inputs concatenated, each gate a matmul of its own.
+"""The model in textbook form: one frame, level and tick at a time, concatenated inputs, a separate matmul for each gate.
 
-Shares parameters and noise with the fast model and nothing else; slow, and meant to be obviously right. What is compiled
-depends on few keys, so that configurations share it.
+It shares only parameters and noise with the fast model. It is slow, and meant to be obviously right. Its compiled
+functions depend on few keys, so that configurations share them.
 """
 
 import math
@@ -17,18 +17,18 @@ def dense(p, x):
 
 
 def conv(p, x):
-    """4x4, stride 2, no padding."""
+    """Convolve with 4x4 kernels, stride 2 and no padding."""
     out = jax.lax.conv_general_dilated(x, p["kernel"], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     return out + p["bias"]
 
 
 def conv_transpose(p, x):
-    """Stride 2, no padding. JAX's convention has the kernel the other way round."""
+    """Apply a transposed convolution with stride 2 and no padding. JAX's convention flips the kernel."""
     return jax.lax.conv_transpose(x, p["kernel"][::-1, ::-1], (2, 2), "VALID") + p["bias"]
 
 
 def conv_transpose_by_hand(p, x):
-    """Each input pixel adds its value times the kernel to the output, from twice its position on."""
+    """Add each input pixel's value times the kernel to the output, at twice the pixel's position."""
     size, outputs = p["kernel"].shape[0], p["kernel"].shape[-1]
     N, H, W, _ = x.shape
     out = jnp.zeros((N, 2 * (H - 1) + size, 2 * (W - 1) + size, outputs))
@@ -44,7 +44,7 @@ def leaky_relu(x):
 
 @jax.jit
 def convolved(p, video):
-    """A list over frames of [B, F]."""
+    """Return the features of each frame, a list of [B, F]."""
     B, T = video.shape[:2]
     x = video.reshape(B * T, *video.shape[2:])
     for i in range(4):
@@ -61,7 +61,7 @@ def tower(layers, x):
 
 
 def encode(c, p, video):
-    """Features of each level: a list over levels of lists over ticks of [B, F]."""
+    """Return the features of each level: a list over levels of lists over ticks of [B, F]."""
     per_frame = convolved({name: p[name] for name in p if name.startswith("conv")}, video)
     features = [per_frame]
     for level in range(1, c.levels):
@@ -74,7 +74,7 @@ def encode(c, p, video):
 
 @jax.jit
 def decode(p, output):
-    """[N, S + D] -> [N, H, W, C]"""
+    """Decode states [N, S + D] to frames [N, H, W, C]."""
     x = dense(p["dense"], output)[:, None, None]
     for i in range(3):
         x = leaky_relu(conv_transpose(p[f"conv_{i}"], x))
@@ -82,7 +82,7 @@ def decode(p, output):
 
 
 def gru(p, inputs, state):
-    """Flax's own cell."""
+    """Apply Flax's own cell."""
     D = state.shape[-1]
     ir, iz, i_n = jnp.split(p["input_kernel"], 3, 1)
     br, bz, bn = jnp.split(p["input_bias"], 3)
@@ -103,7 +103,7 @@ def stats(min_stddev, p, h):
 
 
 def tick(c, p, z, h, context, features, noise):
-    """One transition; features None: blind. Returns prior, posterior, z, h."""
+    """Return prior, posterior, z and h after one transition. Without features, the level is blind."""
     return transition(c.cell_min_stddev, c.cell_mean_only, p, z, h, context, features, noise)
 
 
@@ -122,7 +122,7 @@ def transition(min_stddev, mean_only, p, z, h, context, features, noise):
 
 
 def reset_pattern(c, sizes):
-    """0, 1, 0, 1, ... at level L-2, repeated k times (and cut) for each level further down; ones at the top."""
+    """Return 0, 1, 0, 1, ... at level L-2, repeated k times (and cut) for each level below it; ones at the top level."""
     patterns = [[1.0] * size for size in sizes]
     if c.cell_reset_state and c.levels > 1:
         pattern = [float(t % 2) for t in range(sizes[-2])]
@@ -133,7 +133,10 @@ def reset_pattern(c, sizes):
 
 
 def unroll(c, params, T, noise, features, actions=None):
-    """All levels over T frames from zeros; features: per level a list over ticks, or None where the level is blind."""
+    """Unroll all levels over T frames from zeros.
+
+    `features` has a list over ticks for each level, or None for a blind level.
+    """
     B = noise[0].shape[0]
     S, D = c.cell_stoch_size, c.cell_deter_size
     sizes = [math.ceil(T / c.tmp_abs_factor**level) for level in range(c.levels)]
@@ -163,7 +166,7 @@ def kl(q, p):
 
 
 def elbo(c, params, video, noise, actions=None, use_obs=None):
-    """Everything that the fast model's `elbo` and `observe` say, and the frames."""
+    """Return the terms of the fast model's `elbo`, the states of its `observe`, and the frames."""
     B, T = video.shape[:2]
     features = encode(c, params["encoder"], video)
     features = [x if letter == "T" else None for x, letter in zip(features, use_obs or "T" * c.levels, strict=True)]

@@ -1,4 +1,4 @@
-"""Each analysis as a user runs it, on a tiny model, and on models and figures with planted behaviour."""
+"""Each analysis as a user runs it: on a tiny model, and on models and figures with planted behaviour."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, full_disk
-from helpers import walk
+from helpers import walk, write_evaluation
 from PIL import Image
 
 import analysis
@@ -29,8 +29,7 @@ from analyses.compare import find_results
 from analyses.worker import Worker
 from config import ConfigError
 from cwvae import CWVAE
-from metrics import similarity
-from report import statistics, tables
+from report import tables
 from sequences import rollout
 from sequences.noise import draw, example_keys, time_slice
 from system.devices import Devices
@@ -39,7 +38,7 @@ from training.step import make_state
 
 
 def call(command, *arguments):
-    """Runs a command that writes below the first run, or to --out; returns that directory."""
+    """Run a command; return the directory that it wrote, in the first run or at --out."""
     analysis.COMMANDS[command](list(map(str, arguments)))
     out = [argument[6:] for argument in map(str, arguments) if argument.startswith("--out=")]
     return Path(out[0]) if out else max(arguments[0].glob(f"{command}_*"), key=lambda path: path.stat().st_mtime_ns)
@@ -53,10 +52,10 @@ def latents(directory, level):
 # ---------------------------------------------------------------------------------------------- levels
 
 
-def test_levels_are_those_of_the_objective_and_of_the_latents(tiny):
-    """KL and entropies against the model's own terms, and KL once more by hand from the exported latents.
+def test_information_per_level_equals_the_objective_and_the_latents(tiny):
+    """KL and entropies equal the model's own terms, and KL by hand from the exported latents.
 
-    Of three levels, before the first step: the top one ticks every k**2 frames.
+    The model has three levels and isn't trained. Its top level ticks every k**2 frames.
     """
     c = dataclasses.replace(tiny, levels=3)
     model, test = CWVAE(c), data.windows(c, "test")
@@ -90,7 +89,7 @@ def test_levels_are_those_of_the_objective_and_of_the_latents(tiny):
     assert (directory / "kl.png").stat().st_size > 1000
 
 
-def test_results_that_cannot_be_written_are_one_line(run, monkeypatch, capsys):
+def test_an_analysis_that_cannot_write_says_so_in_one_line(run, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -106,7 +105,7 @@ def test_results_that_cannot_be_written_are_one_line(run, monkeypatch, capsys):
     )
 
 
-def test_directories_that_cannot_be_made_are_one_line(tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_made_is_refused_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for out in tmp_path / "file" / "out", tmp_path / ("a" * 300):
         with pytest.raises(ConfigError, match=rf"^out: {out} can't be written .*; make room there, or name another"):
@@ -116,7 +115,7 @@ def test_directories_that_cannot_be_made_are_one_line(tmp_path, monkeypatch):
         new_directory("levels", None, tmp_path)
 
 
-def test_levels_in_other_batches_and_of_several_runs(run, tmp_path):
+def test_levels_do_not_depend_on_batches_and_take_several_runs(run, tmp_path):
     whole, parts = call("levels", run), call("levels", run, "--batch_size=3")
     for level in range(2):
         a, b = latents(whole, level), latents(parts, level)
@@ -138,7 +137,7 @@ def test_levels_in_other_batches_and_of_several_runs(run, tmp_path):
 
 
 def test_a_blind_level_has_no_kl_and_does_not_see_the_frames(run, monkeypatch):
-    """The same noise with other frames: the blind level's states are the same, the others' differ."""
+    """With the same noise and other frames, only the blind level's states stay the same."""
     seen = call("levels", run, "--use_obs=TF")
     windows = data.windows
     monkeypatch.setattr(data, "windows", lambda *a: [255 - windows(*a)[i] for i in range(3)])
@@ -152,7 +151,7 @@ def test_a_blind_level_has_no_kl_and_does_not_see_the_frames(run, monkeypatch):
 
 
 def test_a_posterior_equal_to_the_prior_has_no_kl(run, monkeypatch):
-    """Planted: the posterior's layers ignore the features and do what the prior's do."""
+    """Planted: the posterior's layers ignore the features and compute what the prior's layers compute."""
     load = loading.load_params
 
     def planted(model, checkpoint):
@@ -167,7 +166,7 @@ def test_a_posterior_equal_to_the_prior_has_no_kl(run, monkeypatch):
             cell["posterior_stats"] = cell["prior_stats"]
         return jax.tree.map(jnp.asarray, tree)
 
-    monkeypatch.setattr(runs, "load_params", planted)
+    monkeypatch.setattr(loading, "load_params", planted)
     directory = call("levels", run)
     for level in json.loads((directory / "levels.json").read_text())["digits"]["levels"]:
         assert level["per_sequence"]["kl"]["value"] == pytest.approx(0, abs=1e-4)
@@ -178,8 +177,8 @@ def test_a_posterior_equal_to_the_prior_has_no_kl(run, monkeypatch):
 
 
 @pytest.mark.parametrize("use_obs", ["TT", "TFT", "TF"])
-def test_prediction_by_level_is_open_loop(tiny, use_obs):
-    """Where the context is whole ticks of the top level, as open_loop needs it."""
+def test_observe_and_imagine_equals_the_open_loop(tiny, use_obs):
+    """The context consists of whole ticks of the top level, which open_loop needs."""
     c = dataclasses.replace(tiny, levels=len(use_obs))
     model = CWVAE(c)
     params = make_state(model).params
@@ -191,7 +190,7 @@ def test_prediction_by_level_is_open_loop(tiny, use_obs):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_blind_levels_side_by_side(run):
+def test_blind_draws_predictions_with_blind_levels(run):
     directory = call("blind", run, "--blind_ctx=5", "--example=1")
     frames = dict(np.load(directory / "blind.npz"))
     names = ["sees_all", *("blind_" + x for x in ("0", "1", "0_1"))]
@@ -206,8 +205,8 @@ def test_blind_levels_side_by_side(run):
         assert picture.size[0] > 1000
 
 
-def test_only_levels_that_see_depend_on_the_context(tiny):
-    """From other frames as context, the prediction of a model that is blind at all levels is the same, to the bit."""
+def test_only_levels_that_see_the_context_depend_on_it(tiny):
+    """If all levels are blind, other context frames give the same prediction, to the bit."""
     c = dataclasses.replace(tiny, cell_embed_size=16, enc_dense_embed_size=16)  # some units of each layer are active
     model, video = CWVAE(c), data.windows(c, "test")[0][None, :5]
     inputs = draw(c, jax.random.split(jax.random.key(0), 1), 12, context=5)
@@ -220,38 +219,38 @@ def test_only_levels_that_see_depend_on_the_context(tiny):
 # ---------------------------------------------------------------------------------------------- digits, rooms
 
 
-def test_digits_are_not_drawn_by_a_poor_classifier(run, monkeypatch):
+def test_a_poor_classifier_is_refused(run, monkeypatch):
     monkeypatch.setattr(
-        digits, "train_digit_reader", functools.partial(digits.train_digit_reader, steps=1, batch_size=2, copies=0)
+        digits, "train_classifier", functools.partial(digits.train_classifier, steps=1, batch_size=2, copies=0)
     )
-    with pytest.raises(ConfigError, match="% of true frames; below 97 % nothing is drawn"):
+    with pytest.raises(ConfigError, match=r"accuracy on true frames is .* %, and at least 97 % are needed"):
         call("digits", run)
     assert not list(run.glob("digits_*"))
 
 
-def test_perfect_predictions_reach_the_ceiling(run, monkeypatch):
+def test_perfect_predictions_score_like_true_frames(run, monkeypatch):
     """Planted: predictions are the truth."""
-    monkeypatch.setattr(digits, "train_digit_reader", lambda train: lambda frames: fake_counts(frames))
-    monkeypatch.setattr(digits, "clean_accuracy", lambda read, test: (0.98, 10))
+    monkeypatch.setattr(digits, "train_classifier", lambda train: lambda frames: fake_counts(frames))
+    monkeypatch.setattr(digits, "clean_accuracy", lambda classify, test: (0.98, 10))
     monkeypatch.setattr(Worker, "predictions", lambda self, batch, first, sample: batch.video[:, 4:])
     results = json.loads((call("digits", run) / "digits.json").read_text())
     assert results["lines"]["digits"] == results["lines"]["true frames"]
 
 
-def test_places_of_a_digit(run, monkeypatch, capsys):
-    """Planted: of 8 frames, one sample shows the truth in the first 5 and nothing then; the other in all but the last."""
+def test_positions_of_planted_predictions_are_measured(run, monkeypatch, capsys):
+    """Planted: one sample shows the truth in the first 5 of 8 frames, the other in the first 7; then they show nothing."""
 
     def predictions(self, batch, first, sample):
         frames = batch.video[:, 4:].copy()
         frames[:, (5, 7)[sample] :] = 0
         return frames
 
-    monkeypatch.setattr(digits, "train_digit_reader", lambda train: lambda frames: np.zeros((len(frames), 10)))
-    monkeypatch.setattr(digits, "clean_accuracy", lambda read, test: (0.98, 10))
+    monkeypatch.setattr(digits, "train_classifier", lambda train: lambda frames: np.zeros((len(frames), 10)))
+    monkeypatch.setattr(digits, "clean_accuracy", lambda classify, test: (0.98, 10))
     monkeypatch.setattr(Worker, "predictions", predictions)
     monkeypatch.setattr(Worker, "reconstructions", lambda self, batch, first: batch.video[:, 4:])
     directory = call("digits", run, "--num_digits=1", "--num_samples=2")
-    results = json.loads((directory / "place.json").read_text())
+    results = json.loads((directory / "position.json").read_text())
     own, chance, copy = "digits", results["chance"], "last context frame"
     lines = results["lines"]
     assert list(lines["share"]) == list(lines["distance"]) == [own, f"{own}, posterior reconstruction", copy]
@@ -267,26 +266,26 @@ def test_places_of_a_digit(run, monkeypatch, capsys):
         f"\n{own}: 0.750; over one half until frame 5; mean distance {chance['distance'] / 4:.1f} pixels; 25 %"
         in printed
     )
-    assert (directory / "place_distance.png").exists() and (directory / "place_share.png").exists()
-    with (directory / "place.csv").open() as file:
+    assert (directory / "position_distance.png").exists() and (directory / "position_share.png").exists()
+    with (directory / "position.csv").open() as file:
         rows = {(row["metric"], row["line"], row["frames"]): float(row["value"]) for row in csv.DictReader(file)}
     assert rows["share", own, "1-8"] == 0.75 and rows["share", own, "8"] == 0
 
 
 def fake_counts(frames):
-    """Some function of the frames."""
+    """Return digit counts that depend on the frames."""
     sets = digits.digit_sets(2)
     return sets[frames.astype(int).sum((1, 2, 3)) % len(sets)]
 
 
 def test_datasets_without_labels_are_refused(run):
     config = configuration.load(run / "config.yml")
-    with pytest.raises(ConfigError, match=r"mmnist doesn't say which digits .* with --dataset mnist --datadir"):
+    with pytest.raises(ConfigError, match=r"mmnist has no labels of digits; .* add --dataset mnist and --datadir"):
         digits.digit_windows(dataclasses.replace(config, dataset="mmnist"), "test")
 
 
-def test_rooms(run, monkeypatch, tmp_path):
-    """A colour model (untrained) on videos of rooms; then, planted, one that predicts the truth and one that stays."""
+def test_rooms_of_planted_predictions_are_recognised(run, monkeypatch, tmp_path):
+    """An untrained colour model on videos of rooms; then a planted model that predicts the truth."""
     config = configuration.load(run / "config.yml")
     config = dataclasses.replace(config, dataset="mazes", channels=3, eval_seq_len=80, open_loop_ctx=20, num_examples=2)
     (run / "config.yml").write_text(config.to_yaml())
@@ -294,7 +293,7 @@ def test_rooms(run, monkeypatch, tmp_path):
     model = CWVAE(config)
     inputs = draw(config, jax.random.split(jax.random.key(0), 1), 4)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 64, 64, 3)), inputs)
-    monkeypatch.setattr(runs, "load_params", lambda *_: params)
+    monkeypatch.setattr(loading, "load_params", lambda *_: params)
     monkeypatch.setattr(data, "windows", lambda *_: videos)
     directory = call("rooms", run)
     results = json.loads((directory / "rooms.json").read_text())
@@ -317,34 +316,12 @@ def test_rooms(run, monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------------------- comparisons
 
 
-def write_evaluation(directory, seed, quality=0.0, **keys):
-    """What eval.py writes, of planted curves."""
-    random = np.random.default_rng(seed)
-    names = ["prediction", *(statistics.REFERENCES[key] for key in ("posterior", "copy", "random"))]
-    lines = {
-        protocol: {
-            metric: {name: statistics.summary(quality + random.uniform(0, 0.01, size=(4, 12))) for name in names}
-            for metric in statistics.METRICS
-        }
-        for protocol in similarity.PROTOCOLS
-    }
-    config = dataclasses.asdict(configuration.Config(dataset="digits", eval_seq_len=48)) | keys
-    results = {
-        "num_examples": 4,
-        "predicted_frames": 12,
-        "checkpoint_step": 1,
-        "protocols": similarity.PROTOCOLS,
-        "lines": lines,
-        "config": config,
-    }
-    directory.mkdir(parents=True)
-    (directory / "metrics.json").write_text(tables.to_json(results))
-    return directory
+write_scores = functools.partial(write_evaluation, frames=False)
 
 
-def test_compare(tmp_path, capsys):
+def test_compare_ranks_models_and_writes_tables(tmp_path, capsys):
     paths = [
-        write_evaluation(tmp_path / str(k), k, quality=q, tmp_abs_factor=k, open_loop_ctx=36)
+        write_scores(tmp_path / str(k), k, quality=q, tmp_abs_factor=k, open_loop_ctx=36)
         for k, q in ((2, 0.3), (6, 0.5), (3, 0.4))
     ]
     out = tmp_path / "out"
@@ -377,32 +354,32 @@ def test_compare(tmp_path, capsys):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (dict(dataset="mmnist"), "dataset: a has digits, b mmnist; evaluate both with the same --dataset"),
-        (dict(open_loop_ctx=72), "open_loop_ctx: a has 36, b 72; evaluate both with the same --open_loop_ctx"),
-        (dict(num_samples=5), "num_samples: a has 1, b 5; evaluate both with the same --num_samples"),
-        (dict(digit_speed=[1, 3]), "digit_speed: a has .*, b .*; evaluate both"),
+        (dict(dataset="mmnist"), "dataset: a has digits, b has mmnist; evaluate both with the same --dataset"),
+        (dict(open_loop_ctx=72), "open_loop_ctx: a has 36, b has 72; evaluate both with the same --open_loop_ctx"),
+        (dict(num_samples=5), "num_samples: a has 1, b has 5; evaluate both with the same --num_samples"),
+        (dict(digit_speed=[1, 3]), "digit_speed: a has .*, b has .*; evaluate both"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(tmp_path, keys, message):
+def test_evaluations_with_other_settings_are_not_compared(tmp_path, keys, message):
     a, b = (
-        write_evaluation(tmp_path / "a", 0, eval_seq_len=1000),
-        write_evaluation(tmp_path / "b", 1, **{"eval_seq_len": 1000, **keys}),
+        write_scores(tmp_path / "a", 0, eval_seq_len=1000),
+        write_scores(tmp_path / "b", 1, **{"eval_seq_len": 1000, **keys}),
     )
     with pytest.raises(ConfigError, match=message) as error:
         call("compare", f"a={a}", f"b={b}", f"--out={tmp_path / 'out'}")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_protocols_are_not_mixed(tmp_path):
-    paths = [write_evaluation(tmp_path / name, 0) for name in "ab"]
+def test_evaluations_with_other_protocols_are_not_compared(tmp_path):
+    paths = [write_scores(tmp_path / name, 0) for name in "ab"]
     file = paths[1] / "metrics.json"
     file.write_text(file.read_text().replace("data range 2", "data range 255"))
-    with pytest.raises(ConfigError, match="protocols: a and b were measured by different ones"):
+    with pytest.raises(ConfigError, match="protocols: a and b were evaluated in different ones"):
         call("compare", f"a={paths[0]}", f"b={paths[1]}", f"--out={tmp_path / 'out'}")
     with pytest.raises(ConfigError, match="two models have the same name, 'digits'; name them"):
         call("compare", paths[0], paths[0], f"--out={tmp_path / 'out'}")
     file.write_text('{"averages": {}}')
-    with pytest.raises(ConfigError, match="holds no lines, from an earlier version; evaluate again"):
+    with pytest.raises(ConfigError, match=r"has no lines \(damaged, or from an earlier version\); evaluate again"):
         call("compare", f"a={paths[0]}", f"b={paths[1]}", f"--out={tmp_path / 'out'}")
 
 
@@ -420,12 +397,12 @@ def test_compare_reads_a_runs_newest_evaluation(run, tmp_path):
     assert "| model, best of 2 | 1.50 |" in (out / "comparison.md").read_text()
 
 
-def test_ranks_over_datasets(tmp_path):
-    """By hand: A is 1st, 1st and 2nd, 2nd by SSIM and PSNR on two datasets; B the other way round; C always last."""
+def test_ranks_are_averaged_over_datasets(tmp_path):
+    """By both metrics, A is first on one dataset and second on the other; B the reverse; C is always last."""
     out = []
     for dataset, order in ("digits", "ABC"), ("mmnist", "BAC"):
         paths = [
-            write_evaluation(tmp_path / dataset / name, i, quality=1 - i / 4, dataset=dataset)
+            write_scores(tmp_path / dataset / name, i, quality=1 - i / 4, dataset=dataset)
             for i, name in enumerate(order)
         ]
         out.append(call("compare", *(f"{path.name}={path}" for path in paths), f"--out={tmp_path / dataset / 'out'}"))
@@ -434,15 +411,15 @@ def test_ranks_over_datasets(tmp_path):
         rows = [row for row in csv.DictReader(file) if row["protocol"] == "paper"]
     assert {row["model"]: float(row["rank"]) for row in rows if row["dataset"] == "all"} == {"A": 1.5, "B": 1.5, "C": 3}
     assert len(rows) == 3 * (2 * 2 + 1) and (directory / "ranks_standard.png").exists()
-    with pytest.raises(ConfigError, match="dataset: digits, digits have one twice"):
+    with pytest.raises(ConfigError, match="dataset: two of digits, digits are the same"):
         call("ranks", out[0], out[0], f"--out={tmp_path / 'x'}")
     single = call("compare", f"A={tmp_path / 'mmnist' / 'A'}", f"--out={tmp_path / 'single'}")
-    with pytest.raises(ConfigError, match=r"compares A, and .* A, B, C; compare the same models"):
+    with pytest.raises(ConfigError, match=r"compares A, and .* compares A, B, C; compare the same models"):
         call("ranks", out[0], single, f"--out={tmp_path / 'x'}")
 
 
-def test_curves(run, tmp_path):
-    """A run's log with planted losses, and the same without one line and with the last one cut: the table has the common steps."""
+def test_curves_have_the_steps_that_all_runs_logged(run, tmp_path):
+    """Planted losses in one log; the other lacks a line and ends within the last one. The table has the common steps."""
     (line,) = (run / "metrics.jsonl").read_text().splitlines()
     losses = {4: 4.4, 8: 3.5, 12: 2.6, 16: 2.6}
     logged = [json.loads(line) | {"step": step, "validation/loss": loss} for step, loss in losses.items()]
@@ -475,8 +452,8 @@ def test_curves(run, tmp_path):
 # ---------------------------------------------------------------------------------------------- models to share
 
 
-def test_export(run, tmp_path):
-    """A small run by itself, without this machine's paths, whose parameters are the run's but for their last digits."""
+def test_an_exported_run_is_small_and_has_rounded_parameters(run, tmp_path):
+    """The exported run names no path of this machine. Its parameters differ from the run's only in their last digits."""
     out = call("export", run, "--seed=7", f"--init_from={run}", f"--out={tmp_path / 'out'}")
     c = configuration.load(out / "config.yml")
     assert (c.logdir, c.datadir, c.init_from, c.seed) == ("logs", "datasets", None, 7)
@@ -514,7 +491,7 @@ def test_export_to_a_full_disk_fails(run, tmp_path):
         (["digits", "--frmaes=3"], "command line: unknown argument '--frmaes=3'"),
     ],
 )
-def test_bad_input_is_one_line(monkeypatch, capsys, arguments, message):
+def test_wrong_analysis_arguments_are_refused_in_one_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["analysis.py", *arguments])
     monkeypatch.setattr("train.use_compilation_cache", lambda: None)
     with pytest.raises(SystemExit) as exit:
@@ -523,7 +500,7 @@ def test_bad_input_is_one_line(monkeypatch, capsys, arguments, message):
     assert exit.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
 
 
-def test_flags_of_one_command(run):
+def test_wrong_analysis_flags_are_refused(run):
     for flags, message in (
         (["--frames=0"], "frames: must be a whole number of at least 1, got '0'"),
         (["--frames=x"], "frames: must be a whole number of at least 1, got 'x'"),
@@ -539,7 +516,7 @@ def test_flags_of_one_command(run):
     assert not list(run.glob("levels_*")) and not list(run.glob("blind_*"))
 
 
-def test_a_damaged_checkpoint_is_refused_before_anything_is_made(run):
+def test_a_damaged_checkpoint_is_refused_before_anything_is_written(run):
     for file in (run / "checkpoints" / "4" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -549,7 +526,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_made(run):
         assert not list(run.glob(f"{command}_*"))
 
 
-def test_help():
+def test_analysis_py_prints_help():
     for arguments in [], ["--help"], ["rooms", "--help"]:
         done = subprocess.run([sys.executable, ROOT / "analysis.py", *arguments], capture_output=True, text=True)
         assert done.returncode == 0 and "rooms" in done.stdout, done.stderr

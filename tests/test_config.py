@@ -1,4 +1,4 @@
-"""Every way a value gets into the configuration, and every message about one that can't."""
+"""All ways to set a configuration key, and all messages about wrong values."""
 
 import contextlib
 import dataclasses
@@ -29,16 +29,15 @@ from training.models import make_model
 from training.step import make_state
 
 
-def test_precedence(tmp_path):
-    """Defaults < YAML < flags."""
+def test_flags_override_yaml_which_overrides_defaults(tmp_path):
     file = tmp_path / "a.yml"
     file.write_text("lr: 1e-4\nbatch_size: 7\n")
     c = configuration.parse(["--config", str(file), "--batch_size", "9"])
     assert (c.lr, c.batch_size, c.levels) == (1e-4, 9, 3)
 
 
-def test_flags_mend_what_yaml_alone_could_not(tmp_path):
-    """Combinations are checked once, when all sources are merged."""
+def test_keys_are_checked_after_all_sources_are_merged(tmp_path):
+    """A value of a file that is wrong with the defaults can be right with the flags."""
     file = tmp_path / "a.yml"
     file.write_text("levels: 4")
     assert configuration.parse(["--config", str(file), "--open_loop_ctx", "216"]).open_loop_ctx == 216
@@ -71,7 +70,7 @@ def test_flags_mend_what_yaml_alone_could_not(tmp_path):
         (["--datadir", "a-b/c_d"], "datadir", "a-b/c_d"),
     ],
 )
-def test_flags(arguments, key, value):
+def test_flags_set_keys(arguments, key, value):
     got = getattr(configuration.parse(["--dataset=mmnist", *arguments]), key)
     assert got == value and type(got) is type(value)
 
@@ -128,20 +127,20 @@ def test_flags(arguments, key, value):
         ),
         (
             ["--config", "debug"],
-            f"debug: no such file; name a YAML file, as {os.path.relpath(ROOT / 'configs' / 'debug.yml')}; "
+            f"debug: no such file; name a YAML file such as {os.path.relpath(ROOT / 'configs' / 'debug.yml')}; "
             "there are debug, digits, dot, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
             "svg/mmnist, svg/small, vta/digits, vta/kth, vta/mazes, vta/minerl, vta/mmnist, vta/small",
         ),
         (
             ["--config", "mnist.yml"],
-            f"mnist.yml: no such file; name a YAML file, as {os.path.relpath(ROOT / 'configs' / 'mmnist.yml')}; "
+            f"mnist.yml: no such file; name a YAML file such as {os.path.relpath(ROOT / 'configs' / 'mmnist.yml')}; "
             "there are debug, digits, dot, long, mazes, minerl, mmnist, small, svg/digits, svg/kth, svg/mazes, svg/minerl, "
             "svg/mmnist, svg/small, vta/digits, vta/kth, vta/mazes, vta/minerl, vta/mmnist, vta/small",
         ),
         (["--config", str(ROOT)], f"{ROOT}: can't be read (Is a directory); name a YAML file"),
     ],
 )
-def test_messages(arguments, message):
+def test_wrong_flags_are_named(arguments, message):
     with pytest.raises(ConfigError) as error:
         configuration.parse(arguments)
     assert str(error.value) == message
@@ -159,7 +158,7 @@ def test_messages(arguments, message):
         ("1: 2", "unknown key 1"),
     ],
 )
-def test_messages_about_files(tmp_path, text, message):
+def test_wrong_configuration_files_are_named(tmp_path, text, message):
     file = tmp_path / "a.yml"
     file.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -168,12 +167,12 @@ def test_messages_about_files(tmp_path, text, message):
 
 
 NOTHING_NAMED = (
-    "dataset: none is named, and the default, mmnist, is a download of gigabytes (8.2 GB decoded); call PROGRAM --config "
-    "configs/mmnist.yml for it, or with digits that need no download PROGRAM --config configs/debug.yml"
+    "dataset: none is named, and the default, mmnist, is a large download (8.2 GB decoded); call PROGRAM --config "
+    "configs/mmnist.yml for it, or PROGRAM --config configs/debug.yml for digits that need no download"
 )
 
 
-def test_nothing_is_downloaded_that_was_not_named(tmp_path, monkeypatch):
+def test_a_dataset_must_be_named(tmp_path, monkeypatch):
     file = tmp_path / "a.yml"
     file.write_text("levels: 2")
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
@@ -193,12 +192,11 @@ def test_nothing_is_downloaded_that_was_not_named(tmp_path, monkeypatch):
             assert parse([]).dataset == "mmnist"
 
 
-def test_whole_video_needs_no_context_shorter_than_it():
+def test_any_context_is_accepted_for_whole_videos():
     assert Config(eval_seq_len=0).eval_seq_len == 0
 
 
-def test_bad_input_exits_with_one_line_and_code_2():
-    """The programs themselves; for minerl, mazes and mmnist the data are what is missing."""
+def test_programs_refuse_wrong_flags_in_one_line_with_code_2():
     for program in "train.py", "eval.py":
         done = subprocess.run([sys.executable, ROOT / program, "--levels", "none"], capture_output=True, text=True)
         assert done.returncode == 2
@@ -206,7 +204,7 @@ def test_bad_input_exits_with_one_line_and_code_2():
 
 
 def help_of(main, *command):
-    """What `--help` prints, with lines that aren't wrapped."""
+    """Return what `--help` prints, without wrapped lines."""
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("COLUMNS", "1000")
@@ -230,8 +228,8 @@ def help_of(main, *command):
         (record.main, ["env", "episodes", "test_episodes", "datadir", "steps", "policy", "seed", "processes"], []),
     ],
 )
-def test_help(main, own, groups):
-    """A line of usage, the program's own flags, all keys in their groups with types and choices, examples."""
+def test_help_lists_flags_keys_and_examples(main, own, groups):
+    """It has one line of usage, the program's own flags, all keys in groups with types and choices, and examples."""
     text = help_of(main)
     usage, _, *sections, examples = text.rstrip().split("\n\n")
     assert usage.startswith("usage: python ") and "\n" not in usage
@@ -254,7 +252,7 @@ def test_help(main, own, groups):
 
 
 @pytest.mark.parametrize("command", analysis.COMMANDS)
-def test_help_of_analyses(command):
+def test_help_of_an_analysis_has_usage_and_examples(command):
     text = help_of(analysis.main, command)
     assert text.startswith(f"usage: python analysis.py {command} ")
     assert f"\n\nexamples:\n  python analysis.py {command} " in text and "VALUE" not in text
@@ -266,8 +264,7 @@ CONFIGS = sorted(str(path.relative_to(ROOT / "configs"))[:-4] for path in (ROOT 
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("sweeps/")])
-def test_shipped_configurations(name):
-    """Each loads, and says what it is and how long it takes."""
+def test_shipped_configurations_load_and_have_a_header(name):
     path = ROOT / "configs" / f"{name}.yml"
     c = configuration.load(path)
     last = name.split("/")[-1]
@@ -284,7 +281,7 @@ def test_shipped_configurations(name):
     assert f"{program} --config configs/{name}.yml" in header and "Runtime" in header and "Score" in header
 
 
-# Any value that a field may have, combinations aside.
+# All values of a field's type. Combinations may be wrong.
 VALUES = {
     int: st.integers(1, 10**18),
     float: st.floats(1e-30, 1e30),
@@ -296,8 +293,7 @@ VALUES = {
 
 @hypothesis.given(st.data())
 @hypothesis.settings(deadline=None, max_examples=200)
-def test_yaml_round_trip(tmp_path_factory, data):
-    """Config -> YAML -> Config, for values of every type."""
+def test_a_configuration_survives_yaml(tmp_path_factory, data):
     keys = [
         f
         for f in dataclasses.fields(Config)
@@ -353,7 +349,7 @@ def test_keys_that_a_model_does_not_read_are_refused():
         Config(svg_network="vgg")
 
 
-def test_run_name():
+def test_run_names_follow_from_the_keys():
     c = configuration.load(ROOT / "configs" / "minerl.yml")
     base = "minerl_cwvae_rssmcell_3l_f6_decsd0.4_enchl3_ences1000_edchnlmult1_ss100_ds800_es800_seq100_lr0.0001_bs50"
     assert c.run_name == base
@@ -390,7 +386,7 @@ FLAG = st.one_of(st.sampled_from(KEYS), st.text(max_size=5)).flatmap(
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """What reads a command line, up to where the work begins; and a directory."""
+    """Replace the work of the programs by mocks, so that only their command lines are read. Return a directory."""
     directory = tmp_path_factory.mktemp("fuzz")
     run = directory / "run"
     (run / "checkpoints" / "1").mkdir(parents=True)
@@ -402,7 +398,7 @@ def programs(tmp_path_factory):
 
 
 def run_program(main, arguments):
-    """Exit code and standard error of a program."""
+    """Return a program's exit code and standard error."""
     error = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -434,7 +430,7 @@ def test_any_command_line_works_or_is_refused_in_one_line(programs, flags):
 
 
 def test_paths_that_cannot_be_read_are_refused_in_one_line(programs, monkeypatch):
-    """Such as those in a folder that may not be searched, or names that are too long."""
+    """For example, names that are too long."""
     long = str(programs / ("a" * 300))
     for main, arguments in (
         (train.main, ["--config", long]),
@@ -479,7 +475,7 @@ def test_any_file_works_or_is_refused_in_one_line(programs, content):
         (programs / "run" / "config.yml").write_text(Config().to_yaml())
 
 
-def test_a_configuration_of_another_model_is_named():
+def test_a_configuration_of_another_model_is_refused():
     for path, model, remedy in (
         (ROOT / "configs" / "small.yml", "svg", f"name {ROOT / 'configs' / 'svg' / 'small.yml'}"),
         (ROOT / "configs" / "svg" / "small.yml", "cwvae", f"name {ROOT / 'configs' / 'small.yml'}"),
@@ -488,12 +484,12 @@ def test_a_configuration_of_another_model_is_named():
         own = configuration.load(path).model
         with pytest.raises(ConfigError, match=re.escape(f"model: {path} is for {own} (")) as error:
             configuration.parse([f"--config={path}", f"--model={model}"])
-        assert f"got {model}; {remedy}, or leave it out" in str(error.value)
+        assert f"got {model}; {remedy}, or leave --model out" in str(error.value)
         assert configuration.parse([f"--config={path}", f"--model={own}"]).model == own
 
 
 def test_keys_that_change_the_parameters_shapes_are_declared():
-    """Each other value of a key of the models changes their shapes, or isn't declared to."""
+    """Changing a key changes the shapes exactly if the key is declared to do so."""
     fields = list(vars(Config()))
     own = set(fields[: fields.index("dataset")]) - {"model", "cell_type"}
     for model in configuration.MODELS:
@@ -516,7 +512,7 @@ def shapes_of(c):
 
 @pytest.mark.parametrize("flag", ["--name=", "--logdir=", "--config="])
 def test_an_empty_value_is_refused(flag):
-    """As "$NAME" is, if the shell has no such variable."""
+    """For example, "$NAME" is empty if the shell has no such variable."""
     key = flag.strip("-=")
     with pytest.raises(ConfigError, match=f"^{key}: the value is empty; give one, or leave --{key} out$"):
         configuration.parse(["--dataset=digits", flag])

@@ -1,4 +1,4 @@
-"""The fast model against the textbook form in oracle.py, and the model's properties."""
+"""The fast model against the textbook form in oracle.py; properties of the model; its objective."""
 
 import dataclasses
 import math
@@ -42,14 +42,14 @@ GRID = [
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda case: "-".join(f"{k}{v}" for k, v in case.items()))
-def test_equals_the_textbook_form(case, monkeypatch):
-    """Every output, term and gradient, in double precision."""
+def test_cwvae_equals_the_textbook_form(case, monkeypatch):
+    """All outputs, terms and gradients, in double precision."""
     case = dict(case)
     monkeypatch.setattr(convolutions, "CHUNK", case.pop("chunk", convolutions.CHUNK))
     if case.pop("few_multiplications", False):
         monkeypatch.setattr(convolutions, "MANY_CHANNELS", 1)
         monkeypatch.setattr(convolutions, "MANY_FRAMES", 1)
-    backend = case.pop("backend", "cpu")  # whose forms are used; they are computed here all the same
+    backend = case.pop("backend", "cpu")  # selects the forms for this backend; the CPU computes them
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     with jax.enable_x64(True):
         c, model, params, video, inputs = make(dtype=np.float64, **case)
@@ -77,7 +77,7 @@ def test_equals_the_textbook_form(case, monkeypatch):
             }
 
         def probe(form, params, video, actions):
-            """All outputs, and a random projection of those that autodiff treats alike in both forms."""
+            """Return all outputs, and a random projection of those that autodiff treats alike in both forms."""
             outputs = form(params, video, actions)
             leaves = [
                 x
@@ -102,7 +102,7 @@ def test_equals_the_textbook_form(case, monkeypatch):
             assert difference < 1e-9, (kind, jax.tree_util.keystr(path), difference)
 
 
-def test_single_precision_equals_the_textbook_form():
+def test_cwvae_equals_the_textbook_form_in_single_precision():
     c, model, params, video, inputs = make(T=13, levels=3, tmp_abs_factor=2)
     terms, _ = model.apply(params, video, inputs)
     want = oracle.elbo(c, params["params"], video, [x.noise for x in inputs])
@@ -110,8 +110,8 @@ def test_single_precision_equals_the_textbook_form():
         np.testing.assert_allclose(getattr(terms, name), want[name], rtol=1e-5, atol=1e-5)
 
 
-def test_textbook_form_of_the_benchmarks():
-    """What the benchmarks compare with is the model, with each of its switches."""
+def test_the_textbook_form_of_the_benchmarks_equals_the_model():
+    """The form that the benchmarks compare with computes the same, with each of its switches."""
     c, model, params, video, inputs = make(T=13, levels=3, tmp_abs_factor=2, filters=2)
     terms, _ = model.apply(params, video, inputs)
     for forms in (
@@ -129,7 +129,7 @@ def test_textbook_form_of_the_benchmarks():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_is_close_and_its_results_single_precision():
+def test_bfloat16_is_close_to_float32_and_returns_float32():
     keys = dict(T=13, levels=3, tmp_abs_factor=2, filters=2, cell_deter_size=20, cell_embed_size=20)
     results = {}
     for dtype in "float32", "bfloat16":
@@ -154,7 +154,7 @@ def test_bfloat16_is_close_and_its_results_single_precision():
     "name, channels, sizes, total",
     [("mmnist", 1, (20, 200), 12_465_617), ("mazes", 3, (20, 200), None), ("minerl", 3, (100, 800), 34_391_827)],
 )
-def test_parameter_counts_of_the_published_configurations(name, channels, sizes, total):
+def test_published_configurations_have_the_expected_parameter_counts(name, channels, sizes, total):
     c = configuration.load(ROOT / "configs" / f"{name}.yml")
     S, D = sizes
     E = D
@@ -187,7 +187,7 @@ def test_parameter_counts_of_the_published_configurations(name, channels, sizes,
     assert shapes["cell_1/posterior_stats/stddev/kernel"] == (E, S)
 
 
-def test_shapes_of_all_layers(monkeypatch):
+def test_all_layers_have_the_expected_shapes(monkeypatch):
     of_convolutions = []
 
     def recorded(*args, prepare=convolutions.layer):
@@ -245,8 +245,8 @@ def all_predictions(model, params, video, context, frames, **options):
     return found._replace(prediction=np.concatenate(list(found.prediction), 1))
 
 
-def test_filtering_sees_no_frame_after_its_tick():
-    """Also where the whole video is at hand, states up to a tick's end don't depend on later frames."""
+def test_states_do_not_depend_on_later_frames():
+    """Also if the whole video is given, states up to the end of a tick don't depend on later frames."""
     c, model, params, video, inputs = make(T=12, levels=3, tmp_abs_factor=2)
     changed = video.copy()
     changed[:, 8:] = 0
@@ -258,7 +258,7 @@ def test_filtering_sees_no_frame_after_its_tick():
         assert not np.array_equal(x.stoch[:, n:], y.stoch[:, n:])
 
 
-def test_gradient_of_a_prediction_reaches_the_context_only_where_levels_see_it():
+def test_a_predictions_gradient_reaches_the_context_only_through_seeing_levels():
     c, model, params, video, inputs = make(T=8, levels=3, tmp_abs_factor=2)
     ahead = time_slice(c, inputs, 0, 4)
 
@@ -293,7 +293,7 @@ def test_open_loop_equals_observe_then_imagine_for_any_chunk():
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_long_sequences_in_chunks_equal_the_whole(reset):
+def test_the_elbo_in_chunks_equals_the_elbo_of_the_whole(reset):
     c, model, params, video, _ = make(T=19, levels=3, tmp_abs_factor=2, cell_reset_state=reset)
     keys = jax.random.split(jax.random.key(3), 2)
     want, _ = model.apply(params, video, draw(c, keys, 19))
@@ -303,7 +303,7 @@ def test_long_sequences_in_chunks_equal_the_whole(reset):
             np.testing.assert_allclose(a, b, rtol=2e-5)
 
 
-def test_no_frame_can_follow_an_unfinished_tick():
+def test_imagining_after_an_unfinished_tick_is_refused():
     c, model, params, video, inputs = make(T=6, levels=3, tmp_abs_factor=2)
     _, state = model.apply(params, video, inputs, method="observe")
     with pytest.raises(ValueError, match="multiple of 4 frames"):
@@ -317,7 +317,7 @@ def test_uint8_videos_are_divided_by_255():
     np.testing.assert_allclose(a.nll, b.nll, rtol=1e-6)
 
 
-def test_noise_belongs_to_the_sequence():
+def test_noise_is_normal_and_depends_only_on_the_sequences_key():
     c = Config(**TINY)
     keys = jax.random.split(jax.random.key(0), 3)
     for whole, one in zip(draw(c, keys, 9), draw(c, keys[1:2], 9), strict=True):
@@ -327,13 +327,13 @@ def test_noise_belongs_to_the_sequence():
     assert len(np.unique(everything)) > 0.99 * len(everything)
 
 
-def test_reset_pattern():
+def test_reset_patterns_alternate_below_the_top_level():
     c = Config(levels=3, tmp_abs_factor=2, cell_reset_state=True, open_loop_ctx=4)
     bottom, middle, top = keep_patterns(c, ticks(c, 10))
     assert middle.tolist() == [0, 1, 0, 1, 0]
     assert bottom.tolist() == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
     assert top is None
-    # What is imagined begins a pattern of its own.
+    # Imagined frames begin a new pattern.
     bottom, middle, _ = (x.keep for x in draw(c, jax.random.split(jax.random.key(0), 1), 10, context=4))
     assert middle.tolist() == [0, 1, 0, 1, 0] and bottom.tolist() == [0, 1, 0, 1, 0, 1, 0, 0, 1, 0]
 
@@ -384,14 +384,14 @@ WEIGHT = jnp.array([1.0, 1.0, 0.0])  # means: nll 15, kl 4 and 0.6
         ({"kl_grad_post_perc": 0.8, "free_nats": 2, "beta": 2}, 2 * 2),
     ],
 )
-def test_options_of_the_objective(options, kl):
+def test_options_weight_the_terms_of_the_objective(options, kl):
     c = Config(levels=2, tmp_abs_factor=2, open_loop_ctx=2, **options)
     loss, metrics = cwvae.objective(c, TERMS, WEIGHT, frames=5)
     assert float(loss) == pytest.approx((15 + kl) / 5)
     assert float(metrics["kl_term"]) == pytest.approx(kl / 5)
     assert float(metrics["nll_term"]) == pytest.approx(3)
     assert float(metrics["avg_kl_prior_posterior__level_0"]) == pytest.approx(4 / 5)
-    # The same over two devices, one of which has an example and a half less.
+    # The same over two devices with different numbers of examples.
     spread = jax.tree.map(
         lambda x: jnp.stack([jnp.pad(x[..., :1], [(0, 0)] * (x.ndim - 1) + [(0, 1)]), x[..., 1:]]), (TERMS, WEIGHT)
     )
@@ -400,7 +400,7 @@ def test_options_of_the_objective(options, kl):
 
 
 def test_kl_balancing_splits_the_gradient():
-    """With share p to the posterior and 1 - p to the prior; the value is the plain KL's."""
+    """The posterior gets the share p, the prior 1 - p. The value is that of the plain KL."""
     p = 0.8
     plain, balanced = (Config(levels=1, kl_grad_post_perc=x) for x in (None, p))
     stats = jnp.array([0.3, 1.5]), jnp.array([-2.0, 0.4])
@@ -420,7 +420,7 @@ def test_kl_balancing_splits_the_gradient():
 
 
 def test_elbo_stops_the_gradients_of_kl_balancing():
-    """kl_prior trains no weight that only the posterior has, and the other way round."""
+    """kl_prior doesn't train the posterior's layers, and kl_posterior doesn't train the prior's."""
     c, model, params, video, inputs = make(T=4, levels=2, tmp_abs_factor=2)
 
     def gradient(name):
@@ -440,5 +440,5 @@ def test_elbo_stops_the_gradients_of_kl_balancing():
         np.testing.assert_allclose(x + y, z, rtol=1e-3, atol=1e-4)
 
 
-def test_config_is_hashable_for_jit():
+def test_a_model_is_hashable_for_jit():
     assert hash(CWVAE(Config(beta=(1, 2, 3)))) == hash(CWVAE(dataclasses.replace(Config(), beta=[1, 2, 3])))

@@ -1,4 +1,4 @@
-"""The embedded dataset's rules, and which window comes when."""
+"""The order of training windows, and the rules of the embedded dataset."""
 
 import dataclasses
 from collections import Counter
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import data
-from videos.digits import MovingDigits, draw, labels_of_scikit_learn, of_scikit_learn
+from videos.digits import MovingDigits, draw, scikit_learn_digits, scikit_learn_labels
 
 
 class Numbers:
@@ -35,7 +35,7 @@ def training(config, count, start=0, rows=4):
     ]
 
 
-def test_every_window_once_per_epoch_in_ever_new_orders(tiny):
+def test_each_epoch_has_every_window_once_in_a_new_order(tiny):
     c = dataclasses.replace(tiny, num_epochs=3)
     order = epoch_order(c, 10)
     epochs = [order[i : i + 10] for i in (0, 10, 20)]
@@ -46,7 +46,7 @@ def test_every_window_once_per_epoch_in_ever_new_orders(tiny):
     assert epoch_order(dataclasses.replace(c, seed=1), 10) != order
 
 
-def test_batches_pad_the_last_and_start_anywhere(tiny):
+def test_training_can_start_at_any_batch_and_pads_the_last(tiny):
     c = dataclasses.replace(tiny, batch_size=4, num_epochs=3, max_steps=None)
     batches = training(c, 5, rows=6)
     order = epoch_order(c, 5)
@@ -60,13 +60,13 @@ def test_batches_pad_the_last_and_start_anywhere(tiny):
         assert training(c, 5, start, rows=6) == batches[start:]
 
 
-def test_max_steps(tiny):
+def test_max_steps_limits_the_number_of_batches(tiny):
     c = dataclasses.replace(tiny, max_steps=3)
     assert len(training(c, 50)) == 3
     assert data.training_steps(dataclasses.replace(c, max_steps=10**6, num_epochs=1), Numbers(50)) == 25
 
 
-def test_test_batches_keep_the_order():
+def test_evaluation_batches_keep_the_order():
     batches = list(data.eval_batches(Numbers(9), batch_size=3, count=7, rows=4))
     assert [b.video[:, 0, 0, 0, 0].tolist() for b in batches] == [[0, 1, 2, 0], [3, 4, 5, 0], [6, 0, 0, 0]]
     assert [b.weight.tolist() for b in batches] == [[1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
@@ -76,7 +76,7 @@ def test_test_batches_keep_the_order():
 # ---------------------------------------------------------------------------------------------- digits
 
 
-def test_digits_are_what_training_and_evaluation_ask_for(tiny):
+def test_digit_videos_have_the_configured_lengths(tiny):
     train, test = data.windows(tiny, "train"), data.windows(tiny, "test")
     assert train[0].shape == (8, 64, 64, 1) and test[0].shape == (12, 64, 64, 1) and train[0].dtype == np.uint8
     assert len(train) == 20_000 and len(test) == 1_000
@@ -84,10 +84,10 @@ def test_digits_are_what_training_and_evaluation_ask_for(tiny):
 
 
 def digits(split, frames, digits=2):
-    return MovingDigits(of_scikit_learn, labels_of_scikit_learn, split, frames, digits)
+    return MovingDigits(scikit_learn_digits, scikit_learn_labels, split, frames, digits)
 
 
-def test_digits_repeat_and_differ():
+def test_digit_videos_follow_from_split_and_index():
     videos = digits("train", 8)
     np.testing.assert_array_equal(videos[3], digits("train", 8)[3])
     assert not np.array_equal(videos[3], videos[4])
@@ -96,7 +96,7 @@ def test_digits_repeat_and_differ():
 
 
 @pytest.mark.parametrize("count, frames", [(1, 5), (3, 9)])
-def test_digits_drawn_on_the_devices_are_the_same(count, frames):
+def test_digits_drawn_on_devices_equal_those_of_the_host(count, frames):
     videos = digits("test", frames, count)
     sprites = videos.sprites()
     assert len(sprites) == len(videos) and sprites[0].nbytes < videos[0].nbytes / 5 * count
@@ -106,13 +106,13 @@ def test_digits_drawn_on_the_devices_are_the_same(count, frames):
 
 
 def test_train_and_test_share_no_digit():
-    train, test = of_scikit_learn("train"), of_scikit_learn("test")
+    train, test = scikit_learn_digits("train"), scikit_learn_digits("test")
     assert len(train) + len(test) == 1797 and len(test) > 250
     assert not {g.tobytes() for g in train} & {g.tobytes() for g in test}
 
 
 def test_digits_move_at_a_constant_speed_and_stay_inside():
-    """A single digit, followed by its ink's centre: whole throughout, at 2 to 6 pixels per frame between reflections."""
+    """The centre of a digit's ink moves by 2 to 6 pixels per frame between reflections. The digit is never cut."""
     speeds = []
     for i in range(20):
         video = digits("train", 200, digits=1)[i][..., 0].astype(float)

@@ -1,4 +1,4 @@
-"""Evaluation as a user runs it: its files, their contents, which checkpoint it takes."""
+"""Evaluation as a user runs it: its files, their contents, and the checkpoint that it uses."""
 
 import contextlib
 import csv
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, full_disk
+from helpers import evaluate
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -39,16 +40,9 @@ def arrays(directory):
     }
 
 
-def evaluate(run, *flags):
-    before = set(run.glob("eval_*"))
-    results = evaluation.evaluate(*evaluation.parse(["--logdir", str(run), *flags]))
-    (directory,) = set(run.glob("eval_*")) - before
-    return directory, results
-
-
 @pytest.mark.parametrize("backend, rows", [("cpu", 1), ("gpu", 2)])
-def test_metrics_of_several_predictions(monkeypatch, backend, rows):
-    """Each form, for CPUs and for accelerators, gives what each frame gives by itself; one frame stands for all."""
+def test_metrics_of_several_predictions_equal_those_of_each(monkeypatch, backend, rows):
+    """The forms for CPUs and accelerators equal the metrics of single frames. A single predicted frame counts for all."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     random = np.random.default_rng(0)
     truth = random.integers(0, 256, (rows, 3, 8, 8, 1), dtype=np.uint8)
@@ -61,7 +55,7 @@ def test_metrics_of_several_predictions(monkeypatch, backend, rows):
             np.testing.assert_allclose(got[name][protocol][metric], want[metric], rtol=1e-5, atol=1e-6)
 
 
-def test_files_and_their_contents(run, capsys):
+def test_an_evaluation_writes_frames_curves_and_metrics(run, capsys):
     directory, results = evaluate(run, "--num_samples=2")
     printed = capsys.readouterr().out
     assert (
@@ -119,8 +113,8 @@ def test_files_and_their_contents(run, capsys):
             )
 
 
-def test_standard_curves_are_those_of_scikit_image(run):
-    """Computed again from the saved frames."""
+def test_standard_curves_equal_scikit_image(run):
+    """Scikit-image computes them from the saved frames."""
     directory, _ = evaluate(run)
     got = arrays(directory)
     curves = {"psnr": [], "ssim": []}
@@ -134,8 +128,8 @@ def test_standard_curves_are_those_of_scikit_image(run):
         np.testing.assert_allclose(got[f"{metric}_standard_stddev.npz"], np.std(values, 0), rtol=1e-3, atol=1e-5)
 
 
-def test_best_samples_by_average_over_time(tiny, tmp_path):
-    """Of a batch of two rows, the second of which has the samples the other way round."""
+def test_the_best_samples_have_the_best_average_over_time(tiny, tmp_path):
+    """The batch has two rows. The second one has the samples in reverse order."""
     c = dataclasses.replace(tiny, num_samples=3)
     ssim, psnr = np.array([[0.1, 0.9], [0.4, 0.4], [0.6, 0.5]]), np.array([[20.0, 20], [10, 31], [15, 15]])
     copy = {protocol: {"ssim": np.full((2, 2), 0.3)} for protocol in ("paper", "standard")}
@@ -159,8 +153,8 @@ def test_best_samples_by_average_over_time(tiny, tmp_path):
         assert file["paper_ssim_copy"].tolist() == [0.3, 0.3]
 
 
-def test_an_interrupted_evaluation_is_continued(run, monkeypatch, capsys):
-    """In the same directory, without predicting again what is there, with the same results."""
+def test_an_interrupted_evaluation_is_resumed(run, monkeypatch, capsys):
+    """In the same directory, with the same results. Finished examples aren't predicted again."""
     flags = ["--batch_size=1", "--num_samples=2"]
     whole, _ = evaluate(run, *flags)
     calls, predict = [], evaluation.predict
@@ -185,13 +179,13 @@ def test_an_interrupted_evaluation_is_continued(run, monkeypatch, capsys):
     assert results["lines"] == json.loads((whole / "metrics.json").read_text())["lines"]
     for name in "metrics.json", "metrics.csv", "index.html", "sample2/metrics.npz":
         assert (whole / name).read_bytes() == (unfinished / name).read_bytes()
-    # With other options, or another checkpoint, it isn't.
+    # An evaluation with other options gets another directory.
     (unfinished / "metrics.json").unlink()
     other, _ = evaluate(run, *flags, "--use_obs=TF")
     assert other != unfinished
 
 
-def test_repeatable_for_any_batch_size(run):
+def test_an_evaluation_is_repeatable_for_any_batch_size(run):
     (a, _), (b, _), (c, results) = (evaluate(run, *flags) for flags in ([], [], ["--batch_size=3"]))
     assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
     lines = json.loads((a / "metrics.json").read_text())["lines"]
@@ -204,11 +198,8 @@ def test_repeatable_for_any_batch_size(run):
         np.testing.assert_allclose(value.astype(float), c[name], atol=1.01 if value.dtype == np.uint8 else 1e-3)
 
 
-def test_references_by_hand(tiny):
-    """Posterior, copy and random frames against numpy's mean squared error on frames put together here.
-
-    Of a model with a level between two others.
-    """
+def test_references_equal_a_computation_by_hand(tiny):
+    """PSNR of posterior, copied and random frames, by NumPy's mean squared error. The model has three levels."""
     config = dataclasses.replace(tiny, levels=3)
     with runs.opened(config, Devices()) as opened:
         _, state, _ = opened.restore(CWVAE(config))
@@ -238,8 +229,8 @@ def test_references_by_hand(tiny):
         np.testing.assert_allclose(lines[name]["curve"]["value"], np.mean(curves[name], 0), rtol=1e-4)
 
 
-def test_random_frames_are_the_training_sets(tiny, monkeypatch):
-    """Of training windows whose frames bear their numbers: from many windows and from all times."""
+def test_random_frames_are_drawn_from_all_training_frames(tiny, monkeypatch):
+    """Each training frame shows its number. Nearly all frames of all windows occur."""
     windows = np.zeros((20, 8, 64, 64, 1), np.uint8)
     windows[:] = np.arange(160).reshape(20, 8, 1, 1, 1)
     monkeypatch.setattr(data, "windows", lambda config, split: {"train": windows}[split])
@@ -259,12 +250,15 @@ def test_without_training_data_there_is_no_random_line(run, tmp_path, monkeypatc
 
     monkeypatch.setattr(data, "windows", only_test)
     _, results = evaluate(run, "--num_examples=1")
-    assert "Without the line of random training frames, since there are none: datadir" in capsys.readouterr().out
+    assert (
+        "The line of random training frames is left out, since there is no training set: datadir"
+        in capsys.readouterr().out
+    )
     assert list(results["lines"]["paper"]["ssim"]) == ["prediction", "posterior reconstruction", "last context frame"]
 
 
-def test_page_and_tables(run):
-    """What the page shows is there, and nothing of it is elsewhere; the tables hold the JSON's figures."""
+def test_page_and_tables_show_the_metrics_of_the_json(run):
+    """All files on the page exist next to it, and nothing is loaded from elsewhere. The tables hold the JSON's values."""
     directory, results = evaluate(run, "--num_samples=2")
     page = (directory / "index.html").read_text()
     shown = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -302,7 +296,7 @@ def test_page_and_tables(run):
     assert lines["best of 2"]["average"]["value"] == pytest.approx(np.max(psnr, axis=1).mean(), abs=0.1)
 
 
-def test_options(run):
+def test_evaluation_flags_set_lengths_and_blind_levels(run):
     flags = ["--no_save_grid", "--num_examples=1", "--eval_seq_len=9", "--open_loop_ctx=8", "--use_obs=TF"]
     directory, results = evaluate(run, *flags, "--save_gifs=false")
     assert not [path for path in directory.glob("*/*") if path.suffix != ".npz"] and results["examples"] == []
@@ -319,7 +313,7 @@ def test_options(run):
     assert not np.array_equal(blind, seeing)
 
 
-def test_which_checkpoint(run, tmp_path):
+def test_the_newest_or_the_named_checkpoint_is_found(run, tmp_path):
     find = loading.find_checkpoint
     assert find(run) == (run, 4)
     assert find(run / "checkpoints" / "2") == (run, 2)
@@ -341,7 +335,7 @@ def test_which_checkpoint(run, tmp_path):
     assert evaluation.parse([f"--logdir={run / 'checkpoints' / '2'}"])[1].step == 2
 
 
-def test_the_named_checkpoint_is_used(run):
+def test_checkpoints_of_other_steps_have_other_parameters(run):
     model = CWVAE(configuration.load(run / "config.yml"))
     a, b = (loading.load_params(model, loading.Checkpoint(run, step)) for step in (2, 4))
     assert not np.array_equal(a["params"]["decoder"]["dense"]["kernel"], b["params"]["decoder"]["dense"]["kernel"])
@@ -364,7 +358,7 @@ def test_another_model_or_a_damaged_checkpoint_is_refused(run):
     assert not list(run.glob("eval_*"))
 
 
-def test_evaluations_never_overwrite(run):
+def test_evaluations_never_overwrite_each_other(run):
     config, checkpoint, _ = evaluation.parse(["--logdir", str(run)])
     names = set()
     for _ in range(3):
@@ -376,7 +370,7 @@ def test_evaluations_never_overwrite(run):
 
 
 def test_a_truncated_configuration_is_refused(run, monkeypatch, capsys):
-    """Wherever it ends: what is missing would silently have other values."""
+    """At any line: missing keys would silently have their defaults."""
     path = run / "config.yml"
     lines = path.read_text().splitlines(keepends=True)
     for kept in range(len(lines)):
@@ -393,18 +387,18 @@ def test_a_truncated_configuration_is_refused(run, monkeypatch, capsys):
     monkeypatch.setattr(configuration, "marked", {"later": configuration.marked("later") | {"clip_grad_norm_by"}}.get)
     assert evaluation.parse(["--logdir", str(run)])[0].clip_grad_norm_by == 10000
     printed = capsys.readouterr().out
-    assert printed.endswith(f"{path} is older than some keys, whose defaults are used: clip_grad_norm_by = 10000.0\n")
+    assert printed.endswith(f"{path} is older than some keys; their defaults are used: clip_grad_norm_by = 10000.0\n")
     path.write_text("".join(line for line in lines if not line.startswith(("model:", "svg_", "vta_"))))
     evaluation.parse(["--logdir", str(run)])
-    assert capsys.readouterr().out == f"{path} is older than some keys, whose defaults are used: model = cwvae\n"
+    assert capsys.readouterr().out == f"{path} is older than some keys; their defaults are used: model = cwvae\n"
     assert evaluation.parse(["--logdir", str(ROOT / "pretrained")])[0].filters == 8
 
 
 # ---------------------------------------------------------------------------------------------- where results go
 
 
-def test_results_elsewhere(run, tmp_path, monkeypatch, capsys):
-    """Into a new directory; an interrupted evaluation there is resumed, and nothing else is touched."""
+def test_out_names_the_directory_of_the_results(run, tmp_path, monkeypatch, capsys):
+    """The directory must be new, or hold the same interrupted evaluation. Nothing else is touched."""
     out = tmp_path / "a" / "b"
     call = ["--logdir", str(run), "--no_save_grid", "--num_examples=1", f"--out={out}"]
     with monkeypatch.context() as patch:
@@ -421,7 +415,7 @@ def test_results_elsewhere(run, tmp_path, monkeypatch, capsys):
     assert not list(run.glob("eval_*"))
 
 
-def test_where_nothing_can_be_written(run, monkeypatch):
+def test_an_evaluation_that_cannot_write_is_refused(run, monkeypatch):
     def refuse(path, *_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
@@ -433,8 +427,8 @@ def test_where_nothing_can_be_written(run, monkeypatch):
     )
 
 
-def test_a_full_disk(run):
-    """One line, and what was written before stays: the same call resumes there."""
+def test_an_evaluation_resumes_after_a_full_disk(run):
+    """The error is one line. The same call resumes in the same directory."""
     flags = ["--logdir", str(run), "--batch_size=1"]
     with full_disk(), pytest.raises(ConfigError, match=r"eval_.* can't be written .*make room there, or name another"):
         evaluation.evaluate(*evaluation.parse(flags))
@@ -443,7 +437,7 @@ def test_a_full_disk(run):
     assert list(run.glob("eval_*")) == [directory] and (directory / "metrics.json").exists()
 
 
-def test_damaged_metrics_of_an_interrupted_evaluation(run):
+def test_damaged_metrics_of_an_interrupted_evaluation_are_named(run):
     call = ["--logdir", str(run), "--no_save_grid", "--num_examples=1"]
     evaluation.evaluate(*evaluation.parse(call))
     (directory,) = run.glob("eval_*")
@@ -458,8 +452,8 @@ def test_damaged_metrics_of_an_interrupted_evaluation(run):
     assert list(run.glob("eval_*")) == [directory] and (directory / "metrics.json").exists()
 
 
-def test_two_evaluations_at_once(run, tmp_path):
-    """The second one takes another directory; with --out it waits for the user."""
+def test_two_evaluations_at_once_use_different_directories(run, tmp_path):
+    """The second one makes another directory, or is refused if --out names the first one's."""
     config, checkpoint, _ = evaluation.parse(["--logdir", str(run)])
     with contextlib.ExitStack() as held:
         first = output.open_directory(held, config, checkpoint, None)
@@ -472,14 +466,14 @@ def test_two_evaluations_at_once(run, tmp_path):
         (second / "checkpoint").write_bytes(b"\xff")  # not text: not this evaluation
         with contextlib.ExitStack() as other:
             assert output.open_directory(other, config, checkpoint, None) not in (first, second)
-        with contextlib.ExitStack() as other, pytest.raises(ConfigError, match="out: another process evaluates into"):
+        with contextlib.ExitStack() as other, pytest.raises(ConfigError, match="out: another process writes to"):
             output.open_directory(other, config, checkpoint, tmp_path / "out")
     with contextlib.ExitStack() as other:
         assert output.open_directory(other, config, checkpoint, None) == first
 
 
-def test_a_checkpoint_that_a_training_removes(run, monkeypatch, capsys):
-    """Between finding and loading it: the newest is looked for again; one that was named is missed."""
+def test_a_checkpoint_may_be_removed_by_a_training_meanwhile(run, monkeypatch, capsys):
+    """It is removed between finding and loading. Then the newest is searched again; a named checkpoint is an error."""
     older, newest = (run / "checkpoints" / step for step in "24")
     load_params = loading.load_params
 
@@ -493,7 +487,7 @@ def test_a_checkpoint_that_a_training_removes(run, monkeypatch, capsys):
             shutil.rmtree(older)
         return load_params(model, checkpoint)
 
-    monkeypatch.setattr(runs, "load_params", training_goes_on)
+    monkeypatch.setattr(loading, "load_params", training_goes_on)
     monkeypatch.setattr(evaluation, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(sys, "argv", [*flags, f"--logdir={run}"])
     evaluation.main()
@@ -512,8 +506,8 @@ def test_a_checkpoint_that_a_training_removes(run, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------- what is shown
 
 
-def test_videos_of_the_examples_that_the_page_shows(run, tmp_path):
-    """Though its training saved none."""
+def test_videos_are_written_for_the_examples_on_the_page(run, tmp_path):
+    """Also if the training saved none."""
     assert not configuration.load(run / "config.yml").save_gifs
     flags = ["--no_save_grid", "--num_examples=5", "--format=pdf,mp4"]
     directory, found = evaluate(run, *flags)
@@ -537,7 +531,7 @@ def test_videos_of_the_examples_that_the_page_shows(run, tmp_path):
             evaluation.parse(["--logdir", str(run), "--save_gifs=false", flag])
 
 
-def test_one_row_per_example(run):
+def test_examples_csv_has_one_row_per_example(run):
     directory, found = evaluate(run, "--num_samples=2", "--no_save_grid")
     with (directory / "examples.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -551,7 +545,7 @@ def test_one_row_per_example(run):
         assert np.mean([float(row[key]) for row in rows]) == pytest.approx(average, rel=1e-5)
 
 
-def test_one_sequence_has_no_intervals(run, capsys):
+def test_an_evaluation_of_one_sequence_has_no_intervals(run, capsys):
     directory, _ = evaluate(run, "--num_examples=1", "--no_save_grid")
     printed, page = capsys.readouterr().out, (directory / "index.html").read_text()
     assert "Averages over 1 sequence and 8 predicted frames, step 4:" in printed and " to " not in printed
@@ -570,8 +564,8 @@ def test_frames_of_one_sample_are_not_copied():
     }
 
 
-def test_wandb_has_the_evaluation_of_a_run_that_it_has(run, monkeypatch, capsys):
-    """After the training's last step; not while the run is being trained, and no failure is one of the evaluation."""
+def test_an_evaluation_is_logged_to_the_wandb_of_its_run(run, monkeypatch, capsys):
+    """After the last step of the training, unless it still runs. If wandb fails, the evaluation doesn't."""
     logged = []
 
     class WandbRun:

@@ -1,4 +1,4 @@
-"""The notebooks, as they stand."""
+"""The notebooks, run as they are."""
 
 import json
 
@@ -7,8 +7,7 @@ import numpy as np
 from conftest import ROOT
 
 
-def test_predict(monkeypatch):
-    """Its code runs, and shows what its text says."""
+def test_the_notebook_runs_and_shows_what_its_text_says(monkeypatch):
     cells = json.loads((ROOT / "notebooks" / "predict.ipynb").read_text())["cells"]
     plt.switch_backend("agg")
     shown = []

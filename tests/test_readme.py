@@ -1,6 +1,6 @@
-"""README and docs: the example runs, links lead somewhere, Markdown shows what is meant; and the trained model.
+"""README and docs: the example runs, links are valid, Markdown has no accidental markup. And the pretrained model.
 
-`python tests/test_readme.py` writes the table in docs/configuration.md again, after a key has changed.
+After a key has changed, `python tests/test_readme.py` writes the table in docs/configuration.md again.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ CONFIGURATION = ROOT / "docs" / "configuration.md"
 
 
 def configuration_table() -> str:
-    """Each key with its default and help, by the groups of config.py."""
+    """Return a table of all keys with default and help, in the groups of config.py."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for group, fields in configuration.groups().items():
         lines.append(f"| **{group}** | | |")
@@ -37,18 +37,18 @@ def configuration_table() -> str:
 
 
 def as_markdown(text: str) -> str:
-    """Text with formulas (k**l, k^l) and paths (<logdir>/...) in code spans, which Markdown leaves alone."""
+    """Return text with formulas (k**l, k^l) and paths (<logdir>/...) in code spans, which Markdown doesn't interpret."""
     return re.sub(r"(?:<[^>]+>|[\w/()+-])*(?:\*\*|\^|<[^>]+>)(?:<[^>]+>|[\w/()+-])*", r"`\g<0>`", text)
 
 
 def outside_code(page: str) -> str:
-    """What Markdown interprets: neither code blocks, nor code spans, nor comments."""
+    """Return the text that Markdown interprets, without code blocks, code spans and comments."""
     page = re.sub(r"^```.*?^```|^    .*?$|<!--.*?-->", "", page, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"`[^`]*`", "", page)
 
 
 def with_table(page: str) -> str:
-    """The page with the table in its place."""
+    """Return the page with the current table."""
     return re.sub(
         r"(<!-- configuration.*?-->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}\n{configuration_table()}\n\n{match[2]}",
@@ -57,8 +57,8 @@ def with_table(page: str) -> str:
     )
 
 
-def test_configuration_table():
-    """It is config.py's, with all keys, and Markdown shows it as it stands there."""
+def test_the_configuration_table_is_up_to_date():
+    """It equals config.py's, has all keys, and Markdown shows its formulas and paths."""
     page = CONFIGURATION.read_text()
     assert page == with_table(page), "write it again: python tests/test_readme.py"
     keys = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
@@ -68,8 +68,8 @@ def test_configuration_table():
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_markdown_keeps_what_is_meant(path):
-    """Outside of code, `<name>` would be an HTML tag, and `4**2 and 8**2` bold."""
+def test_markdown_has_no_accidental_markup(path):
+    """Outside code, `<name>` would be an HTML tag, and `4**2 and 8**2` would be bold."""
     text = outside_code(path.read_text())
     assert not re.findall(r"<[^>\n]*>", text)
     assert not re.findall(r"\w\*\*[\w(]|\w\^\w", text)
@@ -88,7 +88,7 @@ def test_links_lead_to_files_and_headings(path):
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
 
 
-def test_readme_leads_to_each_page_and_file():
+def test_readme_links_each_page_and_lists_each_file():
     text = (ROOT / "README.md").read_text()
     for page in ROOT.glob("docs/*.md"):
         assert f"(docs/{page.name})" in text, page.name
@@ -98,8 +98,8 @@ def test_readme_leads_to_each_page_and_file():
 
 
 @pytest.mark.slow
-def test_example(tmp_path):
-    """As it stands there, in a directory of its own."""
+def test_the_example_of_the_readme_runs(tmp_path):
+    """Unchanged, in an empty directory."""
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "pretrained").symlink_to(PRETRAINED)
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"
@@ -113,8 +113,8 @@ def test_example(tmp_path):
 
 
 @pytest.mark.slow
-def test_pretrained_model_predicts(tmp_path):
-    """The next frame far better than the last one repeated."""
+def test_the_pretrained_model_predicts_better_than_the_last_frame(tmp_path):
+    """Its first predicted frame has a PSNR at least 2 dB above that of the last context frame."""
     run = shutil.copytree(PRETRAINED, tmp_path / "run", ignore=shutil.ignore_patterns("eval_*"))
     flags = ["--logdir", str(run), "--num_examples", "8", "--eval_seq_len", "46", "--no_save_grid"]
     evaluation.evaluate(*evaluation.parse(flags))

@@ -1,4 +1,4 @@
-"""Recording episodes: what is in the files, whatever process recorded them."""
+"""Recording episodes: the contents of the files, for any number of processes."""
 
 import dataclasses
 import signal
@@ -67,7 +67,7 @@ def make(name, render_mode, disable_env_checker):
 
 @pytest.fixture
 def gymnasium(tmp_path, monkeypatch):
-    """A small stand-in for the package."""
+    """Install a small replacement of the package."""
     (tmp_path / "gymnasium.py").write_text(GYMNASIUM)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "gymnasium", raising=False)
@@ -84,7 +84,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*.npz")}
 
 
-def test_the_same_in_any_number_of_processes_and_after_an_interrupt(tmp_path):
+def test_episodes_do_not_depend_on_processes_and_interrupts(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command(one, "--processes=1"), check=True)
     process = subprocess.Popen(command(two, "--processes=2"), stderr=subprocess.PIPE, text=True)
@@ -105,7 +105,7 @@ def test_the_same_in_any_number_of_processes_and_after_an_interrupt(tmp_path):
     assert done.returncode == 2 and "set --steps to that" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_what_is_recorded_is_what_is_trained_on(tmp_path, tiny):
+def test_recorded_episodes_are_the_training_data(tmp_path, tiny):
     recording, amount, folder = record.parse(
         ["--env=dot", "--episodes=3", "--steps=20", f"--datadir={tmp_path / 'dots'}", "--processes=1"]
     )
@@ -118,7 +118,7 @@ def test_what_is_recorded_is_what_is_trained_on(tmp_path, tiny):
         np.testing.assert_array_equal(train.file.actions[20:40], file["action"])
 
 
-def test_actions_led_to_their_frames():
+def test_recorded_actions_led_to_their_frames():
     episode = record.record_episode(Recording("dot", "random", 3, 30), "train", 4)
     assert episode["image"].shape == (30, 64, 64, 1) and episode["action"].shape == (30, 2)
     seed = np.random.SeedSequence([3, 0, 4]).generate_state(1)[0] >> 1
@@ -130,7 +130,7 @@ def test_actions_led_to_their_frames():
     assert np.flatnonzero(episode["is_first"]).tolist() == [0] and np.flatnonzero(episode["is_last"]).tolist() == [29]
 
 
-def test_episodes_differ_and_follow_from_their_numbers():
+def test_an_episode_follows_from_seed_split_number_and_policy():
     def image(seed, split, number, policy="random"):
         return record.record_episode(Recording("dot", policy, seed, 5), split, number)["image"].tobytes()
 
@@ -138,7 +138,7 @@ def test_episodes_differ_and_follow_from_their_numbers():
     assert len({image(*kind) for kind in kinds}) == 5 and image(*kinds[1]) == image(*kinds[1])
 
 
-def test_the_sticky_policy_repeats_itself():
+def test_the_sticky_policy_repeats_actions():
     actions = record.record_episode(Recording("dot", "sticky", 0, 1000), "train", 0)["action"][1:]
     repeated = (actions[1:] == actions[:-1]).all(1).mean()
     assert abs(repeated - record.STICKY) < 0.04
@@ -146,7 +146,7 @@ def test_the_sticky_policy_repeats_itself():
 
 @pytest.mark.usefixtures("gymnasium")
 @pytest.mark.parametrize("kind, size", [("Discrete", 3), ("Multi", 5), ("Box", 4)])
-def test_environments_of_gymnasium(kind, size):
+def test_gymnasium_environments_are_recorded(kind, size):
     episode = record.record_episode(Recording(f"{kind}-v0"), "train", 0)
     assert episode["image"].shape == (7, 64, 64, 3) and episode["image"][:, 0, 0, 0].tolist() == [
         0,
@@ -173,7 +173,7 @@ def test_environments_of_gymnasium(kind, size):
 @pytest.mark.parametrize(
     "env, message",
     [
-        ("Discrete-endless", "steps: Discrete-endless has no limit of its own; set --steps, the frames of an episode"),
+        ("Discrete-endless", "steps: Discrete-endless has no time limit; set --steps, the frames of an episode"),
         ("Discrete-blind", r"env: Discrete-blind can't render rgb_array, but \['human'\]; name another"),
         ("Text-v0", "env: Text-v0 takes actions in .*; name one with Discrete, MultiDiscrete or Box of floats"),
         ("Unbounded-v0", "policy: can't draw from actions without bounds; name a module:function"),
@@ -181,14 +181,14 @@ def test_environments_of_gymnasium(kind, size):
         ("crafter", "env: No module named 'crafter'; pip install -r requirements-record.txt"),
     ],
 )
-def test_environments_that_cant_be_recorded(env, message, monkeypatch):
+def test_environments_that_cannot_be_recorded_are_refused(env, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "crafter", None)
     message = message.replace("No module named 'crafter'", "import of crafter halted; None in sys.modules")
     with pytest.raises(ConfigError, match=message):
         record.record_episode(Recording(env), "train", 0)
 
 
-def test_policies_of_ones_own(tmp_path, monkeypatch):
+def test_a_users_policy_is_called_and_checked(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import numpy as np\n"
         "def make(space, seed):\n"
@@ -209,7 +209,7 @@ def test_policies_of_ones_own(tmp_path, monkeypatch):
         record.record_episode(Recording("dot", "mine:missing", 0, 5), "train", 0)
 
 
-def test_actions_as_vectors():
+def test_actions_become_vectors():
     space = ActionSpace((2,), np.array([2, 3]))
     assert space.size == 5 and space.vector(np.array([1, 0])).tolist() == [0, 1, 1, 0, 0]
     with pytest.raises(ConfigError, match=r"whole numbers from 0, below \[2, 3\], of shape \[2\], got \[1, 3\]"):
@@ -226,7 +226,7 @@ def test_actions_as_vectors():
         (["--env=dot", "--episodes=2", "--datadir=x", "--policy=walk"], "policy: must be random, sticky or module:function, got 'walk'"),
     ],
 )  # fmt: skip
-def test_flags(arguments, message):
+def test_wrong_recording_flags_are_refused(arguments, message):
     with pytest.raises(ConfigError) as error:
         record.parse(arguments)
     assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""results.sh, with a Python in its place that only notes how it is called: each call is valid, and none is repeated."""
+"""results.sh with a replacement of Python that only records its calls: each call is valid, and none is repeated."""
 
 import dataclasses
 import json
@@ -14,10 +14,10 @@ from conftest import ROOT
 import analysis
 import config as configuration
 from analyses.arguments import parse_named
-from analyses.compare import SAME
+from analyses.compare import SHARED_KEYS
 from training import stages
 
-NOTING = """#!{python}
+RECORDER = """#!{python}
 import json, pathlib, sys
 with open({notes!r}, "a") as file:
     print(json.dumps(sys.argv[1:]), file=file)
@@ -32,10 +32,10 @@ if "--out" in sys.argv:
 
 
 def results(tmp_path, config, *keys, failing=None, **environment):
-    """Exit code of results.sh, and what it called."""
+    """Return the exit code of results.sh, and its calls."""
     tmp_path.mkdir(exist_ok=True)
     python, notes = tmp_path / "python", tmp_path / "notes"
-    python.write_text(NOTING.format(python=sys.executable, notes=str(notes), failing=failing))
+    python.write_text(RECORDER.format(python=sys.executable, notes=str(notes), failing=failing))
     python.chmod(0o755)
     notes.write_text("")
     script = ["bash", ROOT / "results.sh", config, tmp_path / "results", *keys]
@@ -46,7 +46,7 @@ def results(tmp_path, config, *keys, failing=None, **environment):
 
 
 @pytest.mark.parametrize("config", ["small", "digits", "mmnist", "minerl"])
-def test_each_call_is_valid(tmp_path, config):
+def test_each_call_of_results_sh_is_valid(tmp_path, config):
     code, calls = results(tmp_path, f"configs/{config}.yml", "--seed", "3")
     assert code == 0
     models, others, evaluations = {}, {}, {}
@@ -68,7 +68,7 @@ def test_each_call_is_valid(tmp_path, config):
             assert given["out"] and len(runs) == len({c.run_name for c in runs})
             assert command != "curves" or len(runs) == len(models | others)
             if command == "compare":
-                assert len({tuple(getattr(c, key) for key in SAME) for c in runs}) == 1
+                assert len({tuple(getattr(c, key) for key in SHARED_KEYS) for c in runs}) == 1
     generated = config in ("small", "digits")
     assert len(models) == (10 if generated else 8)
     assert [c.model for c in others.values()] == ["svg", "vta"]
@@ -83,8 +83,8 @@ def test_each_call_is_valid(tmp_path, config):
     assert len({dataclasses.astuple(c) for c in models.values()}) == len(models)
 
 
-def test_the_same_call_goes_on(tmp_path):
-    """What failed is called again, what was done isn't."""
+def test_the_same_call_resumes_results_sh(tmp_path):
+    """It repeats the call that failed and continues. Finished calls aren't repeated."""
     _, calls = results(tmp_path / "whole", "configs/small.yml")
     failing = json.loads(json.dumps(calls[8]).replace(str(tmp_path / "whole"), str(tmp_path)))
     code, first = results(tmp_path, "configs/small.yml", failing=failing)
@@ -94,8 +94,8 @@ def test_the_same_call_goes_on(tmp_path):
     assert results(tmp_path, "configs/small.yml") == (0, [])
 
 
-def test_what_is_left_and_what_it_belongs_to(tmp_path):
-    """By the times of each kind; and with other keys nothing is done."""
+def test_the_time_left_is_estimated_and_another_call_is_refused(tmp_path):
+    """The estimate uses the mean time of each kind. A call with other keys does nothing."""
     _, calls = results(tmp_path, "configs/small.yml")
     times = tmp_path / "results" / "times.txt"
     assert len(times.read_text().splitlines()) == len(calls)
@@ -106,14 +106,13 @@ def test_what_is_left_and_what_it_belongs_to(tmp_path):
     script, environment = ["bash", ROOT / "results.sh", "configs/small.yml", tmp_path / "results"], dict(os.environ)
     other = subprocess.run([*script, "--seed", "1"], capture_output=True, text=True, env=environment)
     assert other.returncode == 2 and other.stderr.count("\n") == 1
-    assert "is of another call, TRAIN=train.py configs/small.yml" in other.stderr
+    assert "holds results of another call, TRAIN=train.py configs/small.yml" in other.stderr
     environment["PYTHON"] = str(tmp_path / "python")
     done = subprocess.run(script, capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines()[:-1] == ["1 of 3 done, 34 min left", "2 of 3 done, 1 min left", "3 of 3 done"]
 
 
-def test_training_in_stages(tmp_path):
-    """Takes the place of training, and of nothing else."""
+def test_train_replaces_only_the_training_program(tmp_path):
     _, calls = results(tmp_path, "configs/long.yml")
     _, staged = results(tmp_path / "staged", "configs/long.yml", TRAIN="-m training.stages")
     text = json.dumps(staged).replace(str(tmp_path / "staged"), str(tmp_path))
@@ -123,6 +122,6 @@ def test_training_in_stages(tmp_path):
             assert len(list(stages.configurations(call[2:]))) == 4
 
 
-def test_usage():
+def test_a_missing_argument_of_results_sh_is_refused():
     done = subprocess.run(["bash", ROOT / "results.sh", "configs/small.yml"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: call bash results.sh CONFIG DIRECTORY")

@@ -1,4 +1,4 @@
-"""Pictures and videos, by reading back what was written."""
+"""Pictures and videos, read back after writing."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_grids_keep_every_frame_in_rows_of_tens(tmp_path, length, columns, chann
 
 
 def test_triptych_shows_truth_prediction_and_error():
-    """Below names, in frames that say whether the model sees them: see the tests of `side_by_side`."""
+    """Names and frames around them are in the tests of `side_by_side`."""
     random = np.random.default_rng(0)
     truth, prediction = random.integers(0, 256, (2, 2, 5, 64, 64, 1), dtype=np.uint8)
     picture = tools.triptych(truth, prediction, context=2)
@@ -41,7 +41,7 @@ def test_triptych_shows_truth_prediction_and_error():
 
 
 def test_frames_say_whether_the_model_sees_them():
-    """Its colour and the word below it; the truth has the frame's number."""
+    """A colour around each frame and a word below it say so. The truth has the frame's number."""
     video = np.zeros((5, 64, 64, 1), np.uint8)
     font = ImageFont.load_default(9)
     picture = tools.side_by_side({"truth": video, "model": video}, {"model": 2})
@@ -50,14 +50,14 @@ def test_frames_say_whether_the_model_sees_them():
         own, word = (tools.GREEN, "reconstructed") if t < 2 else (tools.RED, "predicted")
         for x, color, above, below in (0, tools.GREY, "truth", f"{t + 1} / 5"), (68, own, "model", word):
             panel = picture[t, :, x : x + 68]
-            np.testing.assert_array_equal(panel[:14], tools.text(above, 68, 14, font))
-            np.testing.assert_array_equal(panel[-14:], tools.text(below, 68, 14, font))
+            np.testing.assert_array_equal(panel[:14], tools.text_image(above, 68, 14, font))
+            np.testing.assert_array_equal(panel[-14:], tools.text_image(below, 68, 14, font))
             frame = panel[14:-14]
             assert all((edge == color).all() for edge in (frame[:2], frame[-2:], frame[:, :2], frame[:, -2:]))
             assert not frame[2:-2, 2:-2].any()
 
 
-def test_words_have_room_beside_small_frames():
+def test_words_fit_next_to_small_frames():
     small = np.zeros((1000, 8, 8, 1), np.uint8)
     picture = tools.side_by_side({"a": small, "b": small}, {"b": 36})
     font = ImageFont.load_default(9)
@@ -65,11 +65,11 @@ def test_words_have_room_beside_small_frames():
     assert sum(widths) - 3 <= picture.shape[2] <= sum(widths) + 3 and (picture[999, 14:16, :12] == tools.GREY).all()
 
 
-def test_gif_holds_every_frame(tmp_path):
+def test_a_gif_holds_every_frame(tmp_path):
     video = np.zeros((7, 8, 8, 3), np.uint8)
     for t in range(7):
         video[t, t] = 255
-    tools.save_gif(video, tmp_path / "a.gif", scale=2)
+    tools.save_gif(video, tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 7
         for t in range(7):
@@ -77,8 +77,8 @@ def test_gif_holds_every_frame(tmp_path):
             np.testing.assert_array_equal(np.asarray(image.convert("RGB"))[::2, ::2], video[t])
 
 
-def test_gif_of_all_greys_in_a_coloured_frame(tmp_path):
-    """Hardly differs from the video, and not in what says whether the model sees the frame."""
+def test_a_gif_of_all_greys_is_close_to_the_video(tmp_path):
+    """Also the colour that says whether the model sees the frame is close."""
     random = np.random.default_rng(0)
     truth, prediction = random.integers(256, size=(2, 1, 50, 32, 32, 1), dtype=np.uint8)
     video = tools.triptych(truth, prediction, 25)
@@ -90,7 +90,7 @@ def test_gif_of_all_greys_in_a_coloured_frame(tmp_path):
             assert abs(error).max() <= 8 and abs(error[14, 100]).max() <= 2
 
 
-def test_mp4_holds_every_frame(tmp_path):
+def test_an_mp4_holds_every_frame(tmp_path):
     video = np.zeros((7, 16, 16, 3), np.uint8) + np.arange(0, 210, 30, dtype=np.uint8)[:, None, None, None]
     tools.save_video(video, tmp_path / "a.gif", ("gif", "mp4"))
     assert (tmp_path / "a.gif").exists()
@@ -100,7 +100,7 @@ def test_mp4_holds_every_frame(tmp_path):
     np.testing.assert_allclose([frame.mean() for frame in frames], np.arange(0, 210, 30), atol=4)
 
 
-def test_gifs_and_mp4s_play_at_one_rate(tmp_path):
+def test_gifs_and_mp4s_have_the_same_frame_rate(tmp_path):
     video = np.zeros((7, 16, 16, 3), np.uint8) + np.arange(0, 210, 30, dtype=np.uint8)[:, None, None, None]
     tools.save_video(video, tmp_path / "a", ("gif", "mp4"))
     for suffix in "gif", "mp4":
@@ -109,19 +109,14 @@ def test_gifs_and_mp4s_play_at_one_rate(tmp_path):
         np.testing.assert_allclose(times, np.arange(7) / 20)
 
 
-def test_videos_side_by_side_have_names_numbers_and_edges():
+def test_videos_side_by_side_have_room_for_long_names():
     black = np.zeros((3, 64, 64, 1), np.uint8)
     picture = tools.side_by_side(
         {"truth": black, "a model": black + 50, "a model of a long name": black}, {"a model": 2}
     )
     T, H, W, _ = picture.shape
     assert (T, H) == (3, 14 + 68 + 14) and W > 3 * 68
-    assert (picture[:, 14, :68] == tools.GREY).all() and (picture[:, 16:80, 2:66] == 0).all()
-    assert (picture[:2, 14, 68:136] == tools.GREEN).all() and (picture[2, 14, 68:136] == tools.RED).all()
-    assert (picture[:, 16:80, 70:134] == 50).all()
-    assert all(picture[0, :14, x : x + 68].any() for x in (0, 68, 136, W - 20))  # names, also the long one's end
-    numbers = picture[:, -14:]
-    assert numbers[0].any() and not np.array_equal(numbers[0], numbers[1])
+    assert all(picture[0, :14, x : x + 68].any() for x in (0, 68, 136, W - 20))  # names, also the end of the long one
 
 
 def test_saved_frames_are_compressed(tmp_path):

@@ -1,4 +1,4 @@
-"""Training as a user runs it, on a tiny model: repeatable to the bit, resumable, logged, and learning."""
+"""Training as a user runs it, on a tiny model: repeatable to the bit, resumable, logged, and effective."""
 
 import dataclasses
 import errno
@@ -36,7 +36,7 @@ from training.step import make_optimizer, make_state, make_train_step
 from videos.digits import MovingDigits
 
 
-def test_a_run_and_its_files(tiny, capsys):
+def test_a_training_writes_checkpoints_videos_and_logs(tiny, capsys):
     c = dataclasses.replace(
         tiny,
         max_steps=5,
@@ -75,8 +75,8 @@ def test_a_run_and_its_files(tiny, capsys):
     assert f"python eval.py --logdir {run}" in capsys.readouterr().out
 
 
-def test_same_seed_same_parameters_and_resumed_equals_uninterrupted(tiny, tmp_path):
-    """To the bit, in parameters, optimiser state, metrics and data."""
+def test_training_is_repeatable_and_resumes_exactly(tiny, tmp_path):
+    """To the bit: parameters, optimizer state and metrics."""
     often = dataclasses.replace(tiny, save_model_every=2, save_scalars_every=1)
     whole = parameters(train.train(often))
     elsewhere = dataclasses.replace(often, logdir=str(tmp_path / "again"))
@@ -86,14 +86,14 @@ def test_same_seed_same_parameters_and_resumed_equals_uninterrupted(tiny, tmp_pa
     assert len(log_of(runs.directory(interrupted))) == 2
     assert_same(whole, parameters(train.train(interrupted)))
     assert log_of(runs.directory(interrupted)) == log_of(runs.directory(often))
-    # A run that is complete goes nowhere.
+    # A complete run isn't trained again.
     assert_same(whole, parameters(train.train(interrupted)))
     assert log_of(runs.directory(interrupted)) == log_of(runs.directory(often))
     other = parameters(train.train(dataclasses.replace(often, seed=1)))
     assert not np.array_equal(jax.tree.leaves(other.params)[0], jax.tree.leaves(whole.params)[0])
 
 
-def test_drawn_on_the_devices_is_drawn_on_the_host(tiny, tmp_path, monkeypatch):
+def test_digits_drawn_on_devices_train_the_same_model(tiny, tmp_path, monkeypatch):
     """To the bit, with a partial last batch."""
     few = dataclasses.replace(tiny, batch_size=3, num_epochs=1, max_steps=2)
     monkeypatch.setattr(MovingDigits, "VIDEOS", {"train": 4, "test": 4})
@@ -104,7 +104,7 @@ def test_drawn_on_the_devices_is_drawn_on_the_host(tiny, tmp_path, monkeypatch):
 
 
 def without(getitem, split):
-    """Videos of which those of a split can't be had from the host."""
+    """Return a `__getitem__` that fails for a split, so that the host can't draw its videos."""
 
     def get(videos, index):
         assert videos.split != split
@@ -120,13 +120,13 @@ def test_random_seed_is_saved_and_used_on_resume(tiny):
     assert seed is not None
     train.train(dataclasses.replace(c, max_steps=2))
     assert configuration.load(runs.directory(c) / "config.yml").seed == seed
-    # One directory, named without the random seed, holds everything.
+    # Everything is in one directory, whose name doesn't have the random seed.
     assert list(Path(c.logdir).glob("digits/*")) == [runs.directory(c)]
     assert (runs.directory(c) / "metrics.jsonl").exists() and (runs.directory(c) / "checkpoints" / "2").exists()
 
 
-def test_a_runs_own_config_file_is_that_run(tiny):
-    """Also if its seed was a random one, which isn't part of its name."""
+def test_a_runs_own_configuration_names_that_run(tiny):
+    """Also if the seed is random, and therefore not part of the name."""
     for seed in None, 7:
         c = dataclasses.replace(tiny, seed=seed)
         with runs.opened(c, Devices()) as run:
@@ -138,8 +138,8 @@ def test_a_runs_own_config_file_is_that_run(tiny):
             assert (again.path, again.config) == (run.path, run.config)
 
 
-def test_training_in_stages(tiny, tmp_path):
-    """A second stage has the first one's parameters, and nothing else of it; later it stands on its own."""
+def test_init_from_copies_only_the_parameters(tiny, tmp_path):
+    """The second stage starts from the first one's parameters only. Resuming it doesn't need the first stage."""
     first = train.train(dataclasses.replace(tiny, max_steps=2))
     source = runs.directory(tiny)
     c = dataclasses.replace(tiny, digit_speed=(1, 3), init_from=str(source), save_model_every=1)
@@ -155,8 +155,8 @@ def test_training_in_stages(tiny, tmp_path):
     assert_same(whole, parameters(train.train(parts)))
 
 
-def test_a_start_that_cant_work_is_refused(tiny, tmp_path):
-    """In one line, and without a trace that would refuse the right start later."""
+def test_a_wrong_init_from_is_refused(tiny, tmp_path):
+    """In one line, before anything is written that would prevent a right start later."""
     with runs.opened(tiny, Devices()) as run:
         _, state, _ = run.restore(CWVAE(tiny))
         run.save(1, state, {})
@@ -180,25 +180,26 @@ def test_a_start_that_cant_work_is_refused(tiny, tmp_path):
         assert run.restore(CWVAE(right))[0] == 0
 
 
-def test_resuming_as_another_model_is_refused(tiny):
+def test_resuming_with_other_keys_is_refused(tiny):
     train.train(dataclasses.replace(tiny, max_steps=1))
     run = runs.directory(tiny)
     values = yaml.safe_load((run / "config.yml").read_text())
     (run / "config.yml").write_text(yaml.safe_dump(values | {"lr": 0.5, "cell_min_stddev": 0.1}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     with pytest.raises(
         ConfigError, match=r"another cell_min_stddev \(0.1 there, 0.0001 now\), lr \(0.5 there, 0.001 now\)"
     ):
         train.train(tiny)
-    assert yaml.safe_load((run / "config.yml").read_text())["lr"] == 0.5
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def test_context_must_fit_training_videos(tiny):
+def test_videos_of_trainings_need_a_context_shorter_than_seq_len(tiny):
     with pytest.raises(ConfigError, match="open_loop_ctx: must be less than seq_len = 8"):
         train.train(dataclasses.replace(tiny, open_loop_ctx=8, save_gifs=True))
 
 
-def test_padding_has_no_weight(tiny):
-    """A batch of 2 padded to 4 rows gives the loss and the parameters of the batch alone, whatever the padding holds."""
+def test_padding_does_not_change_a_training_step(tiny):
+    """A batch of 2, padded to 4 rows with noise, gives the same loss and parameters."""
     model, devices = CWVAE(tiny), Devices()
     take_step = make_train_step(model)
     windows = data.windows(tiny, "train")
@@ -222,8 +223,8 @@ def test_one_compiled_step_serves_all_seeds(tiny):
     assert len(programs) == 1
 
 
-def test_gradient_clipping_and_adam(tiny):
-    """The first step of Adam moves by lr * g / (|g| + eps), g clipped by the global norm."""
+def test_the_optimizer_clips_gradients_and_is_adam(tiny):
+    """The first step of Adam is lr * g / (|g| + eps), where g is clipped by the global norm."""
     import jax.numpy as jnp
 
     g = {"a": jnp.array([3e-3, -4e-3])}
@@ -248,7 +249,7 @@ def test_validation_does_not_depend_on_batch_size(tiny):
             assert other[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
+def test_open_loop_videos_predict_only_from_the_context(tiny):
     model = CWVAE(tiny)
     params = make_state(model).params
     test = data.windows(tiny, "test")
@@ -266,8 +267,8 @@ def test_open_loop_video_shows_the_truth_and_no_future_in_the_prediction(tiny):
 
 
 @pytest.mark.slow
-def test_learns(tmp_path):
-    """A model of a few thousand parameters soon explains frames far better than the mean frame does."""
+def test_a_small_model_learns_to_reconstruct(tmp_path):
+    """After 60 steps, it explains frames much better than the mean frame does."""
     c = configuration.load(ROOT / "configs" / "debug.yml")
     c = dataclasses.replace(
         c,
@@ -299,7 +300,7 @@ def run_program(program, arguments, home, **environment):
     )
 
 
-def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):
+def test_without_a_login_wandb_is_offline_and_training_continues(tmp_path):
     done = run_program("train.py", flags(wandb="auto", max_steps=2, save_gifs=True), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wandb: offline, since no API key is configured") == 1
@@ -309,7 +310,7 @@ def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):
     saved = (run / "wandb_id").read_text()
     done = run_program("train.py", flags(wandb="auto", max_steps=3, save_gifs=True), tmp_path)
     assert done.returncode == 0 and (run / "wandb_id").read_text() == saved
-    # Both directories, of the same id, are uploaded by one call, which takes those of a run in the order of their times.
+    # One call uploads both directories, which have the same id, in the order of their times.
     both = [f"{path.parent.name}/{path.name}" for path in tmp_path.glob("logs/wandb/offline-run-*/*.wandb")]
     assert len(both) == 2 and all(path.endswith(f"-{saved}/run-{saved}.wandb") for path in both)
     wandb = [sys.executable, "-m", "wandb", "sync", "--dry-run"]
@@ -319,7 +320,7 @@ def test_without_a_login_wandb_is_offline_and_training_goes_on(tmp_path):
     assert "2 run(s)" in listed.stderr, listed
 
 
-def test_a_refused_start_leaves_the_live_runs_wandb_alone(tmp_path):
+def test_a_refused_training_leaves_the_wandb_of_the_running_one_alone(tmp_path):
     arguments = flags(wandb="offline", max_steps=1)
     (run,) = (runs.directory(Config(**TINY | dict(wandb="offline", logdir=str(tmp_path / "logs")))),)
     with runs.locked(run):
@@ -332,8 +333,8 @@ def test_a_refused_start_leaves_the_live_runs_wandb_alone(tmp_path):
     assert list(tmp_path.glob("logs/wandb/offline-run-*-live")) and (run / "wandb_id").read_text() == "live"
 
 
-def test_a_sweep_beats_flags_which_beat_yaml(tmp_path):
-    """As wandb's agent starts a program: the sweep's values in a file, named by the environment."""
+def test_a_sweep_overrides_flags_which_override_yaml(tmp_path):
+    """Like wandb's agent, the environment names a file with the sweep's values."""
     (tmp_path / "sweep.yml").write_text("wandb_version: 1\nnum_digits: {value: 3}\ndigit_speed: {value: [1, 5.5]}\n")
     (tmp_path / "base.yml").write_text("num_digits: 1\ncell_embed_size: 4\nenc_dense_layers: 1\n")
     environment = dict(WANDB_SWEEP_ID="abc", WANDB_RUN_ID="run1", WANDB_SWEEP_PARAM_PATH=str(tmp_path / "sweep.yml"))
@@ -362,8 +363,8 @@ def flag_dict(**keys):
     return TINY | keys
 
 
-def test_missing_dataset_exits_with_one_line(tmp_path):
-    """Offline, with no zip put by hand: soon, and with the URL and the folder to put it."""
+def test_a_missing_dataset_is_refused_in_one_line(tmp_path):
+    """Offline, without a zip put by hand: within seconds, and with the URL and the folder for the zip."""
     for name in "minerl", "mazes", "mmnist":
         begin = time.monotonic()
         done = run_program(
@@ -382,7 +383,7 @@ def test_missing_dataset_exits_with_one_line(tmp_path):
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(tiny, capsys):
+def test_a_damaged_newest_checkpoint_loses_only_its_steps(tiny, capsys):
     c = dataclasses.replace(tiny, save_model_every=2)
     whole = parameters(train.train(c))
     for file in (runs.directory(c) / "checkpoints" / "4" / "state").rglob("*"):
@@ -396,7 +397,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(tiny, capsys):
 
 
 def test_a_failed_write_leaves_the_configuration(run, tiny):
-    """A resume writes no configuration that hasn't changed, and a failed write leaves the old one."""
+    """An unchanged configuration isn't written again, and a failed write leaves the old one."""
     saved, log = (run / "config.yml").read_bytes(), (run / "metrics.jsonl").read_bytes()
     inode = (run / "config.yml").stat().st_ino
     c = dataclasses.replace(tiny, logdir=str(run.parent.parent), save_model_every=2, save_named_model_every=2)
@@ -422,7 +423,7 @@ def test_a_damaged_configuration_is_named(run, tiny, damage, reason):
         eval.parse(["--logdir", str(run)])
 
 
-def test_a_logdir_that_cannot_be_made_or_written(tiny, monkeypatch, tmp_path):
+def test_a_logdir_that_cannot_be_written_is_refused(tiny, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     for logdir in tmp_path / "file", tmp_path / "file" / "logs", Path("/proc/logs"):
         with pytest.raises(
@@ -443,7 +444,7 @@ def test_a_logdir_that_cannot_be_made_or_written(tiny, monkeypatch, tmp_path):
 
 
 def test_checkpoints_of_a_lost_configuration_are_kept(run, tiny):
-    """Without it, nothing says whether they are this training's."""
+    """Without it, nothing tells whether they belong to this training."""
     (run / "config.yml").unlink()
     with pytest.raises(
         ConfigError, match=r"config.yml: can't be read \(No such file or directory\);.* restore the file"
@@ -452,26 +453,27 @@ def test_checkpoints_of_a_lost_configuration_are_kept(run, tiny):
     assert not (run / "config.yml").exists() and (run / "checkpoints" / "4").exists()
 
 
-def test_checkpoints_that_cannot_be_saved(tiny, monkeypatch):
-    """A training that leaves no last checkpoint doesn't end as if it did."""
+def test_a_training_without_its_last_checkpoint_fails(tiny, monkeypatch):
+    """A training whose last checkpoint can't be saved ends with an error."""
     run = runs.directory(tiny)
     run.mkdir(parents=True)
     (run / "checkpoints").touch()
     with pytest.raises(ConfigError, match=r"^logdir: .*checkpoints can't be made or written \(File exists\)"):
         train.train(tiny)
     (run / "checkpoints").unlink()
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="lacks the last checkpoint, which couldn't"):
+    message = r"the last checkpoint of .* couldn't be saved"
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=message):
         patch.setattr(Checkpoints, "save", lambda *_, **__: None)
         train.train(dataclasses.replace(tiny, max_steps=2))
     assert int(train.train(tiny).step) == 4
 
 
-def test_no_checkpoint_is_spoken_of_before_the_first(tiny):
+def test_non_finite_steps_before_the_first_checkpoint_are_reported(tiny):
     path = runs.directory(tiny)
     path.mkdir(parents=True)
     run = SimpleNamespace(path=path, config=tiny, checkpoints=SimpleNamespace(steps=[]))
     state = SimpleNamespace(first_bad=1, step=2)
-    with pytest.raises(train.NonFinite, match=r"since step 1; see .*nonfinite; there is no checkpoint yet"):
+    with pytest.raises(train.NonFinite, match=r"from step 1 on; see .*nonfinite; there is no checkpoint yet"):
         train.check_finite(run, state, {}, range(4))
     with full_disk(0), pytest.raises(train.NonFinite, match=r"json can't be written \(File too large\)"):
         train.check_finite(run, SimpleNamespace(first_bad=2, step=2), {}, range(4))

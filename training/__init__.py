@@ -1,1 +1,1 @@
-"""Training: the step, runs and their checkpoints, stages, grids."""
+"""Training: the step, runs and their checkpoints, stages, and grids of configurations."""

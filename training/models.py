@@ -1,4 +1,4 @@
-"""The models that can be trained, by name."""
+"""The models that can be trained."""
 
 from collections.abc import Callable
 
@@ -10,6 +10,6 @@ from sequences.interface import Model
 
 
 def make_model(config: Config) -> Model:
-    """Return the model that `config.model` names."""
+    """Return the model of a configuration."""
     models: dict[str, Callable[[Config], Model]] = {"cwvae": CWVAE, "svg": SVG, "vta": VTA}
     return models[config.model](config)

@@ -1,8 +1,8 @@
-"""Train in stages, each from the parameters of the one before: python -m training.stages --config configs/long.yml
+"""Train in stages, each from the parameters of the stage before: python -m training.stages --config configs/long.yml
 
-It takes what train.py takes, resumes as it does, and leaves the last stage's run where train.py would; those before are
-in `<logdir>/stages/<number>`. With `--scale 0.01`, each stage has a hundredth of its steps, to try it.
-docs/notebook/results.md says what the stages are for.
+The arguments are those of train.py, and training resumes in the same way. The run of the last stage is where train.py
+would put it; those of the earlier stages are in `<logdir>/stages/<number>`. With `--scale 0.01`, each stage has a
+hundredth of its steps, for a quick try. docs/notebook/results.md says what the stages are for.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from training import loading, runs
 
 
 class Stage(NamedTuple):
-    """What a stage trains on. 432 frames per step in each."""
+    """The keys that a stage sets. Each stage has 432 frames per step."""
 
     seq_len: int
     batch_size: int
     max_steps: int
     lr: float
-    """As a multiple of the configuration's."""
+    """A factor of the configuration's `lr`."""
     top_beta: float = 1.0
-    """The weight of the top level's KL, where there are levels below it."""
+    """The weight of the top level's KL, in a cwvae with several levels."""
 
 
 STAGES = (
@@ -39,10 +39,10 @@ STAGES = (
 
 
 def configurations(argv: Sequence[str]) -> Iterator[Config]:
-    """Yield the configuration of each stage, which needs the run of the one before.
+    """Yield the configuration of each stage. Each one needs the run of the stage before.
 
     Raises:
-        ConfigError: a key is given that stages set, or a stage was trained at another scale; or as `config.parse` does.
+        ConfigError: a flag is a key that stages set, or a stage was trained at another scale; or as `config.parse`.
     """
     special, flags = configuration.parse_flags(
         argv,
@@ -52,23 +52,23 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
         config=Flag("FILE", "YAML file, e.g. configs/long.yml"),
         scale=Flag("NUMBER", "factor of each stage's steps, e.g. 0.01 to try it (default: 1)"),
     )
-    scale = positive(special.get("scale", "1"))
+    scale = parse_scale(special.get("scale", "1"))
     for key in "seq_len", "batch_size", "num_epochs", "max_steps", "beta", "init_from":
         if key in flags:
             raise ConfigError(f"{key}: each stage has its own, got {flags[key]}; leave it out, or call train.py")
-    whole = configuration.for_program("python -m training.stages", special.get("config"), flags)
+    base = configuration.program_config("python -m training.stages", special.get("config"), flags)
     source = None
     for number, stage in enumerate(STAGES, 1):
         beta = None
-        if stage.top_beta != 1 and whole.model == "cwvae" and whole.levels > 1:
-            beta = (1.0,) * (whole.levels - 1) + (stage.top_beta,)
+        if stage.top_beta != 1 and base.model == "cwvae" and base.levels > 1:
+            beta = (1.0,) * (base.levels - 1) + (stage.top_beta,)
         c = dataclasses.replace(
-            whole,
-            logdir=whole.logdir if number == len(STAGES) else f"{whole.logdir}/stages/{number}",
+            base,
+            logdir=base.logdir if number == len(STAGES) else f"{base.logdir}/stages/{number}",
             seq_len=stage.seq_len,
             batch_size=stage.batch_size,
             max_steps=max(1, round(stage.max_steps * scale)),
-            lr=whole.lr * stage.lr,
+            lr=base.lr * stage.lr,
             beta=beta,
             init_from=source,
         )
@@ -77,19 +77,19 @@ def configurations(argv: Sequence[str]) -> Iterator[Config]:
         source = str(runs.directory(c))
 
 
-def positive(scale: str) -> float:
-    """Return a scale; raise ConfigError unless it is a number above 0."""
+def parse_scale(text: str) -> float:
+    """Return the scale as a number. Raise ConfigError unless it is finite and above 0."""
     try:
-        value = float(scale)
+        value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise ConfigError(f"scale: must be a number above 0, got {scale!r}")
+        raise ConfigError(f"scale: must be a number above 0, got {text!r}")
     return value
 
 
 def require_same_scale(config: Config) -> None:
-    """Raise ConfigError if the stage's run has other steps: the stages after it start from its last parameters."""
+    """Raise ConfigError if the stage's run has another number of steps: the next stage starts from its last step."""
     run = runs.directory(config)
     if not (run / "config.yml").exists():
         return

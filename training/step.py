@@ -1,4 +1,4 @@
-"""One training step: the state, the optimizer and the update over all devices."""
+"""The training step: its state, the optimizer, and the update over all devices."""
 
 from functools import partial
 from typing import Any
@@ -23,43 +23,44 @@ NEVER = np.int32(2**31 - 1)
 
 @flax.struct.dataclass
 class TrainState:
-    """What a checkpoint holds. Noise and data order follow from seed and step, so nothing of them is kept."""
+    """The state that a checkpoint holds. Noise and order of the data follow from the seed and the step."""
 
     step: Array  # int32 []
     first_bad: Array  # int32 []: the first step whose loss or gradient wasn't finite, or NEVER
-    params: Any  # what the model is applied with: parameters, and the running averages of models that have any
+    params: Any  # the model's variables: parameters, and running averages if it has any
     opt_state: optax.OptState
 
 
 def make_optimizer(model: Model) -> optax.GradientTransformation:
-    """Return the model's optimizer, behind clipping by the global norm."""
+    """Return the model's optimizer, after clipping of the gradient by its global norm."""
     bound = model.config.clip_grad_norm_by
     return optax.chain(optax.clip_by_global_norm(bound) if bound else optax.identity(), model.optimizer())
 
 
-def split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the optimizer changes, and the running averages."""
+def split_variables(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parameters, which the optimizer changes, and the other variables (running averages)."""
     return {"params": params["params"]}, {name: x for name, x in params.items() if name != "params"}
 
 
 def make_state(model: Model, draw: bool = True) -> TrainState:
-    """Return the state before the first step, or without `draw` one of its shapes. Nothing is compiled for it."""
+    """Return the state before the first step. With draw=False, only its shapes matter. Nothing is compiled for it."""
     c = model.config
-    frames = model.min_frames  # no parameter's shape depends on the length
+    frames = model.min_frames  # the shapes of parameters don't depend on the number of frames
     video = jax.ShapeDtypeStruct((1, frames, FRAME_SIZE, FRAME_SIZE, c.channels), jnp.float32)
     actions = jnp.zeros((1, frames, c.action_size)) if c.action_size else None
     inputs = jax.eval_shape(lambda: model.draw(jax.random.split(jax.random.key(0), 1), frames, actions=actions))
     params = init(model, key_for("params", c), video, inputs, draw=draw)
-    opt_state = jax.eval_shape(make_optimizer(model).init, split(params)[0])
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state)  # as Adam begins
+    opt_state = jax.eval_shape(make_optimizer(model).init, split_variables(params)[0])
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state)  # Adam starts from zeros
     return TrainState(jnp.int32(0), jnp.int32(NEVER), params, zeros)
 
 
 def make_train_step(model: Model) -> partial[tuple[TrainState, dict[str, Array]]]:
-    """Return the optimizer's step on Equation 5 over all devices, (state, batch) -> (state, metrics).
+    """Return a training step (Equation 5) over all devices: (state, batch) -> (state, metrics).
 
-    Batches are [devices, B / devices, ...], the state is whole on each device. The state's memory is donated: the state
-    that was passed in can't be used again. What is compiled, `func`, takes the seed before these, and serves all seeds.
+    A batch is [devices, B / devices, ...]. Each device has the whole state. The state's memory is donated: a state that
+    was passed in can't be used again. The compiled function, `func`, takes the seed as its first argument, so it is the
+    same for all seeds.
     """
     c = model.config
     optimizer = make_optimizer(model)
@@ -71,7 +72,7 @@ def make_train_step(model: Model) -> partial[tuple[TrainState, dict[str, Array]]
         key = jax.random.fold_in(jax.random.wrap_key_data(seed), state.step)
         inputs = model.draw(sequence_keys(key, first, b), T, actions=batch.actions)
         training = Training(state.step, batch.weight, "data")
-        params, averages = split(state.params)
+        params, averages = split_variables(state.params)
 
         def loss(params: Any) -> tuple[Array, tuple[dict[str, Array], Any]]:
             (terms, _), changed = model.apply(
@@ -85,7 +86,8 @@ def make_train_step(model: Model) -> partial[tuple[TrainState, dict[str, Array]]
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         params = {**optax.apply_updates(params, updates), **averages}
         metrics |= {"grad_norm": optax.tree.norm(gradients), "learning_rate": jnp.float32(c.lr)}
-        # Read when something is logged or saved: no step waits for it. A loss that is NaN can have finite gradients.
+        # It is read only when a step is logged or saved, so that no step waits for it. Both are checked: a loss that is
+        # NaN can have finite gradients.
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         first_bad = jnp.where(finite, state.first_bad, jnp.minimum(state.first_bad, state.step + 1))
         return TrainState(state.step + 1, first_bad, params, opt_state), metrics

@@ -1,1 +1,1 @@
-"""Where frames come from: decoded videos, published datasets, generated digits."""
+"""Sources of frames: decoded videos, published datasets, generated digits, recorded environments."""

@@ -1,7 +1,8 @@
-"""Videos of any kind -> one memory-mapped file of uint8 frames per split, decoded once.
+"""Decode videos of any kind once, into one memory-mapped file of uint8 frames per split.
 
-A frame file is two files: `<name>.frames`, the frames of all videos one after another, and `<name>.json`, its index.
-The index is written last: if it exists, the frames are complete. Where there are actions, they are in `<name>.actions`.
+A frame file consists of `<name>.frames`, the frames of all videos one after another, and `<name>.json`, its index.
+Actions, if the videos have any, are in `<name>.actions`. The index is written last: if it exists, the others are
+complete.
 """
 
 import collections
@@ -32,11 +33,11 @@ from config import FRAME_SIZE, ConfigError
 from system.files import replace_file
 
 if TYPE_CHECKING:
-    import av  # slow to import, and not there where nothing is decoded: each function that needs it imports it
+    import av  # slow to import, and only needed to decode: each function that needs it imports it
 
 
 class Clip(NamedTuple):
-    """Some frames of an array `image` in .npz."""
+    """Frames `first` to `stop` (exclusive) of the array `image` in an .npz file."""
 
     path: Path
     first: int
@@ -44,12 +45,12 @@ class Clip(NamedTuple):
 
 
 class Video(NamedTuple):
-    """An encoded video: a file's path, its contents, or a part of it."""
+    """A video to decode: a file's path, its contents, or a clip of an array."""
 
     name: str
     content: Path | bytes | Clip
     actions: np.ndarray | None = None
-    """float32 [T, A], each led to its frame; None where there are none."""
+    """float32 [T, A]: each action led to its frame. None: the video has no actions."""
 
 
 class Videos(Protocol):
@@ -57,11 +58,11 @@ class Videos(Protocol):
 
     @property
     def origin(self) -> str:
-        """What identifies the videos: it changes when they do."""
+        """A text that identifies the videos: it changes if they do."""
 
     @property
     def remedy(self) -> str:
-        """What to do if none of them can be decoded."""
+        """What the user can do if no video can be decoded."""
 
     def __len__(self) -> int: ...
 
@@ -69,15 +70,15 @@ class Videos(Protocol):
 
 
 class Unreadable(Exception):
-    """Why a video can't be decoded."""
+    """The error of a video that can't be decoded."""
 
 
-class Cut(Exception):
-    """How many frames a file lacks at its end."""
+class Truncated(Exception):
+    """The error of a file that ends before the last frame that it announces."""
 
 
-class Shuffled(Exception):
-    """The times of a file's frames don't increase."""
+class Unordered(Exception):
+    """The error of a file whose frames' times are missing or don't increase."""
 
 
 # ---------------------------------------------------------------------------------------------- decoding
@@ -88,30 +89,30 @@ class Decoding(NamedTuple):
 
     channels: int
     fit: str = "stretch"
-    """crop: scale the shorter side to 64, crop the longer one around the centre. pad: scale the longer side to 64,
+    """crop: scale the shorter side to 64, crop the longer side around its centre. pad: scale the longer side to 64,
     centre the frame on black. stretch: scale both sides to 64."""
     luma: bool = False
-    """Convert colours to grey by their brightness; otherwise take the first channel, for videos that are grey."""
+    """Convert colours to grey by their brightness. Otherwise take the first channel: the videos are grey."""
     partial: bool = False
-    """Take what there is of videos that end before their file says; otherwise leave them out."""
+    """Keep the frames of a truncated video. Otherwise leave the video out."""
     fps: float | None = None
-    """Take frames at this rate, by their times; otherwise each."""
+    """Sample frames at this rate, by their times. None: keep every frame."""
     in_order: bool = False
-    """Don't use the frames' own times: they come at the file's average rate."""
+    """Ignore the frames' own times, and assume the file's average rate."""
 
 
 def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
-    """Decode the frames of a video one by one, upright, uint8 [64, 64, C].
+    """Yield the frames of a video, upright, uint8 [64, 64, C].
 
     Raises:
-        Unreadable: no frame could be decoded, or not all that the file announces, unless `how.partial`.
-        Shuffled: frames can't be taken by their times; decode them in order.
+        Unreadable: no frame can be decoded or, unless `how.partial`, fewer frames than the file announces.
+        Unordered: the frames' times can't be used; decode again with `in_order`.
     """
     import av
 
     frames = array_frames(video.content) if is_array(video.content) else file_frames(video.content, how)
     count = 0
-    # They hold the tables of their conversion, so each serves all frames.
+    # Both keep the tables of their conversion from frame to frame.
     to_rgb, to_size = ToRGB(), av.video.reformatter.VideoReformatter()
     matrix: np.ndarray | None = None
     try:
@@ -126,10 +127,10 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
                 else:
                     width, height = (max(1, round(FRAME_SIZE * extent / max(shown))) for extent in shown)
             colour = how.channels == 3 or how.luma
-            # Scaled directly, colours would have half the horizontal resolution.
+            # If a frame is scaled directly, its colours lose half of the horizontal resolution.
             if (width, height) == (frame.width, frame.height) or (colour and not is_grey(frame)):
                 frame = to_rgb(frame)
-            # Threads decode file beside file; more of them for a frame take longer to start than to scale it.
+            # Files are decoded in parallel. More threads for one frame take longer to start than to scale it.
             frame = to_size.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1)
             pixels = frame.to_ndarray()
             pixels = upright(centred(pixels), matrix)
@@ -138,7 +139,7 @@ def decode(video: Video, how: Decoding) -> Iterator[np.ndarray]:
                 pixels = luma.astype(np.uint8)[..., None]
             yield pixels
             count += 1
-    except (av.FFmpegError, ValueError, Cut) as error:  # ValueError: formats that PyAV doesn't know
+    except (av.FFmpegError, ValueError, Truncated) as error:  # ValueError: formats that PyAV doesn't know
         if not (how.partial and count):
             raise Unreadable(" ".join(str(error).split())) from error
 
@@ -156,7 +157,7 @@ def centred(pixels: np.ndarray) -> np.ndarray:
 
 
 class ToRGB:
-    """Converts frames to rgb24 in a filter graph, as ffmpeg does. (A reformatter ignores where colours are sampled.)"""
+    """A conversion to rgb24 in a filter graph, as in ffmpeg. (A reformatter ignores where colours are sampled.)"""
 
     def __init__(self) -> None:
         self.properties: Any = None
@@ -167,7 +168,7 @@ class ToRGB:
         if frame.format.name == "rgb24":
             return frame
         properties = frame.width, frame.height, frame.format.name
-        if properties != self.properties:  # of the first frame, and where they change in the middle of a video
+        if properties != self.properties:  # at the first frame, and if they change within a video
             self.properties, self.graph = properties, av.filter.Graph()
             self.graph.threads = 1
             source = self.graph.add_buffer(
@@ -182,7 +183,7 @@ class ToRGB:
 
 
 def is_grey(frame: "av.VideoFrame") -> bool:
-    """Return whether a frame has no colours: one channel, or 8-bit chroma that is neutral throughout."""
+    """Return whether a frame has no colours: it has one channel, or all its 8-bit chroma is neutral."""
     if frame.format.name.startswith("gray"):
         return True
     if not re.fullmatch(r"yuvj?4\d\dp", frame.format.name):
@@ -193,7 +194,7 @@ def is_grey(frame: "av.VideoFrame") -> bool:
 
 
 def display_matrix(frame: "av.VideoFrame") -> np.ndarray:
-    """Return how a frame is to be shown, int32 [2, 2]: [x, y] @ matrix are its coordinates on the screen."""
+    """Return a frame's display matrix, int32 [2, 2]: [x, y] @ matrix are its coordinates on the screen."""
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return np.eye(2, dtype=np.int32)
@@ -201,7 +202,7 @@ def display_matrix(frame: "av.VideoFrame") -> np.ndarray:
 
 
 def upright(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Turn and mirror [H, W, C] as a display matrix says, by the nearest multiple of 90 degrees."""
+    """Rotate and mirror [H, W, C] as a display matrix says, by the nearest multiple of 90 degrees."""
     (xx, xy), (yx, yy) = matrix.tolist()
     if abs(xy) > abs(xx):
         pixels, xx, yy = pixels.transpose(1, 0, 2), yx, xy
@@ -219,10 +220,10 @@ def open_container(content: Path | bytes | Clip) -> Any:
 
 
 def video_stream(container: Any) -> Any:
-    """Return the stream that players show: not a cover or thumbnail; of several the default one, or the largest.
+    """Return the stream that players show: no cover or thumbnail; of several streams, the default or the largest.
 
     Raises:
-        Unreadable: there is none.
+        Unreadable: the file has none.
     """
     from av.stream import Disposition
 
@@ -234,10 +235,12 @@ def video_stream(container: Any) -> Any:
 
 
 def file_frames(content: Path | bytes | Clip, how: Decoding) -> Iterator[tuple["av.VideoFrame", Fraction]]:
-    """Decode the frames of a file as they are, each with the aspect ratio (width : height) of its pixels.
+    """Yield the frames of a file, each with the aspect ratio (width : height) of its pixels.
 
     Raises:
-        Cut: at the end, if the file announces more, unless `how.partial`.
+        Unreadable: the file has no video stream or, if `how.fps` is set, no frame rate.
+        Truncated: at the end, if the file announces more frames, unless `how.partial`.
+        Unordered: the frames' times are needed, and missing or not increasing.
     """
     with open_container(content) as container:
         stream = video_stream(container)
@@ -254,10 +257,14 @@ def file_frames(content: Path | bytes | Clip, how: Decoding) -> Iterator[tuple["
 
 
 def all_frames(container: Any, stream: Any, partial: bool) -> Iterator["av.VideoFrame"]:
-    """Decode a stream; raise Cut at its end, unless `partial`, if the file announces more."""
+    """Yield the frames of a stream.
+
+    Raises:
+        Truncated: at the end, if the file announces more frames, unless `partial`.
+    """
     count = end = 0
     for packet in container.demux(stream):
-        if packet.is_corrupt:  # the last one of a cut file
+        if packet.is_corrupt:  # the last packet of a truncated file
             continue
         if packet.pts is not None:
             end = max(end, packet.pts + (packet.duration or 0))
@@ -267,58 +274,63 @@ def all_frames(container: Any, stream: Any, partial: bool) -> Iterator["av.Video
     announced, rate = announced_end(container, stream), stream.average_rate or stream.guessed_rate
     if not partial and announced and rate and (announced - end * stream.time_base) * rate > Fraction(1, 2):
         frames = stream.frames or round(announced * rate)
-        raise Cut(f"it ends after {count} of the {frames} frames that it announces; --partial_videos takes these")
+        raise Truncated(f"it ends after {count} of the {frames} frames that it announces; --partial_videos takes these")
 
 
-class Shown(NamedTuple):
-    """A frame and when it is shown, in seconds, if the next one doesn't come earlier than its end."""
+class TimedFrame(NamedTuple):
+    """A frame and the time at which it is shown, in seconds."""
 
     frame: "av.VideoFrame"
     begin: Fraction
     end: Fraction
-    early: Fraction
-    """How long before its time it may count as shown, since times are rounded."""
+    """The time until which the frame is shown, if no other frame begins earlier."""
+    tolerance: Fraction
+    """How much earlier the frame may be taken, since times are rounded."""
 
 
-def by_time(frames: Iterator[Any], rate: Fraction) -> Iterator[Shown]:
-    """Give frames their own times; raise Shuffled if these are missing or don't increase."""
+def by_time(frames: Iterator[Any], rate: Fraction) -> Iterator[TimedFrame]:
+    """Yield frames with their own times.
+
+    Raises:
+        Unordered: times are missing or don't increase.
+    """
     last = None
     for frame in frames:
         if frame.pts is None or (last is not None and frame.pts <= last):
-            raise Shuffled
+            raise Unordered
         last, unit = frame.pts, frame.time_base
         begin = last * unit
-        yield Shown(frame, begin, begin + (frame.duration * unit or 1 / rate), unit / 2)
+        yield TimedFrame(frame, begin, begin + (frame.duration * unit or 1 / rate), unit / 2)
 
 
-def in_order(frames: Iterator[Any], rate: Fraction) -> Iterator[Shown]:
-    """Give frames the times that they would have at a constant rate."""
+def in_order(frames: Iterator[Any], rate: Fraction) -> Iterator[TimedFrame]:
+    """Yield frames with the times that they have at a constant rate."""
     for number, frame in enumerate(frames):
-        yield Shown(frame, number / rate, (number + 1) / rate, 1 / rate / 2)
+        yield TimedFrame(frame, number / rate, (number + 1) / rate, 1 / rate / 2)
 
 
-def at_rate(frames: Iterator[Shown], fps: Fraction) -> Iterator["av.VideoFrame"]:
-    """Yield the frame that is shown at each n / fps, from the first one's time on until the last one ends.
+def at_rate(frames: Iterator[TimedFrame], fps: Fraction) -> Iterator["av.VideoFrame"]:
+    """Yield the frame shown at each time n / fps, from the start of the first frame to the end of the last.
 
-    That is the nearest one before, also where the next one is long in coming.
+    It is the last frame that has begun by then, also during a pause between two frames.
     """
     shown, number, first = None, 0, Fraction(0)
     for following in frames:
         if shown is None:
             first = following.begin
-        while shown is not None and first + number / fps + shown.early <= following.begin:
+        while shown is not None and first + number / fps + shown.tolerance <= following.begin:
             yield shown.frame
             number += 1
         shown = following
-    while shown is not None and first + number / fps + shown.early < shown.end:
+    while shown is not None and first + number / fps + shown.tolerance < shown.end:
         yield shown.frame
         number += 1
 
 
 def announced_end(container: Any, stream: Any) -> Fraction | None:
-    """Return the time in seconds at which a video ends as its file says, None if it doesn't say.
+    """Return the time in seconds at which a video ends according to its file, or None if the file doesn't say.
 
-    Counts of frames don't tell whether a file is whole: edit lists hide some, and an AVI counts pauses.
+    The number of frames doesn't tell whether a file is complete: edit lists hide frames, and an AVI counts pauses.
     """
     import av
 
@@ -332,13 +344,13 @@ def announced_end(container: Any, stream: Any) -> Fraction | None:
             if key.startswith("DURATION") and match:
                 hours, minutes, seconds = map(Fraction, match.groups())
                 return 3600 * hours + 60 * minutes + seconds
-        if len(container.streams) == 1 and container.duration:  # that of the longest stream
+        if len(container.streams) == 1 and container.duration:  # of the longest stream
             return Fraction(container.duration, av.time_base)
     return None
 
 
 def array_frames(content: Path | Clip) -> Iterator[tuple["av.VideoFrame", Fraction]]:
-    """Read the frames of an array, as `file_frames` does those of a video."""
+    """Yield the frames of an array, in the form of `file_frames`."""
     import av
 
     for frame in read_array(content):
@@ -347,17 +359,17 @@ def array_frames(content: Path | Clip) -> Iterator[tuple["av.VideoFrame", Fracti
 
 
 def read_array(content: Path | Clip) -> np.ndarray:
-    """Read a video from .npy, the only array in .npz, or a part of one in .npz, uint8 [T, H, W, 1 or 3].
+    """Return the array of an .npy file, the only array of an .npz file, or a clip: uint8 [T, H, W, 1 or 3].
 
     Raises:
-        Unreadable: it is something else.
+        Unreadable: the file is damaged, or holds something else.
     """
     path = content.path if isinstance(content, Clip) else content
     try:
         if path.suffix.lower() == ".npy":
             loaded = np.load(path, mmap_mode="r")
         else:
-            with path.open("rb") as opened, np.load(opened) as file:  # opened here: NumPy leaves a damaged one open
+            with path.open("rb") as opened, np.load(opened) as file:  # opened here: NumPy doesn't close a damaged file
                 if isinstance(content, Clip):
                     loaded = np.asarray(file["image"])[content.first : content.stop]
                 elif len(file.files) == 1:
@@ -366,7 +378,7 @@ def read_array(content: Path | Clip) -> np.ndarray:
                     raise Unreadable(f"it holds {len(file.files)} arrays instead of one")
     except Unreadable:
         raise
-    except Exception as error:  # whatever NumPy and zipfile meet in a damaged file
+    except Exception as error:  # a damaged file raises errors of many types in NumPy and zipfile
         raise Unreadable("it isn't an array") from error
     if loaded.dtype != np.uint8 or loaded.ndim != 4 or loaded.shape[-1] not in (1, 3) or not loaded.size:
         raise Unreadable(f"it is {loaded.dtype} {list(loaded.shape)} instead of uint8 [T, H, W, 1 or 3]")
@@ -374,31 +386,31 @@ def read_array(content: Path | Clip) -> np.ndarray:
 
 
 def image_shape(path: Path) -> tuple[int, ...]:
-    """Return the shape of an array `image` in .npz, without reading it.
+    """Return the shape of the array `image` in an .npz file, without reading it.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the file has no such array.
         ValueError, OSError, zipfile.BadZipFile: the file is damaged.
     """
     with zipfile.ZipFile(path) as file, file.open("image.npy") as member:
-        of_version = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, _ = of_version[np.lib.format.read_magic(member)](member)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, _ = readers[np.lib.format.read_magic(member)](member)
     return shape
 
 
 class Survey(NamedTuple):
-    """What a file says without being decoded."""
+    """What is known of a video before it is decoded."""
 
     frames: int
-    """What decoding will give, by estimate; 0 if the video can't be read."""
+    """The estimated number of decoded frames; 0 if the video can't be read."""
     rate: float | None = None
-    """Frames per second, on average; None of an array, or if it isn't known."""
+    """Average frames per second; None for an array, or if unknown."""
     size: tuple[int, int] | None = None
     """Width and height."""
 
 
 def survey(video: Video, fps: float | None = None) -> Survey:
-    """Look at a video that will be decoded at `fps`."""
+    """Return what is known of a video that will be decoded at `fps`."""
     import av
 
     try:
@@ -415,9 +427,9 @@ def survey(video: Video, fps: float | None = None) -> Survey:
                 seconds, rate = stream.duration * stream.time_base, stream.average_rate
                 frames = min(stream.frames, round(seconds * rate))  # an edit list may hide some
             else:
-                times = [packet.pts for packet in container.demux(stream) if packet.size]
-                known = [time for time in times if time is not None] or [0]
-                frames, span = len(times), (max(known) - min(known)) * stream.time_base
+                packets = [packet.pts for packet in container.demux(stream) if packet.size]
+                times = [time for time in packets if time is not None] or [0]
+                frames, span = len(packets), (max(times) - min(times)) * stream.time_base
                 rate = (frames - 1) / span if span else stream.average_rate
                 seconds = frames / rate if rate else 0
             frames = round(seconds * Fraction(str(fps))) if fps else frames
@@ -452,12 +464,12 @@ class FrameFile:
             self.frames = np.memmap(frames_path(path), np.uint8, "r", shape=shape)
             self.action_size: int = index.get("action_size", 0)
             self.actions: np.ndarray | None = None
-            """float32 [N, A], memory-mapped: each led to its frame. None where there are none."""
+            """float32 [N, A], memory-mapped: each action led to its frame. None: there are no actions."""
             if self.action_size:
-                of_actions = (index["frames"], self.action_size)
-                if actions_path(path).stat().st_size != 4 * math.prod(of_actions):
+                actions_shape = (index["frames"], self.action_size)
+                if actions_path(path).stat().st_size != 4 * math.prod(actions_shape):
                     raise ValueError
-                self.actions = np.memmap(actions_path(path), np.float32, "r", shape=of_actions)
+                self.actions = np.memmap(actions_path(path), np.float32, "r", shape=actions_shape)
         except PermissionError as error:
             raise ConfigError(f"datadir: {error.filename} can't be read ({error.strerror}); permit it") from error
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -466,9 +478,9 @@ class FrameFile:
         self.lengths = np.array([length for _, length in index["videos"]], np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.rates: list[float | None] = index.get("rates", [None] * len(self.names))
-        """Frames per second in the files. None: of arrays, and of what was decoded before these were kept."""
+        """Frames per second of the original files. None: an array, or decoded by a version that didn't keep them."""
         self.sizes: list[list[int] | None] = index.get("sizes", [None] * len(self.names))
-        """Width and height of the files' frames, as far as they were kept."""
+        """Width and height of the original frames. None: decoded by a version that didn't keep them."""
         self.skipped: dict[str, str] = index["skipped"]
         self.origin: str = index["origin"]
 
@@ -492,17 +504,17 @@ def checksum(index: dict[str, Any]) -> int:
 def frame_file(
     path: Path, open_videos: Callable[[], Videos], how: Decoding, origin: str | None = None, rebuild: bool = False
 ) -> FrameFile:
-    """Open the frame file at `path` (without suffix); decode it first if needed, by one process at a time.
+    """Return the frame file at `path`; decode the videos into it first if needed, in one process at a time.
 
     Args:
-        path: where it is or will be.
+        path: the path of an existing or new frame file, without suffix.
         open_videos: returns the videos; only called to decode.
         how: how to decode.
-        origin: if given, that of the videos; a file of others is refused.
+        origin: the videos' origin, if known; a frame file of another origin is refused.
         rebuild: decode again.
 
     Raises:
-        ConfigError: it can't be read or made.
+        ConfigError: the file can't be read or written, or is of another origin.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -511,7 +523,7 @@ def frame_file(
                 build(path, open_videos(), how)
     except OSError as error:
         if index_path(path).exists() and not rebuild:
-            pass  # complete, on a disk that can't be written
+            pass  # the file is complete, on a read-only disk
         elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
                 f"datadir: no space left in {path.parent} for decoded frames; free some, or choose another"
@@ -529,11 +541,13 @@ def frame_file(
 
 @contextlib.contextmanager
 def one_process(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock, which the system releases if the process dies; say so if another process holds it.
+    """Hold a lock within the block. If another process holds it, say so and wait.
+
+    The system releases the lock of a process that dies.
 
     Args:
         lock: the lock's file.
-        what: what it is held for, such as "decoding x".
+        what: what the lock is held for, such as "decoding x".
     """
     held = filelock.FileLock(lock)
     try:
@@ -551,7 +565,7 @@ def remove_others(frames: Path, dataset: str, origin: str) -> None:
     """Remove a dataset's frame files in the folder `frames` that were decoded from other videos."""
     for index in frames.glob(f"{dataset}-*.json"):
         path = index.with_suffix("")
-        with contextlib.suppress(ConfigError):  # a damaged one is refused when it is used
+        with contextlib.suppress(ConfigError):  # a damaged file is refused when it is used
             if FrameFile(path).origin != origin:
                 print(f"Removing {path}.*, which was decoded from another source")
                 index.unlink()
@@ -559,21 +573,17 @@ def remove_others(frames: Path, dataset: str, origin: str) -> None:
 
 
 def listed(names: Collection[str], limit: int = 100) -> str:
-    """Join names for a message, the first `limit` of them."""
+    """Join the first `limit` names for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(itertools.islice(names, limit)) + more
 
 
 def build(path: Path, videos: Videos, how: Decoding) -> None:
-    """Decode videos into a file beside the final one, then move it there.
-
-    Threads decode (PyAV releases the GIL), or one where frames are small. Of a long video only some megabytes of frames
-    are held in memory, the rest is on disk.
+    """Decode videos into a new frame file, which replaces the one at `path` when it is complete.
 
     Raises:
-        ConfigError: too little space, or none of the videos can be decoded.
+        ConfigError: there is too little space, or no video can be decoded.
     """
-    frame_bytes = FRAME_SIZE * FRAME_SIZE * how.channels
     surveys, actions = {}, {}
     for i in range(len(videos)):
         video = videos[i]
@@ -582,7 +592,7 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
             actions[video.name] = video.actions
     expected = sum(found.frames for found in surveys.values())
     free = shutil.disk_usage(path.parent).free
-    needed = expected * frame_bytes
+    needed = expected * FRAME_SIZE**2 * how.channels
     print(f"Decoding {len(videos)} videos, about {expected:,} frames, {needed / 1e9:.2f} GB, to {path}.frames")
     if needed > free:
         raise ConfigError(
@@ -590,10 +600,69 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
             "free some, or choose another"
         )
 
+    # With frames of 64x64, threads wait for the GIL: two take 1.6 times as long as one.
+    large = any(found.size and math.prod(found.size) >= 2 * FRAME_SIZE**2 for found in surveys.values())
+    threads = (os.cpu_count() or 1) if large else 1
+    unfinished = frames_path(path).with_suffix(".frames.new")
+    try:
+        kept, skipped = decode_all(videos, how, unfinished, expected, threads)
+        if skipped:
+            reasons = [f"{name} ({reason})" for name, reason in skipped.items()]
+            print(f"Skipped {len(skipped)} unreadable videos: {listed(reasons)}")
+        rates = [rate for name, _ in kept if (rate := surveys[name].rate)]
+        if how.fps is None and rates and max(rates) > 1.05 * min(rates):
+            print(
+                f"The videos have {min(rates):.4g} to {max(rates):.4g} frames a second, and each frame is kept; "
+                "--fps takes them at one rate"
+            )
+        if not kept:
+            raise ConfigError(
+                f"datadir: none of the {len(videos)} videos for {path.name} can be decoded; {videos.remedy}"
+            )
+        index_path(path).unlink(missing_ok=True)
+        os.replace(unfinished, frames_path(path))
+    finally:
+        unfinished.unlink(missing_ok=True)
+    kept_actions = np.concatenate([actions[name] for name, _ in kept]) if actions else np.zeros((0, 0), np.float32)
+    if actions:
+        replace_file(actions_path(path), kept_actions.tobytes())
+    index: dict[str, Any] = {
+        "origin": videos.origin,
+        "channels": how.channels,
+        "frames": sum(count for _, count in kept),
+        "videos": kept,
+        "rates": [surveys[name].rate for name, _ in kept],
+        "sizes": [surveys[name].size for name, _ in kept],
+        "action_size": kept_actions.shape[1],
+        "skipped": skipped,
+    }
+    index = json.loads(json.dumps(index))
+    replace_file(index_path(path), json.dumps(index | {"checksum": checksum(index)}).encode())
+
+
+def decode_all(
+    videos: Videos, how: Decoding, out: Path, expected: int, threads: int
+) -> tuple[list[tuple[str, int]], dict[str, str]]:
+    """Decode videos into a file of frames, in threads: PyAV releases the GIL.
+
+    At most 32 MB of a video's frames are held in memory, the rest is on disk.
+
+    Args:
+        videos: the videos.
+        how: how to decode.
+        out: the new file; the frames of all videos one after another.
+        expected: the estimated number of frames.
+        threads: the number of threads.
+
+    Returns:
+        The name and number of frames of each decoded video; the name of each other video, with the reason.
+    """
+    kept: list[tuple[str, int]] = []
+    skipped: dict[str, str] = {}
     stopped = threading.Event()
 
-    def decode_aside(video: Video, how: Decoding = how) -> tuple[str, Any]:
-        spool: Any = spools.enter_context(tempfile.SpooledTemporaryFile(32 * 2**20, dir=str(path.parent)))
+    def decode_to_spool(video: Video, how: Decoding = how) -> tuple[str, Any]:
+        spool: Any = spools.enter_context(tempfile.SpooledTemporaryFile(32 * 2**20, dir=str(out.parent)))
         try:
             count = 0
             for frame in decode(video, how):
@@ -605,76 +674,38 @@ def build(path: Path, videos: Videos, how: Decoding) -> None:
                 raise Unreadable("it has no frames")
             spool.seek(0)
             return video.name, (count, spool)
-        except Shuffled:
+        except Unordered:
             spool.close()
-            return decode_aside(video, how._replace(in_order=True))
+            return decode_to_spool(video, how._replace(in_order=True))
         except Unreadable as error:
             spool.close()
             return video.name, str(error)
 
-    kept: list[tuple[str, int]] = []
-    skipped: dict[str, str] = {}
-    aside = frames_path(path).with_suffix(".frames.new")
-    # With frames of 64x64, threads wait for each other's Python: two take 1.6 times as long as one.
-    large = any(found.size and math.prod(found.size) >= 2 * FRAME_SIZE**2 for found in surveys.values())
-    threads = (os.cpu_count() or 1) if large else 1
-    try:
-        with (
-            contextlib.ExitStack() as spools,
-            aside.open("wb") as out,
-            concurrent.futures.ThreadPoolExecutor(threads) as pool,
-            tqdm(total=expected or None, unit=" frames", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar,
-        ):
-            try:
-                for name, result in mapped(pool, decode_aside, (videos[i] for i in range(len(videos))), 2 * threads):
-                    if isinstance(result, str):
-                        skipped[name] = result
-                        continue
-                    count, spool = result
-                    with spool:
-                        shutil.copyfileobj(spool, out)
-                    kept.append((name, count))
-                    bar.update(count)
-            finally:
-                stopped.set()  # after an error or an interrupt, the threads end at their next frame
-            out.flush()
-            os.fsync(out.fileno())
-        if skipped:
-            reasons = [f"{name} ({reason})" for name, reason in skipped.items()]
-            print(f"Skipped {len(skipped)} unreadable videos: {listed(reasons)}")
-        known = [rate for name, _ in kept if (rate := surveys[name].rate)]
-        if how.fps is None and known and max(known) > 1.05 * min(known):
-            print(
-                f"The videos have {min(known):.4g} to {max(known):.4g} frames a second, and each frame is kept; "
-                "--fps takes them at one rate"
-            )
-        if not kept:
-            raise ConfigError(
-                f"datadir: none of the {len(videos)} videos for {path.name} can be decoded; {videos.remedy}"
-            )
-        index_path(path).unlink(missing_ok=True)
-        os.replace(aside, frames_path(path))
-    finally:
-        aside.unlink(missing_ok=True)
-    led = np.concatenate([actions[name] for name, _ in kept]) if actions else np.zeros((0, 0), np.float32)
-    if actions:
-        replace_file(actions_path(path), led.tobytes())
-    index: dict[str, Any] = {
-        "origin": videos.origin,
-        "channels": how.channels,
-        "frames": sum(count for _, count in kept),
-        "videos": kept,
-        "rates": [surveys[name].rate for name, _ in kept],
-        "sizes": [surveys[name].size for name, _ in kept],
-        "action_size": led.shape[1],
-        "skipped": skipped,
-    }
-    index = json.loads(json.dumps(index))
-    replace_file(index_path(path), json.dumps(index | {"checksum": checksum(index)}).encode())
+    with (
+        contextlib.ExitStack() as spools,
+        out.open("wb") as file,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
+        tqdm(total=expected or None, unit=" frames", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar,
+    ):
+        try:
+            for name, result in map_ahead(pool, decode_to_spool, (videos[i] for i in range(len(videos))), 2 * threads):
+                if isinstance(result, str):
+                    skipped[name] = result
+                    continue
+                count, spool = result
+                with spool:
+                    shutil.copyfileobj(spool, file)
+                kept.append((name, count))
+                bar.update(count)
+        finally:
+            stopped.set()  # after an error or an interrupt, the threads end at their next frame
+        file.flush()
+        os.fsync(file.fileno())
+    return kept, skipped
 
 
-def mapped(pool: concurrent.futures.Executor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """Map like `pool.map`, but compute at most `ahead` results before they are asked for."""
+def map_ahead(pool: concurrent.futures.Executor, function: Any, items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """Yield results in order like `pool.map`, but compute at most `ahead` of them before they are needed."""
     futures: collections.deque[concurrent.futures.Future] = collections.deque()
     items = iter(items)
     for item in itertools.islice(items, ahead):
@@ -700,9 +731,9 @@ class Folder(Sequence[Video]):
         """Find the videos.
 
         Args:
-            folder: where they are, at any depth.
-            keys: how they are to be decoded, in words; part of their `origin`.
-            belongs: whether a file, given by its path in the folder, is one of these.
+            folder: the folder; videos may be at any depth.
+            keys: the configuration keys that decoding depends on, as a text; it becomes part of `origin`.
+            belongs: tells whether a file, given by its path in the folder, is one of these videos.
 
         Raises:
             ConfigError: the folder is missing, can't be read, or holds no videos.
@@ -730,7 +761,7 @@ class Folder(Sequence[Video]):
 
     @property
     def origin(self) -> str:
-        """Changes when a file is added, removed, renamed or written, or with the keys."""
+        """A text that changes if a file is added, removed, renamed or written, or if the keys change."""
         stats = [
             (str(path.relative_to(self.folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths
         ]
@@ -741,18 +772,18 @@ class Folder(Sequence[Video]):
         return f"put others into {self.folder}"
 
 
-def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Find all files below a folder, following links to folders except to one of those `above`."""
+def files_below(folder: Path, ancestors: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield all files below a folder. Follow links to folders, except to its `ancestors`."""
     real = folder.resolve()
-    if real in above:
+    if real in ancestors:
         return
     for path in folder.iterdir():
         if path.is_dir():
-            yield from files_below(path, (*above, real))
+            yield from files_below(path, (*ancestors, real))
         else:
             yield path
 
 
 def is_video(path: Path, suffixes: Collection[str] = SUFFIXES) -> bool:
-    """Return whether a path is a file with a video's suffix, and not macOS's metadata of one (`._name`)."""
+    """Return whether a path is a file with a video's suffix, and not macOS's metadata (`._name`)."""
     return path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith("._")

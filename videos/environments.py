@@ -1,6 +1,6 @@
-"""Environments of several packages behind one face, to record episodes from: record.py.
+"""A common interface to environments of several packages, for recording episodes with record.py.
 
-The packages are imported where such an environment is made, and nowhere else.
+A package is only imported when one of its environments is made.
 """
 
 import contextlib
@@ -34,30 +34,30 @@ SIMULATORS = (
     "opensimplex",
     "pygame",
 )
-"""Modules whose versions decide what environments do and show."""
+"""Modules whose versions determine what environments do and show."""
 
 
 class ActionSpace(NamedTuple):
     """The actions that an environment takes: whole numbers from 0, or floats."""
 
     shape: tuple[int, ...]
-    """Of an action; () if it is a single number."""
+    """The shape of an action; () if it is a single number."""
     choices: np.ndarray | None = None
-    """How many numbers there are to choose from, of an action's shape; None of floats."""
+    """The number of choices for each entry, in an action's shape; None for floats."""
     low: Any = 0.0
     high: Any = 0.0
-    """The floats' bounds, of an action's shape."""
+    """The bounds of floats, in an action's shape."""
 
     @property
     def size(self) -> int:
-        """The entries of an action as a vector."""
+        """The number of entries of an action as a vector."""
         return int(np.prod(self.shape) if self.choices is None else self.choices.sum())
 
     def draw(self, random: np.random.Generator) -> np.ndarray:
-        """Return an action, uniformly drawn.
+        """Draw an action uniformly.
 
         Raises:
-            ConfigError: it has no bounds.
+            ConfigError: the floats have no bounds.
         """
         if self.choices is not None:
             return np.asarray(random.integers(self.choices))
@@ -66,10 +66,10 @@ class ActionSpace(NamedTuple):
         return np.asarray(random.uniform(self.low, self.high))
 
     def vector(self, action: np.ndarray) -> np.ndarray:
-        """Return an action as float32 [A]: numbers one-hot, one after another, and floats as they are.
+        """Return an action as float32 [A]: whole numbers one-hot, one after another; floats as they are.
 
         Raises:
-            ConfigError: it isn't one of these actions.
+            ConfigError: the action isn't in this space.
         """
         if action.shape == self.shape:
             if self.choices is None and action.dtype.kind in "iuf" and np.isfinite(action).all():
@@ -86,16 +86,16 @@ class ActionSpace(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an environment shows after an action, or at first."""
+    """What an environment returns after an action or a reset."""
 
     frame: Any
     """uint8 [H, W, 3], [H, W, 1] or [H, W]."""
     others: dict[str, Any]
-    """What else it lets one observe."""
+    """Other observations, by name."""
     reward: float = 0.0
     last: bool = False
     terminal: bool = False
-    """The episode ends for a reason in the world, and not since time is up."""
+    """Whether the episode ends for a reason within the world, not because of a time limit."""
 
 
 class Environment(Protocol):
@@ -103,7 +103,7 @@ class Environment(Protocol):
 
     space: ActionSpace
     limited: bool
-    """Whether it ends an episode by itself."""
+    """Whether the environment ends an episode by itself."""
 
     def reset(self) -> Step: ...
 
@@ -113,7 +113,7 @@ class Environment(Protocol):
 
 
 class Dot:
-    """`videos.dot_world`."""
+    """The environment of `videos.dot_world`."""
 
     space = ActionSpace((2,), low=np.full(2, -1.0), high=np.full(2, 1.0))
     limited = False
@@ -132,11 +132,11 @@ class Dot:
 
 
 class Gymnasium:
-    """An environment by its id in Gymnasium."""
+    """A Gymnasium environment, given by its id."""
 
     def __init__(self, name: str, seed: int):
-        gymnasium = imported("gymnasium")
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws, and opens no window
+        gymnasium = import_package("gymnasium")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # so that pygame opens no window
         self.seed, self.env = seed, gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
         modes = self.env.metadata.get("render_modes", [])
         if "rgb_array" not in modes:
@@ -176,11 +176,13 @@ class Gymnasium:
 
 
 class Crafter:
+    """The environment of the package crafter."""
+
     limited = True
 
     def __init__(self, seed: int):
-        crafter = imported("crafter")
-        # It draws which animals to remove from sets of them. These go by addresses in memory, unless hashes are equal.
+        crafter = import_package("crafter")
+        # Crafter removes random animals from sets. Their order depends on memory addresses, unless hashes are equal.
         crafter.objects.Object.__hash__ = lambda self: 0
         self.env = crafter.Env(seed=seed)
         choices = np.asarray(self.env.action_space.n)
@@ -198,15 +200,15 @@ class Crafter:
 
 
 class MemoryMaze:
-    """Memory Maze with what its ids with ExtraObs show: places of agent and targets, and the layout."""
+    """Memory Maze with the observations of its ExtraObs ids: the layout, the positions of the agent and the targets."""
 
     limited = True
 
     def __init__(self, name: str, seed: int):
         if sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
-        make = getattr(imported("memory_maze", ", with Python 3.11 or 3.12").tasks, name)
-        logging.getLogger("absl").setLevel(logging.ERROR)  # dm_control warns at each start of something harmless
+        make = getattr(import_package("memory_maze", ", with Python 3.11 or 3.12").tasks, name)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # dm_control prints a harmless warning at each start
         self.env = make(seed=seed, global_observables=True)
         choices = np.asarray(self.env.action_spec().num_values)
         self.space = ActionSpace(choices.shape, choices)
@@ -217,19 +219,19 @@ class MemoryMaze:
     def step(self, action: np.ndarray) -> Step:
         return self._step(self.env.step(int(action)))
 
-    def _step(self, found: Any) -> Step:
-        others = dict(found.observation)
-        return Step(others.pop("image"), others, found.reward or 0.0, found.last(), found.last() and not found.discount)
+    def _step(self, step: Any) -> Step:
+        others = dict(step.observation)
+        return Step(others.pop("image"), others, step.reward or 0.0, step.last(), step.last() and not step.discount)
 
     def close(self) -> None:
         self.env.close()
 
 
 def make(name: str, seed: int) -> Environment:
-    """Make the environment of that name; its episode follows from the seed and the actions.
+    """Make an environment by its name. Its episode follows from the seed and the actions.
 
     Raises:
-        ConfigError: there is none, it lacks a package, or can't be recorded.
+        ConfigError: no environment has that name, it needs a package that is missing, or it can't be recorded.
     """
     try:
         if name == "dot":
@@ -239,15 +241,19 @@ def make(name: str, seed: int) -> Environment:
         return MemoryMaze(name, seed) if name in MAZES else Gymnasium(name, seed)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a package meets
+    except Exception as error:  # packages raise errors of many types
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"env: {name} can't be made ({what}); name {NAMES}") from None
 
 
-def imported(module: str, remedy: str = "") -> Any:
-    """Import a package of requirements-record.txt; raise ConfigError if it, or what it needs, isn't there."""
+def import_package(module: str, remedy: str = "") -> Any:
+    """Import a package of requirements-record.txt.
+
+    Raises:
+        ConfigError: the package, or one that it needs, is missing.
+    """
     try:
-        # The old gym, which Memory Maze and Crafter import, says in four lines that nobody maintains it.
+        # Memory Maze and Crafter import the old gym, which prints four lines saying that nobody maintains it.
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -256,7 +262,7 @@ def imported(module: str, remedy: str = "") -> Any:
 
 @functools.cache  # it looks through all installed packages
 def versions(name: str) -> dict[str, str]:
-    """Return the versions of the packages that decide what an environment does, once it has run in this process."""
+    """Return the versions of the packages that an environment depends on, once it has run in this process."""
     modules = {*SIMULATORS, name.partition(":")[0]} & set(sys.modules)
     packages = importlib.metadata.packages_distributions() if modules else {}
     found = sorted({package for module in modules for package in packages.get(module, [])})

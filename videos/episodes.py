@@ -1,7 +1,7 @@
-"""Episodes: frames with the actions that led to them, an npz file each, as replay buffers of world models are kept.
+"""Episodes: frames with the actions that led to them, in .npz files as world models' replay buffers keep them.
 
-A file holds `image`, uint8 [T, H, W, 1 or 3], and `action`, [T, A] or whole numbers [T]. Where `is_first`, bool [T], is
-true, another episode begins. Other arrays aren't read.
+A file holds `image`, uint8 [T, H, W, 1 or 3], and `action`, [T, A] or whole numbers [T]. `is_first`, bool [T], is true
+at the first frame of each episode. Other arrays aren't read.
 """
 
 import zipfile
@@ -17,22 +17,22 @@ from config import ConfigError
 from videos.decoded import Clip, Folder, Video, image_shape, listed
 
 
-class Meaning(NamedTuple):
-    """What a file doesn't say of its actions: the configuration's keys of these names."""
+class ActionFormat(NamedTuple):
+    """The format of a file's actions, which the file doesn't say: configuration keys of these names."""
 
     action_leads: bool = True
     num_actions: int | None = None
 
 
 class Episodes(Folder):
-    """The episodes below a folder, in the order of their files' paths. Only decoding reads the files."""
+    """The episodes below a folder, in the order of their files' paths. The files are only read to decode them."""
 
     SUFFIXES = (".npz",)
 
-    def __init__(self, folder: Path, meaning: Meaning, keys: str, belongs: Callable[[Path], bool]):
-        """Find the files; `folder`, `keys` and `belongs` are as those of `Folder`."""
+    def __init__(self, folder: Path, actions: ActionFormat, keys: str, belongs: Callable[[Path], bool]):
+        """Find the files. `folder`, `keys` and `belongs` are those of `Folder`."""
         super().__init__(folder, keys, belongs)
-        self.meaning = meaning
+        self.action_format = actions
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -42,10 +42,10 @@ class Episodes(Folder):
 
     @cached_property
     def videos(self) -> list[Video]:
-        """The episodes with their actions. Files that can't be read are among them, for decoding to say so.
+        """The episodes with their actions. Files that can't be read are included: decoding reports them.
 
         Raises:
-            ConfigError: actions are missing, of another length or size than the others, or not numbers.
+            ConfigError: actions are missing or no numbers, or differ in size or number.
         """
         found: list[Video] = []
         others: set[str] = set()
@@ -53,45 +53,45 @@ class Episodes(Folder):
         for path in self.paths:
             name = str(path.relative_to(self.folder))
             try:
-                file = read(path, self.meaning)
+                file = read(path, self.action_format)
             except OSError:
                 found.append(Video(name, path))
                 continue
             others |= set(file.others)
             sizes.setdefault(0 if file.actions is None else file.actions.shape[1], path)
             if len(sizes) > 1:
-                (there, where), (here, _) = sizes.items()
+                (other, where), (own, _) = sizes.items()
                 raise ConfigError(
-                    f"datadir: {path} has {here} entries of an action, {where} has {there}; put files that are alike "
-                    f"into {self.folder}"
+                    f"datadir: {path} has {own} entries per action, {where} has {other}; keep only files with equally "
+                    f"many in {self.folder}"
                 )
             for first, stop in zip(file.firsts, [*file.firsts[1:], file.frames], strict=True):
-                own = None if file.actions is None else file.actions[first:stop]
-                part = name if len(file.firsts) == 1 else f"{name}[{first}:{stop}]"
-                found.append(Video(part, Clip(path, first, stop), own))
+                actions = None if file.actions is None else file.actions[first:stop]
+                episode = name if len(file.firsts) == 1 else f"{name}[{first}:{stop}]"
+                found.append(Video(episode, Clip(path, first, stop), actions))
         if others:
-            print(f"Not used of the episodes in {self.folder}: {listed(sorted(others))}")
+            print(f"Unused arrays of the episodes in {self.folder}: {listed(sorted(others))}")
         return found
 
 
 class File(NamedTuple):
-    """What a file says but for its frames."""
+    """The contents of an episode file, except its frames."""
 
     frames: int
-    firsts: list[int]  # where its episodes begin
-    actions: np.ndarray | None  # float32 [T, A]: each led to its frame, zeros where an episode begins
-    others: list[str]
+    firsts: list[int]  # the first frame of each episode
+    actions: np.ndarray | None  # float32 [T, A]: each led to its frame; zeros at the first frame of an episode
+    others: list[str]  # names of arrays that aren't used
 
 
-def read(path: Path, meaning: Meaning) -> File:
-    """Read all that is needed of an episode file but its frames.
+def read(path: Path, action_format: ActionFormat) -> File:
+    """Read an episode file, except its frames.
 
     Raises:
-        ConfigError: it isn't what it should be.
-        OSError: it is damaged.
+        ConfigError: an array is missing, or isn't as it must be.
+        OSError: the file is damaged.
     """
     try:
-        with path.open("rb") as opened, np.load(opened) as file:  # opened here: NumPy leaves a damaged one open
+        with path.open("rb") as opened, np.load(opened) as file:  # opened here: NumPy doesn't close a damaged file
             keys, small = file.files, {key: file[key] for key in ("action", "is_first") if key in file.files}
         frames = image_shape(path)[0] if "image" in keys else 0
     except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -104,17 +104,17 @@ def read(path: Path, meaning: Meaning) -> File:
             f"datadir: {path} has {len(is_first)} entries of is_first for {frames} frames; mend or remove it"
         )
     firsts = sorted({0, *np.flatnonzero(is_first).tolist()})
-    actions = led_to_frames(small["action"], is_first, meaning, path) if "action" in small else None
+    actions = led_to_frames(small["action"], is_first, action_format, path) if "action" in small else None
     return File(frames, firsts, actions, [key for key in keys if key not in ("image", "action", "is_first")])
 
 
-def led_to_frames(actions: np.ndarray, is_first: np.ndarray, meaning: Meaning, path: Path) -> np.ndarray:
-    """Return a file's actions, float32 [T, A], each of which led to its frame, with zeros where an episode begins.
+def led_to_frames(actions: np.ndarray, is_first: np.ndarray, action_format: ActionFormat, path: Path) -> np.ndarray:
+    """Return a file's actions, float32 [T, A], each of which led to its frame. They are zeros where `is_first`.
 
     Raises:
-        ConfigError: they can't be that.
+        ConfigError: the actions' number, type or values are wrong.
     """
-    leads, T, count = meaning.action_leads, len(is_first), len(actions) if actions.ndim else 0
+    leads, T, count = action_format.action_leads, len(is_first), len(actions) if actions.ndim else 0
     if count != T and (leads or count != T - 1):
         hint = ", or set --action_leads false if each is taken at its frame" if count == T - 1 else ""
         raise ConfigError(f"datadir: {path} has {count} actions for {T} frames; mend or remove it{hint}")
@@ -122,8 +122,8 @@ def led_to_frames(actions: np.ndarray, is_first: np.ndarray, meaning: Meaning, p
         raise ConfigError(f"datadir: {path} has actions of type {actions.dtype}; they must be numbers")
     if actions.ndim == 1 and np.issubdtype(actions.dtype, np.integer):
         dummies = is_first if leads else np.zeros(count, bool)
-        actions = one_hot(actions, dummies, meaning.num_actions, path)
-    elif meaning.num_actions is not None:
+        actions = one_hot(actions, dummies, action_format.num_actions, path)
+    elif action_format.num_actions is not None:
         raise ConfigError(
             f"num_actions: {path} has actions {actions.dtype} {list(actions.shape)}, which aren't whole numbers [T]; "
             "leave it out"
@@ -139,16 +139,18 @@ def led_to_frames(actions: np.ndarray, is_first: np.ndarray, meaning: Meaning, p
     return actions
 
 
-def one_hot(numbers: np.ndarray, dummy: np.ndarray, count: int | None, path: Path) -> np.ndarray:
-    """Return [T] as [T, count]; zeros where it is a dummy."""
-    used = numbers[~dummy]
+def one_hot(numbers: np.ndarray, dummies: np.ndarray, count: int | None, path: Path) -> np.ndarray:
+    """Return action numbers [T] as one-hot vectors [T, count], with zeros where `dummies`, bool [T], is true.
+
+    Raises:
+        ConfigError: `count` is missing, or smaller than the actions need.
+    """
+    used = numbers[~dummies]
     low, high = (int(used.min()), int(used.max())) if len(used) else (0, 0)
     if count is None:
-        raise ConfigError(
-            f"num_actions: {path} has actions that are numbers, up to {high}; set how many actions there are"
-        )
+        raise ConfigError(f"num_actions: {path} has actions that are numbers, up to {high}; set the number of actions")
     if low < 0 or high >= count:
         raise ConfigError(
             f"num_actions: {path} has an action {low if low < 0 else high}; they count from 0 to {count - 1}"
         )
-    return (numbers[:, None] == np.arange(count)) & ~dummy[:, None]
+    return (numbers[:, None] == np.arange(count)) & ~dummies[:, None]

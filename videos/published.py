@@ -1,6 +1,6 @@
 """The paper's datasets, as TensorFlow Datasets builders that need no TensorFlow.
 
-A builder keeps each video of the published zips as it is, encoded: prepared data stays small, and any program that has
+A builder keeps each video of the published zips encoded, so prepared data stays small. Any program that has
 tensorflow-datasets reads it with `tfds.builder(name, data_dir=...)`. Features: `video` (the file's bytes) and `name`.
 """
 
@@ -28,32 +28,32 @@ from config import ConfigError
 from videos.decoded import Video, one_process
 
 ANSWER_SECONDS = 10
-"""How long a source may take to accept a connection."""
+"""How long a server may take to accept a connection."""
 SILENCE_SECONDS = 60
-"""How long a source may send nothing."""
+"""How long a server may send nothing."""
 
 
 class Published(tfds.core.GeneratorBasedBuilder):
-    """What the datasets have in common: zips at URLs, and a rule that says which split a file in them belongs to."""
+    """The base class of all datasets: zips at URLs, and a rule that assigns their files to splits."""
 
-    # The earlier codes prepare 1.0.0 in a format that needs TensorFlow. Both may lie in the same data directory.
+    # Earlier implementations prepare 1.0.0, in a format that needs TensorFlow. A data directory may hold both versions.
     VERSION = tfds.core.Version("1.1.0")
     SUPPORTED_VERSIONS: ClassVar = [tfds.core.Version("1.0.0")]
     url_infos: ClassVar[dict[str, Any]] = {}
-    """TFDS's checksums, which nothing needs here: the zips are there before TFDS prepares."""
+    """TFDS's checksums. They are empty: the zips exist before TFDS prepares them."""
     URLS: ClassVar[list[str]]
     HOMEPAGE: ClassVar[str]
     LICENCE: ClassVar[str]
     CITATION: ClassVar[str]
     SUMMARY: ClassVar[str]
     VIDEOS: ClassVar[dict[str, int]] = {}
-    """How many videos the splits have as published, if known."""
+    """The published number of videos of each split, if known."""
 
     split_of: ClassVar[Any]
-    """(name: str) -> str | None: the split of a file in the zip; None: it isn't one of the videos."""
+    """(name: str) -> str | None: the split of a file in the zip; None: the file isn't one of the videos."""
 
     zips: list[Path]
-    """To prepare from; set beforehand."""
+    """The zips to prepare from; set before preparing."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -92,10 +92,10 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Read a file in a zip.
+    """Return the bytes of a file in a zip.
 
     Raises:
-        ConfigError: it is damaged, encrypted, or compressed in a way that Python can't read.
+        ConfigError: the file is damaged, encrypted, or compressed in a way that Python can't read.
     """
     path = Path(str(archive.filename))
     try:
@@ -113,7 +113,7 @@ def damaged(path: Path, error: Exception) -> ConfigError:
 
 
 def is_metadata(name: str) -> bool:
-    """Return whether a file in a zip is what macOS adds: __MACOSX/*, ._*."""
+    """Return whether a file in a zip is macOS's metadata: __MACOSX/*, ._*."""
     return "__MACOSX" in name or name.rsplit("/", 1)[-1].startswith("._")
 
 
@@ -124,7 +124,7 @@ PAPER = """@article{saxena2021clockworkvae,
 
 
 def by_folder(train: str, test: str) -> Callable[[str], str | None]:
-    """Return the rule for mp4 files in a folder of one of these names, at any depth."""
+    """Return a `split_of` rule for mp4 files in folders of these names, at any depth."""
 
     def split_of(name: str) -> str | None:
         match = re.search(rf"(?:^|/)(?:({re.escape(train)})|{re.escape(test)})/[^/]+\.mp4$", name)
@@ -194,7 +194,7 @@ BUILDERS: dict[str, type[Published]] = {
 
 
 class PreparedVideos:
-    """The videos of a split of a prepared dataset; a ConfigError says which folder is damaged."""
+    """The videos of a split of a prepared dataset. Reading damaged data raises a ConfigError that names the folder."""
 
     def __init__(self, dataset: str, builder: Published, split: str):
         self.dataset, self.builder = dataset, builder
@@ -222,34 +222,35 @@ class PreparedVideos:
 
 
 def prepare(dataset: str, datadir: Path, again: bool = False) -> Published:
-    """Prepare a dataset if needed, from zips that are downloaded, or were put by hand into downloads/manual.
+    """Return a dataset's builder; prepare the dataset first if needed.
+
+    Zips in downloads/manual, where users put them, are preferred. Missing ones are downloaded.
 
     Args:
-        dataset: its key.
+        dataset: the dataset's key in `BUILDERS`.
         datadir: the directory of all datasets.
-        again: prepare it again if the zips, all of which are there, aren't those that it was prepared from.
+        again: prepare the dataset again if all zips exist and differ from those that it was prepared from.
 
     Raises:
-        ConfigError: the source can't be reached or sent something else; one line that names URL and folder.
+        ConfigError: a zip can't be downloaded or read, or the dataset can't be written.
     """
     cls = BUILDERS[dataset]
     try:
-        builder = prepared(cls, datadir)
+        builder = find_prepared(cls, datadir)
         if builder is not None and not again:
             return builder
         (datadir / "downloads" / "manual").mkdir(parents=True, exist_ok=True)
         with one_process(datadir / "downloads" / f"{cls.name}.lock", f"preparing {dataset}"):
             remove_leftovers(cls, datadir)
-            builder = prepared(cls, datadir)  # by the process that held the lock
+            builder = find_prepared(cls, datadir)  # another process may have prepared it meanwhile
             local = [path for url in cls.URLS if (path := find_zip(cls, url, datadir))]
-            changed = (
-                again and builder is not None and len(local) == len(cls.URLS) and source(builder) != contents(local)
-            )
+            complete = len(local) == len(cls.URLS)
+            changed = again and builder is not None and complete and source(builder) != zips_checksum(local)
             if builder is None or changed:
                 zips = [find_zip(cls, url, datadir) or download(dataset, url, datadir) for url in cls.URLS]
                 print(f"Preparing {dataset}{' again' if changed else ''} from {', '.join(map(str, zips))}")
                 try:
-                    builder = make(cls, datadir, zips)
+                    builder = prepare_from(zips, cls, datadir)
                 finally:
                     remove_leftovers(cls, datadir)
                 record_checksums(cls, datadir)
@@ -261,19 +262,19 @@ def prepare(dataset: str, datadir: Path, again: bool = False) -> Published:
 
 @contextlib.contextmanager
 def undamaged(folder: Path) -> Iterator[None]:
-    """Raise a ConfigError if the prepared dataset in a folder can't be read."""
+    """Turn errors of reading the prepared dataset in a folder into a ConfigError."""
     try:
         yield
-    except Exception as error:  # whatever TFDS and ArrayRecord meet in damaged files
+    except Exception as error:  # damaged files raise errors of many types in TFDS and ArrayRecord
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"datadir: can't read the dataset in {folder} ({reason}); delete it and run again") from error
 
 
-def prepared(cls: type[Published], datadir: Path) -> Published | None:
-    """Return the builder of a dataset that is prepared, else None.
+def find_prepared(cls: type[Published], datadir: Path) -> Published | None:
+    """Return the builder of a prepared dataset, or None.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the prepared dataset is damaged.
     """
     for version in str(cls.VERSION), "1.0.0":
         folder = datadir / cls.name / version
@@ -284,40 +285,43 @@ def prepared(cls: type[Published], datadir: Path) -> Published | None:
                     raise ValueError(f"its format is {file_format}")
                 return cls(data_dir=str(datadir), version=version, file_format=file_format)
         except ConfigError:
-            # 1.0.0 may be of the earlier codes, which is left alone.
+            # 1.0.0 may be from an earlier implementation, and is left alone then.
             if folder.exists() and version != "1.0.0":
                 raise
     return None
 
 
-def make(cls: type[Published], datadir: Path, zips: list[Path]) -> Published:
-    """Prepare a dataset aside, then put it in place, and return its builder; `remove_leftovers` undoes what fails."""
-    aside = aside_of(cls, datadir)
-    builder = cls(data_dir=str(aside), file_format="array_record")
+def prepare_from(zips: list[Path], cls: type[Published], datadir: Path) -> Published:
+    """Prepare a dataset in a separate folder, move it to its final one, and return its builder.
+
+    After a failure, `remove_leftovers` restores the earlier state.
+    """
+    unfinished = unfinished_folder(cls, datadir)
+    builder = cls(data_dir=str(unfinished), file_format="array_record")
     builder.zips = zips
-    with contextlib.redirect_stdout(io.StringIO()):  # it would print where it prepares
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS would print the separate folder
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    new, final = Path(builder.data_path), final_of(cls, datadir)
-    (new / SOURCE).write_text(contents(zips))
+    new, final = Path(builder.data_path), final_folder(cls, datadir)
+    (new / SOURCE).write_text(zips_checksum(zips))
     if final.exists():
-        final.rename(aside / "replaced")
+        final.rename(unfinished / "replaced")
     new.rename(final)
     return cls(data_dir=str(datadir), file_format="array_record")
 
 
 SOURCE = "source.txt"
-"""The file in a prepared dataset that says what it was prepared from."""
+"""The file in a prepared dataset that holds the checksum of its zips."""
 
 
 def source(builder: Published) -> str:
-    """Return the `contents` of the zips that a dataset was prepared from; "" if not known."""
+    """Return the checksum of the zips that a dataset was prepared from; "" if unknown."""
     path = Path(builder.data_path) / SOURCE
     with undamaged(path.parent):
         return path.read_text() if path.exists() else ""
 
 
-def contents(zips: list[Path]) -> str:
-    """Return what identifies the files in zips, wherever these lie."""
+def zips_checksum(zips: list[Path]) -> str:
+    """Return a checksum of the files in zips, which doesn't depend on the zips' paths."""
     listing = []
     for path in zips:
         with open_zip(path) as archive:
@@ -325,17 +329,20 @@ def contents(zips: list[Path]) -> str:
     return f"{zlib.crc32(json.dumps(listing).encode()):08x}"
 
 
-def aside_of(cls: type[Published], datadir: Path) -> Path:
+def unfinished_folder(cls: type[Published], datadir: Path) -> Path:
     return datadir / cls.name / "incomplete.new"
 
 
-def final_of(cls: type[Published], datadir: Path) -> Path:
+def final_folder(cls: type[Published], datadir: Path) -> Path:
     return datadir / cls.name / str(cls.VERSION)
 
 
 def remove_leftovers(cls: type[Published], datadir: Path) -> None:
-    """Remove what interrupted downloads and preparations left, these or TFDS's; put back what was being replaced."""
-    final, replaced = final_of(cls, datadir), aside_of(cls, datadir) / "replaced"
+    """Remove what interrupted downloads and preparations left, of this program and of TFDS.
+
+    A dataset that was being replaced is put back first.
+    """
+    final, replaced = final_folder(cls, datadir), unfinished_folder(cls, datadir) / "replaced"
     if replaced.exists() and not final.exists():
         replaced.rename(final)
     leftovers = list((datadir / cls.name).glob("incomplete.*"))
@@ -358,12 +365,12 @@ def downloaded(cls: type[Published], url: str, datadir: Path) -> Path:
 
 
 def find_zip(cls: type[Published], url: str, datadir: Path) -> Path | None:
-    """Return the zip that was put by hand or downloaded, if any."""
+    """Return the path of a zip that a user put there or that was downloaded, or None."""
     downloads = datadir / "downloads"
     candidates = [downloads / "manual" / zip_name(url), downloaded(cls, url, datadir)]
-    known = checksums.load_url_infos(record_of(datadir)).get(url)
-    if known:  # under the name that TFDS gives a download
-        candidates += downloads.rglob(glob.escape(resource.get_dl_fname(url, known.checksum)))
+    recorded = checksums.load_url_infos(checksums_file(datadir)).get(url)
+    if recorded:  # under the name that TFDS gives a download
+        candidates += downloads.rglob(glob.escape(resource.get_dl_fname(url, recorded.checksum)))
     return next((path for path in candidates if path.exists()), None)
 
 
@@ -371,17 +378,17 @@ def download(dataset: str, url: str, datadir: Path) -> Path:
     """Download a zip.
 
     Raises:
-        ConfigError: the source doesn't answer, or sends something else than a zip or another one than before.
+        ConfigError: the server doesn't answer, or sends no zip, or another one than the first time.
     """
     manual = datadir / "downloads" / "manual"
     path = downloaded(BUILDERS[dataset], url, datadir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
+    unfinished = path.with_name(path.name + ".new")
     try:
         try:
             with (
                 requests.get(url, stream=True, timeout=(ANSWER_SECONDS, SILENCE_SECONDS)) as response,
-                aside.open("wb") as file,
+                unfinished.open("wb") as file,
                 tqdm(desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar,
             ):
                 response.raise_for_status()
@@ -390,43 +397,43 @@ def download(dataset: str, url: str, datadir: Path) -> Path:
                     file.write(block)
                     bar.update(len(block))
         except requests.RequestException as error:
-            received = aside.stat().st_size if aside.exists() else 0
+            received = unfinished.stat().st_size if unfinished.exists() else 0
             status = getattr(error.response, "status_code", None)
             reason = f"connection lost after {received:,} bytes" if received else "no connection"
             reason = f"HTTP {status}" if status else reason
             raise ConfigError(
                 f"dataset: {dataset} can't be downloaded from {url} ({reason}); put the zip by hand into {manual}"
             ) from error
-        if not zipfile.is_zipfile(aside):
+        if not zipfile.is_zipfile(unfinished):
             raise ConfigError(
-                f"dataset: the {aside.stat().st_size:,} bytes that {url} sent aren't a whole zip; run again later, or "
-                f"put the zip by hand into {manual}"
+                f"dataset: the {unfinished.stat().st_size:,} bytes that {url} sent aren't a whole zip; run again "
+                f"later, or put the zip by hand into {manual}"
             )
-        record = record_of(datadir)
-        known = checksums.load_url_infos(record).get(url)
-        if known and known != checksums.compute_url_info(aside):
+        record = checksums_file(datadir)
+        recorded = checksums.load_url_infos(record).get(url)
+        if recorded and recorded != checksums.compute_url_info(unfinished):
             raise ConfigError(
                 f"dataset: what {url} sent isn't what it sent the first time; delete {record}, which has the checksum, "
                 f"to accept it, or put the right zip into {manual}"
             )
-        os.replace(aside, path)
+        os.replace(unfinished, path)
     finally:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return path
 
 
 def record_checksums(cls: type[Published], datadir: Path) -> None:
-    """Record the checksums of new downloads; only to be called once the dataset is prepared from them."""
-    record = record_of(datadir)
-    known = checksums.load_url_infos(record)
+    """Record the checksums of new downloads. Call this only after the dataset is prepared from them."""
+    record = checksums_file(datadir)
+    recorded = checksums.load_url_infos(record)
     for url in cls.URLS:
         path = downloaded(cls, url, datadir)
-        if path.exists() and url not in known:
+        if path.exists() and url not in recorded:
             checksums.save_url_infos(record, {url: checksums.compute_url_info(path)})
 
 
-def record_of(datadir: Path) -> epath.Path:
-    """Return the file with the checksums of what was downloaded into `datadir`, made if needed."""
+def checksums_file(datadir: Path) -> epath.Path:
+    """Return the file of the checksums of what was downloaded into `datadir`; create it if needed."""
     record = epath.Path(datadir) / "downloads" / "checksums.tsv"
     record.touch()
     return record

@@ -1,4 +1,4 @@
-"""Several evaluations side by side, ranks, and losses over steps: from planted files."""
+"""Comparisons, ranks, losses over steps and averages over seeds, from planted files."""
 
 import json
 
@@ -13,8 +13,8 @@ from config import ConfigError
 from report import plots
 
 
-def test_models_side_by_side_in_one_video(tmp_path, capsys):
-    """Truth and both predictions, behind what the models reconstruct of the context."""
+def test_a_comparison_shows_models_side_by_side_in_a_video(tmp_path, capsys):
+    """The truth and both predictions, after the models' reconstructions of the context."""
     paths = [f"{name}={write_evaluation(tmp_path / name, i)}" for i, name in enumerate("ab")]
     compare.compare([*paths, f"--out={tmp_path / 'out'}", "--example=1"])
     with Image.open(tmp_path / "out" / "example_1.gif") as gif:
@@ -24,7 +24,7 @@ def test_models_side_by_side_in_one_video(tmp_path, capsys):
             frame = np.asarray(gif.convert("RGB")).astype(int)
             np.testing.assert_allclose([frame[100, 2 * (34 + 68 * i), 0] for i in range(3)], shown, atol=3)
     compare.compare([*paths, f"--out={tmp_path / 'none'}", "--format=pdf"])  # example 0 has no frames
-    assert "Without videos of example 0, since" in capsys.readouterr().out
+    assert "Videos of example 0 are left out, since" in capsys.readouterr().out
     assert not list((tmp_path / "none").glob("example_0*"))
     assert {path.suffix for path in (tmp_path / "none").iterdir()} == {".pdf", ".png", ".md", ".csv", ".json", ".html"}
 
@@ -36,7 +36,7 @@ def test_predictions_of_different_videos_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_keys_and_values_are_needed(tmp_path):
+def test_results_without_a_configuration_are_refused(tmp_path):
     path = write_evaluation(tmp_path / "a", 0)
     results = json.loads((path / "metrics.json").read_text())
     (path / "metrics.json").write_text(json.dumps(results | {"config": 5}))
@@ -48,10 +48,10 @@ def test_keys_and_values_are_needed(tmp_path):
 def test_damaged_results_are_named(tmp_path, content):
     path = write_evaluation(tmp_path / "a", 0)
     (path / "metrics.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"metrics.json: holds no (lines|protocols), .*; evaluate again"):
+    with pytest.raises(ConfigError, match=r"metrics.json: has no (lines|protocols) .*; evaluate again"):
         compare.compare([str(path), f"--out={tmp_path / 'out'}"])
     (path / "comparison.json").write_text(content.replace("lines", "scores"))
-    with pytest.raises(ConfigError, match=r"comparison.json: holds no (scores|ranks), .*; compare again"):
+    with pytest.raises(ConfigError, match=r"comparison.json: has no (scores|ranks) .*; compare again"):
         compare.ranks([str(path), f"--out={tmp_path / 'out'}"])
 
 
@@ -74,7 +74,7 @@ def test_ranks_without_intervals_have_no_error_bars(tmp_path, monkeypatch):
 
 
 def test_losses_of_stages_are_one_curve(tmp_path, capsys):
-    """Steps count on from the checkpoint that a run started from; what was logged after it is another training."""
+    """Steps continue from the checkpoint that a run started from. Lines after that checkpoint belong to no later run."""
     for name, source, steps in ("a", None, (2, 4, 6)), ("b", "a/checkpoints/4", (1, 3)), ("c", "b", (2,)):
         run = tmp_path / name
         (run / "checkpoints" / "3").mkdir(parents=True)
@@ -99,14 +99,14 @@ def test_losses_of_stages_are_one_curve(tmp_path, capsys):
 
 
 def write_digits(directory, **curves):
-    """Write what `digits` leaves for `seeds`: shares of right frames."""
+    """Write the file of `digits` that `seeds` reads: shares of right frames."""
     directory.mkdir()
     digits.write_curves({name: np.array(values) for name, values in curves.items()}, directory / "digits.npz")
     return str(directory)
 
 
-def test_models_over_seeds(tmp_path, capsys):
-    """Of a model that is in one directory only there is no mean."""
+def test_models_are_averaged_over_seeds(tmp_path, capsys):
+    """A model that is only in one directory is left out."""
     random = np.random.default_rng(0)
     values = random.uniform(size=(5, 4, 12))
     found = [
@@ -125,13 +125,13 @@ def test_models_over_seeds(tmp_path, capsys):
     assert difference["value"] == pytest.approx(values[[0, 2, 4]].mean() - values[[1, 3]].mean(), abs=1e-5)
     assert difference["low"] < difference["value"] < difference["high"]
     printed = capsys.readouterr().out
-    assert "Left out, since one directory alone has them: c\n" in printed
+    assert "Left out, since only one directory has them: c\n" in printed
     assert f"\na: {', '.join(f'{value:.3f}' for value in results['seeds']['a'])}\n" in printed
     assert f"\na - b: {difference['value']:.3f} (" in printed
     assert (tmp_path / "out" / "identities.png").exists() and (tmp_path / "out" / "identities.csv").exists()
 
 
-def test_seeds_that_cant_be_compared_are_refused(tmp_path):
+def test_seeds_that_cannot_be_compared_are_refused(tmp_path):
     short = write_digits(tmp_path / "short", a=np.ones((4, 11)))
     long = write_digits(tmp_path / "long", a=np.ones((4, 12)))
     other = write_digits(tmp_path / "other", b=np.ones((4, 12)))

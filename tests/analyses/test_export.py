@@ -1,4 +1,4 @@
-"""Models taken elsewhere: what is read back is what was written, and programs run without this repository."""
+"""Exported models: files are read back as they were written, and programs run without this repository."""
 
 import dataclasses
 import importlib.util
@@ -41,7 +41,7 @@ def export(run, out, *flags):
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory) -> Path:
-    """A .safetensors file of the trained run. Not to be written to."""
+    """Return a .safetensors file of the trained run. Tests don't write to it."""
     return export(trained, tmp_path_factory.mktemp("exported") / "new" / "tiny.safetensors")
 
 
@@ -52,7 +52,7 @@ def leaves(params):
 # ---------------------------------------------------------------------------------------------- parameters
 
 
-def test_parameters_come_back_to_the_bit(trained, exported, tmp_path):
+def test_exported_parameters_are_the_same_to_the_bit(trained, exported, tmp_path):
     original = loading.find_checkpoint(trained)
     found = loading.find_checkpoint(exported)
     c = loading.load_config(found.run, {"batch_size": "3"})
@@ -75,8 +75,8 @@ def test_parameters_come_back_to_the_bit(trained, exported, tmp_path):
     assert again.read_bytes() == exported.read_bytes() == export(trained, tmp_path / "b.safetensors").read_bytes()
 
 
-def test_other_programs_read_parameters(trained, exported):
-    """By the library alone."""
+def test_other_programs_can_read_exported_parameters(trained, exported):
+    """They only need the library safetensors."""
     arrays = safetensors.numpy.load_file(exported)
     state = loading.load_state(make_model(configuration.load(trained / "config.yml")), loading.find_checkpoint(trained))
     kernel = arrays["params/cell_0/gru/input_kernel"]
@@ -88,28 +88,30 @@ def test_other_programs_read_parameters(trained, exported):
     assert notes["versions"]["jax"] == jax.__version__
 
 
-def test_transposed_parameters_are_written_as_they_are(tmp_path):
-    """The library would write their memory."""
+def test_transposed_parameters_are_exported_correctly(tmp_path):
+    """The library alone would write the memory in its own order."""
     params = {"params": {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T}}
     path = tmp_path / "a.safetensors"
     path.write_bytes(weights.to_bytes(params, 1, {}, None))
     assert np.array_equal(weights.load(path, params)["params"]["a"], params["params"]["a"])
 
 
-def test_evaluation_of_a_file_is_that_of_its_run(trained, exported, tmp_path):
+def test_a_file_and_its_run_have_the_same_evaluation(trained, exported, tmp_path):
     flags = ["--num_examples=1", "--no_save_grid", f"--datadir={tmp_path}"]
     results = [
         evaluation.evaluate(*evaluation.parse([f"--logdir={path}", f"--out={tmp_path / path.name}", *flags]))
         for path in (trained, exported)
     ]
     assert results[0]["lines"] == results[1]["lines"] and results[1]["checkpoint_step"] == 4
-    with pytest.raises(ConfigError, match=r"^out: .*tiny.safetensors has no run's directory; name a new one .* --out$"):
+    with pytest.raises(
+        ConfigError, match=r"^out: .*tiny.safetensors is a file without a run directory; name a directory .* --out$"
+    ):
         evaluation.parse([f"--logdir={exported}"])
     with pytest.raises(ConfigError, match=r"^out: name a new directory for the results of several runs, or of a file"):
         analysis.COMMANDS["blind"]([str(exported)])
 
 
-def test_curves_of_a_run_that_starts_from_a_file(exported, run, capsys):
+def test_curves_leave_out_the_steps_of_a_file(exported, run, capsys):
     keys = configuration.load(run / "config.yml")
     (run / "config.yml").write_text(dataclasses.replace(keys, init_from=str(exported)).to_yaml())
     assert [checkpoint.run for checkpoint in curves.lineage(run)] == [run]
@@ -117,7 +119,7 @@ def test_curves_of_a_run_that_starts_from_a_file(exported, run, capsys):
 
 
 def rewritten(content, change):
-    """A file's content with other metadata or arrays."""
+    """Return a file's content with changed metadata or arrays."""
     size = int.from_bytes(content[:8], "little")
     notes = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["clockwork_vae"])
     arrays = safetensors.numpy.load(content)
@@ -131,10 +133,10 @@ BIAS = "params/decoder/dense/bias"
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda x: x[:-4], "is damaged, or isn't in the format safetensors"),
-        (lambda x: x[:100], "is damaged, or isn't in the format safetensors"),
-        (lambda x: b"", "is damaged, or isn't in the format safetensors"),
-        (lambda x: b"no tensors, but text", "is damaged, or isn't in the format safetensors"),
+        (lambda x: x[:-4], "is damaged, or isn't in the safetensors format"),
+        (lambda x: x[:100], "is damaged, or isn't in the safetensors format"),
+        (lambda x: b"", "is damaged, or isn't in the safetensors format"),
+        (lambda x: b"no tensors, but text", "is damaged, or isn't in the safetensors format"),
         (lambda x: x[:-2] + bytes([x[-2] ^ 1]) + x[-1:], "is damaged .its checksum isn't the saved one"),
         (lambda x: rewritten(x, lambda notes, _: notes.update(step=5)), "is damaged .its checksum"),
         (lambda x: rewritten(x, lambda notes, _: notes.pop("step")), "is damaged .its metadata are incomplete"),
@@ -142,20 +144,20 @@ BIAS = "params/decoder/dense/bias"
         (lambda x: rewritten(x, lambda notes, _: notes["config"].update(lvels=2)), "unknown key 'lvels'; did you mean"),
         (
             lambda x: rewritten(x, lambda _, arrays: arrays.update({BIAS: np.zeros(3, np.float32)})),
-            rf"isn't of the model in its own metadata \({BIAS} is float32 \(3,\) in place of float32 \(1024,\)\)",
+            rf"doesn't fit the model in its own metadata \({BIAS} is float32 \(3,\) instead of float32 \(1024,\)\)",
         ),
         (
             lambda x: rewritten(x, lambda _, arrays: arrays.pop(BIAS)),
-            rf"isn't of the model in its own metadata \({BIAS} is None in place of float32 \(1024,\)\)",
+            rf"doesn't fit the model in its own metadata \({BIAS} is None instead of float32 \(1024,\)\)",
         ),
         (
             lambda x: safetensors.numpy.save(safetensors.numpy.load(x), {"format": "pt"}),
-            "isn't one of this program's .its metadata hold no clockwork_vae.; name a file that analysis.py export",
+            "wasn't written by this program .its metadata lack clockwork_vae.; name a file that analysis.py export",
         ),
-        (lambda x: safetensors.numpy.save({"a": np.zeros(3)}), "isn't one of this program's"),
+        (lambda x: safetensors.numpy.save({"a": np.zeros(3)}), "wasn't written by this program"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_one_line(exported, tmp_path, damage, message):
+def test_a_wrong_parameter_file_is_refused_in_one_line(exported, tmp_path, damage, message):
     path = tmp_path / "model.safetensors"
     path.write_bytes(damage(exported.read_bytes()))
     with pytest.raises(ConfigError, match=message) as error:
@@ -166,7 +168,7 @@ def test_what_is_wrong_with_a_file_is_one_line(exported, tmp_path, damage, messa
         loading.initial_state(make_model(Config(**TINY, init_from=str(path))))
 
 
-def test_files_that_are_not_there_or_of_another_model(exported, tmp_path):
+def test_missing_files_and_files_of_another_model_are_refused(exported, tmp_path):
     with pytest.raises(ConfigError, match=r"none.safetensors can't be read \(no such file\); name another file"):
         loading.find_checkpoint(tmp_path / "none.safetensors")
     with pytest.raises(ConfigError, match=rf"other shapes, .*; set the model's keys as in {exported}$"):
@@ -179,7 +181,7 @@ def test_files_that_are_not_there_or_of_another_model(exported, tmp_path):
 # ---------------------------------------------------------------------------------------------- what is written
 
 
-def test_nothing_is_overwritten(trained, tmp_path):
+def test_an_export_overwrites_nothing(trained, tmp_path):
     for name in "model.safetensors", "model.md", "model.zip":
         (tmp_path / name).write_text("mine")
         other = tmp_path / ("model.zip" if name == "model.zip" else "model.safetensors")
@@ -203,23 +205,23 @@ def test_nothing_is_overwritten(trained, tmp_path):
         ),
     ],
 )
-def test_formats(trained, flags, message):
+def test_wrong_export_formats_are_refused(trained, flags, message):
     with pytest.raises(ConfigError, match=message):
         analysis.COMMANDS["export"]([str(trained), *flags])
 
 
-def test_models_that_no_program_is_made_of(monkeypatch):
+def test_models_that_have_no_program_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="format: stablehlo is for cwvae, got svg"):
         check_programs(Config(model="svg"))
-    with pytest.raises(ConfigError, match=r"cell_reset_state and an odd tmp_abs_factor, got 3"):
+    with pytest.raises(ConfigError, match=r"needs an even tmp_abs_factor with cell_reset_state, .*, got 3"):
         check_programs(Config(cell_reset_state=True, tmp_abs_factor=3))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="format: stablehlo needs the package flatbuffers"):
         check_programs(Config())
 
 
-def test_card(run, tmp_path):
-    """It tells of the newest evaluation of this checkpoint that can be read."""
+def test_the_card_describes_the_model_and_its_newest_evaluation(run, tmp_path):
+    """It is the newest one of this checkpoint that can be read."""
     c = configuration.load(run / "config.yml")
     params = loading.load_state(make_model(c), loading.find_checkpoint(run)).params
     model, path = TrainedModel("", c, loading.Checkpoint(run, 4)), tmp_path / "tiny.safetensors"
@@ -240,7 +242,9 @@ def test_card(run, tmp_path):
     (run / "eval_3").mkdir()
     (run / "eval_3" / "metrics.json").write_text('{"checkpoint_step":')
     scored = card(model, params, path)
-    assert "Of 3 test sequences of `digits`: averages over the 8 frames that follow 4 of context, one sample" in scored
+    assert (
+        "Averages over 3 test sequences of `digits` and the 8 frames that follow 4 context frames, one sample" in scored
+    )
     assert "| paper | SSIM | 0.5000 |\n| paper | PSNR (dB) | 12.35 |" in scored and "0.75" not in scored
     published = card(model._replace(config=Config(dataset="mmnist")), params, path)
     assert "[Moving MNIST" in published and "(https://archive.org/details/moving_mnist) (CC BY-SA 3.0)" in published
@@ -251,7 +255,7 @@ def test_card(run, tmp_path):
 
 
 def frames_by_own_code(model, params, video, seeds, actions):
-    """Frames that follow a video, of all blocks at once."""
+    """Return the frames that follow a video, computed by our own code for all blocks at once."""
     c = model.config
 
     def inputs(seeds, actions):
@@ -265,8 +269,8 @@ def frames_by_own_code(model, params, video, seeds, actions):
 
 
 @pytest.mark.parametrize("action_size", [None, 2])
-def test_programs_run_with_jax_alone(tiny, trained, tmp_path, action_size):
-    """The card's example, in a process that can import nothing of ours, predicts what our own code does."""
+def test_exported_programs_need_only_jax(tiny, trained, tmp_path, action_size):
+    """The card's example runs in a process that can't import our code. It predicts the same frames as our code."""
     run = trained
     if action_size:
         c = dataclasses.replace(tiny, dataset="episodes", action_size=action_size)

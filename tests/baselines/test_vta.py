@@ -1,4 +1,4 @@
-"""VTA against a plain form, a loop over frames as in the paper's equations, and its properties."""
+"""VTA against a plain form, which loops over frames as in the paper's equations; properties of VTA."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import ROOT, log_of, tiny_keys
+from helpers import assert_same
 from PIL import Image
 
 import analysis
@@ -33,7 +34,7 @@ TINY = tiny_keys("vta") | dict(
 
 
 def made(T=9, B=2, dtype=np.float64, **keys):
-    """A model, random variables (running averages, too), a video and noise."""
+    """Return a model, random variables (also running averages), a video and noise."""
     model = VTA(Config(**TINY | keys))
     random = np.random.default_rng(0)
     video = random.uniform(size=(B, T, 64, 64, model.config.channels)).astype(dtype)
@@ -53,11 +54,11 @@ def made(T=9, B=2, dtype=np.float64, **keys):
 
 
 gru, dense, kl = jax.jit(oracle.gru), jax.jit(oracle.dense), oracle.kl
-"""Compiled once each, and called in each frame."""
+"""Compiled once, because they are called in each frame."""
 
 
 class Plain:
-    """Layers with one model's variables; `new` are the running averages after a training step."""
+    """Layers with one model's variables. `new` has the running averages after a training step."""
 
     def __init__(self, variables, training):
         self.variables, self.training, self.new = variables, training, {}
@@ -88,7 +89,7 @@ class Plain:
         return self.dense(f"{path}/mean", *x), 1 / (1 + jnp.exp(-self.dense(f"{path}/stddev", *x)))
 
     def encode(self, frames):
-        """[N, 64, 64, C] -> [N, F]"""
+        """Encode frames [N, 64, 64, C] to features [N, F]."""
         x = frames
         for i, (stride, padding) in enumerate([(2, 1)] * 4 + [(1, 0)]):
             x = jax.lax.conv_general_dilated(
@@ -102,7 +103,7 @@ class Plain:
         return x[:, 0, 0]
 
     def decode(self, features):
-        """[N, D] -> [N, 64, 64, C]"""
+        """Decode features [N, D] to frames [N, 64, 64, C]."""
         x = features[:, None, None]
         for i in range(5):
             p = self.of(f"decoder/conv_{i}")
@@ -112,7 +113,7 @@ class Plain:
         return x
 
     def detect(self, c, e):
-        """[B, T, F] -> [B, T, 2]"""
+        """Return the boundary logits [B, T, 2] of features [B, T, F]."""
         T = e.shape[1]
         for name in [*(f"conv_{i}" for i in range(c.vta_detector_layers)), "logits"]:
             p = self.of(f"detector/{name}")
@@ -135,7 +136,7 @@ def log_density(logits, log_sample, temperature):
 
 
 def plain(c, variables, video, inputs, step=None):
-    """All of the bound for one sequence from its beginning; step: of training, None in evaluation."""
+    """Return all terms, states and frames of a video. `step` is the training step, or None in evaluation."""
     training = step is not None
     p = Plain(variables, training)
     (B, T), I, D, S = video.shape[:2], c.vta_init_size, c.cell_deter_size, c.cell_stoch_size  # noqa: E741
@@ -258,7 +259,7 @@ NAMES = "nll", "kl", "entropy_prior", "entropy_posterior", "boundary"
             step=70_000,
             T=7,
             batch=1,
-            backend="gpu",  # whose forms are used; they are computed here all the same
+            backend="gpu",  # selects the forms for this backend; the CPU computes them
             channels=3,
             dataset="mazes",
             vta_init_size=1,
@@ -268,7 +269,7 @@ NAMES = "nll", "kl", "entropy_prior", "entropy_posterior", "boundary"
     ],
     ids=lambda case: f"step{case['step']}",
 )
-def test_training_equals_the_plain_form(case, monkeypatch):
+def test_vta_training_equals_the_plain_form(case, monkeypatch):
     """Terms, their gradients and the running averages, in double precision."""
     case = dict(case)
     backend, step = case.pop("backend", "cpu"), case.pop("step")
@@ -297,7 +298,7 @@ def test_training_equals_the_plain_form(case, monkeypatch):
         differentiate = partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         (_, (got, new)), got_gradients = jax.jit(differentiate(partial(probe, fast)))(variables["params"], video)
         (_, (want, found)), want_gradients = differentiate(partial(probe, slow))(variables["params"], video)
-        begun = float(found["read"].sum())  # frames are copied, and in the first case read, beyond those that are given
+        begun = float(found["read"].sum())  # besides the first frame, some are copied and, in the first case, some read
         assert len(video) + (step == 0) <= begun < found["read"].size
         assert_equal(got, want)
         assert_equal(got_gradients, want_gradients)
@@ -310,13 +311,13 @@ def test_training_equals_the_plain_form(case, monkeypatch):
             assert_equal((averages["mean"], averages["var"]), (mean, var))
 
 
-def test_evaluation_equals_the_plain_form():
+def test_vta_evaluation_equals_the_plain_form():
     """Terms, states and frames, in double precision."""
     with jax.enable_x64(True):
         model, variables, video, inputs = made()
         c = model.config
         observe = jax.jit(lambda variables: model.apply(variables, video, inputs, method="observe")[0])
-        # Detected boundaries are all alike at first; the bias is moved into their middle.
+        # Before training, detected boundaries are all alike. This bias makes half of them true.
         probability = observe(variables)[1].boundary[:, c.vta_init_size + 1 : -c.vta_init_size]
         bias = variables["params"]["detector"]["logits"]["bias"]
         variables["params"]["detector"]["logits"]["bias"] = bias - np.array(
@@ -333,7 +334,7 @@ def test_evaluation_equals_the_plain_form():
         assert_equal(frames[:, modelled], want["frames"])
         np.testing.assert_array_equal(observed[1].boundary[:, modelled] >= 0.5, read)
         for level, states in zip(observed, want["levels"], strict=True):
-            if level is observed[1]:  # where nothing is read, the posterior is the prior
+            if level is observed[1]:  # if nothing is read, the posterior is the prior
                 states[2:4] = (np.where(read[..., None], q, p) for p, q in zip(states[:2], states[2:4], strict=True))
             assert_equal([x[:, modelled] for x in (*level.prior, *level.posterior, level.stoch, level.deter)], states)
 
@@ -346,7 +347,7 @@ def assert_equal(got, want):
 
 
 def test_boundaries_learn_from_their_own_kl_and_not_from_the_number_of_segments(monkeypatch):
-    """With a KL of one nat per segment, level 1's is their number, of which the detector's gradient is zero."""
+    """With a KL of one nat per segment, the KL of level 1 is their number. Its gradient of the detector is zero."""
     model, variables, video, inputs = made(dtype=np.float32)
     rest = {name: x for name, x in variables.items() if name != "params"}
     monkeypatch.setattr(vta, "kl_divergence", lambda posterior, prior: jnp.ones_like(posterior.mean[..., 0]))
@@ -370,7 +371,7 @@ def test_boundaries_learn_from_their_own_kl_and_not_from_the_number_of_segments(
 
 
 @pytest.mark.parametrize("name, channels", [("mmnist", 1), ("minerl", 3)])
-def test_parameter_counts_of_the_published_sizes(name, channels):
+def test_vta_has_the_parameter_counts_of_the_published_sizes(name, channels):
     c = configuration.load(ROOT / "configs" / "vta" / f"{name}.yml")
     F, D, S = c.filters, c.cell_deter_size, c.cell_stoch_size
     assert (F, D, S, c.channels, c.seq_len) == (128, 128, 8, channels, 100)
@@ -391,25 +392,25 @@ def test_parameter_counts_of_the_published_sizes(name, channels):
     assert {module: sum(x.size for x in jax.tree.leaves(tree)) for module, tree in shapes.items()} == want
 
 
-def test_limits_of_the_prior():
-    """Segments of 3, 1, 2 and 4 frames, of which the last is too long; four are the most."""
+def test_the_prior_limits_the_number_and_length_of_segments():
+    """Of segments with 3, 1, 2 and 4 frames, the last is too long, and no fifth one may follow."""
     read = jnp.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 0])[None, :, None]
-    logits = vta.limited(jnp.zeros((1, 10, 2)), read, max_segments=4, max_length=3)[0]
+    logits = vta.limit_segments(jnp.zeros((1, 10, 2)), read, max_segments=4, max_length=3)[0]
     m = math.log(999)
     expected = [0, 0, m, 0, 0, 0, -m, -m, m, m]  # length 3; then four segments; then both, and length wins
     np.testing.assert_allclose(logits, [[x, -x] for x in expected], rtol=1e-6)
 
 
-def test_straight_through():
-    """Rounded to a class, the first of two equal ones; its gradient is the relaxed sample's."""
+def test_straight_through_rounds_and_passes_the_gradient():
+    """Of two equal classes it chooses the first. Its gradient is that of the relaxed sample."""
     log_sample = jnp.log(jnp.array([[0.6, 0.4], [0.2, 0.8], [0.5, 0.5]]))
     value, pullback = jax.vjp(vta.straight_through, log_sample)
     assert value.tolist() == [[1, 0], [0, 1], [1, 0]]
     np.testing.assert_allclose(pullback(jnp.ones((3, 2)))[0], jnp.exp(log_sample), rtol=1e-6)
 
 
-def test_log_density_is_that_of_the_concrete_distribution():
-    """The density of the difference of a sample's logs integrates to one."""
+def test_log_density_is_of_the_concrete_distribution():
+    """The density of the difference of a sample's two logarithms integrates to one."""
     temperature, logits = 0.6, jnp.array([0.3, -0.8])
     x, step = np.linspace(-60, 60, 10_001, retstep=True)
     log_sample = jax.nn.log_softmax(jnp.stack([jnp.asarray(x), jnp.zeros(len(x))], -1))
@@ -420,8 +421,8 @@ def test_log_density_is_that_of_the_concrete_distribution():
 # ---------------------------------------------------------------------------------------------- chunks, predictions
 
 
-def test_later_chunks_and_frames_after_the_context_change_nothing(monkeypatch):
-    """Predictions, to the bit; states behind a chunk; and predictions in one chunk or several."""
+def test_vta_does_not_depend_on_later_chunks_and_frames(monkeypatch):
+    """Predictions don't depend on later frames, to the bit, or on chunks; states don't depend on later chunks."""
     model, variables, video, _ = made(T=12, dtype=np.float32)
     keys = jax.random.split(jax.random.key(0), 2)
     changed = video.copy()
@@ -445,8 +446,8 @@ def test_later_chunks_and_frames_after_the_context_change_nothing(monkeypatch):
     assert not np.array_equal(y[0].stoch, w[0].stoch) and np.all(y[1].boundary[:, 0] == 1)
 
 
-def test_imagined_frames_continue_from_the_context():
-    """The first begins a segment with the encoding of the context; where none begins, the abstract state is copied."""
+def test_imagined_segments_continue_from_the_context():
+    """The first frame begins a segment from the context's encoding. Within a segment, the abstract state is copied."""
     model, variables, video, inputs = made(T=12, dtype=np.float32)
     observed, state = rollout.apply(model, "observe", variables, video[:, :4], model.time_slice(inputs, 0, 4))
     (frames, segments), _ = rollout.apply(model, "imagine", variables, model.time_slice(inputs, 4, 12), state)
@@ -459,8 +460,8 @@ def test_imagined_frames_continue_from_the_context():
     assert not np.array_equal(frames.stoch[:, 1:], frames.stoch[:, :-1])
 
 
-def test_elbo_in_chunks():
-    """A later chunk has terms for all frames but its last; one that is too short for any adds nothing."""
+def test_the_elbo_of_vta_in_chunks_leaves_out_the_edges():
+    """A later chunk has terms for all but its last frames. A chunk that is too short adds nothing."""
     model, variables, video, inputs = made(T=10, dtype=np.float32)
     keys = jax.random.split(jax.random.key(0), 2)
     inputs = model.draw(keys, 10)
@@ -475,7 +476,7 @@ def test_elbo_in_chunks():
     np.testing.assert_allclose(second.nll, 0.5 * (error**2).sum((1, 2, 3, 4)) + constant, rtol=1e-5)
 
 
-def test_keys_are_refused():
+def test_wrong_keys_of_vta_are_refused():
     with pytest.raises(ConfigError, match=r"seq_len: must be more than twice vta_init_size = 5, .* got 10"):
         Config(model="vta", seq_len=10)
     with pytest.raises(ConfigError, match=r"vta_max_length: cwvae doesn't read it \(it is for vta\), got 9"):
@@ -489,24 +490,23 @@ def test_keys_are_refused():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny run with checkpoints at steps 2 and 4."""
+    """Return the configuration of a tiny run with checkpoints at steps 2 and 4."""
     c = Config(**TINY | dict(logdir=str(tmp_path_factory.mktemp("vta")), save_model_every=2, save_gifs=True))
     train.train(c)
     return c
 
 
-def test_resumed_is_uninterrupted_to_the_bit(trained, tmp_path):
+def test_vta_resumes_exactly(trained, tmp_path):
     c = dataclasses.replace(trained, logdir=str(tmp_path), save_gifs=False)
     train.train(dataclasses.replace(c, max_steps=2))
     state = train.train(c)
     whole = loading.load_state(make_model(c), loading.find_checkpoint(runs.directory(trained)))
     assert whole.params["schedule"]["temperature"] == pytest.approx(0.9 * 0.999**0.03 + 0.1)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(state, whole)
 
 
-def test_programs(trained):
-    """Validation, evaluation, information per level, and the picture of the boundaries."""
+def test_all_programs_run_with_vta(trained):
+    """Training with validation, evaluation, `levels`, and `boundaries`."""
     run = runs.directory(trained)
     last = log_of(run)[-1]
     for split in "train", "validation":
@@ -536,12 +536,12 @@ def test_boundaries_are_refused_for_other_models(tmp_path):
     c = Config(dataset="digits", logdir=str(tmp_path))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "config.yml").write_text(c.to_yaml())
-    with pytest.raises(ConfigError, match="model: boundaries is about those of vta, got a run of cwvae"):
+    with pytest.raises(ConfigError, match="model: boundaries needs a run of vta, got one of cwvae"):
         analysis.COMMANDS["boundaries"]([str(tmp_path)])
 
 
-def test_the_same_on_one_device_and_on_two_with_padding():
-    """Terms and running averages of two sequences: together, and with a device for each that has padding, too."""
+def test_vta_is_the_same_on_two_devices_with_padding():
+    """Terms and running averages of two sequences, together or on a device each that also has padding."""
     with jax.enable_x64(True):
         model, variables, video, inputs = made()
         rest = {name: x for name, x in variables.items() if name != "params"}
@@ -565,8 +565,8 @@ def test_the_same_on_one_device_and_on_two_with_padding():
 
 
 @pytest.mark.slow
-def test_a_short_training_shows_digits(tmp_path):
-    """The loss falls, and what is decoded is bright where the digit is, if blurred yet."""
+def test_vta_shows_digits_after_a_short_training(tmp_path):
+    """The loss falls, and reconstructions correlate with the digits, though they are still blurred."""
     keys = dict(cell_deter_size=32, cell_stoch_size=8, filters=16, batch_size=4, lr=3e-3, dec_stddev=0.3)
     c = Config(**TINY | keys | dict(max_steps=120, save_scalars_every=30, logdir=str(tmp_path)))
     state = train.train(c)

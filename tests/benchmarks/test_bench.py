@@ -1,4 +1,4 @@
-"""What the benchmarks say about sizes; not what they say about time."""
+"""The benchmarks: sizes, commands and files, but not the times that they measure."""
 
 import json
 import subprocess
@@ -22,14 +22,14 @@ from config import Config, ConfigError
         ("minerl", {"encoder": 14.7, "tower": 6.1, "decoder": 24.9, "cells": 9.2}, 1.65e12),
     ],
 )
-def test_arithmetic_of_the_published_configurations(name, millions, flop):
+def test_published_configurations_have_the_expected_arithmetic(name, millions, flop):
     c = configuration.load(ROOT / "configs" / f"{name}.yml")
     assert {part: x / 1e6 for part, x in measuring.multiply_adds(c).items()} == pytest.approx(millions, rel=0.01)
     assert measuring.training_flop(c) == pytest.approx(flop, rel=0.01)
 
 
-def test_results_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsys):
-    """After they are printed."""
+def test_results_are_printed_before_a_failing_write(tmp_path, monkeypatch, capsys):
+    """The error is one line."""
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "results.json"
     monkeypatch.setitem(bench.BENCHMARKS, "step", lambda config: [bench.row("what", "s", 1.0)])
@@ -42,10 +42,10 @@ def test_results_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_memory_at_published_sizes():
-    """Megabytes of the training step's program, on a CPU; validation and evaluation, in chunks, take less.
+def test_memory_at_published_sizes_is_within_limits():
+    """A training step takes 100 to 4,800 MB on a CPU. Validation and evaluation, in chunks, take less.
 
-    Optimizations, of which tests leave out most, don't change them.
+    Optimizations, most of which tests leave out, don't change these numbers.
     """
     step, *others = (row["value"] for row in bench.bench_memory(configuration.load(ROOT / "configs" / "minerl.yml")))
     assert 100 < step < 4800 and max(others) < step
@@ -80,7 +80,7 @@ ENTRY %main.2 (x: f32[4]) -> f32[4] {
     assert bench.kernels(program) == (2, [(7, 2)])
 
 
-def test_the_command(tmp_path):
+def test_the_benchmark_command_writes_rows_and_suggests_names(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "metrics", "--batch_size=1", f"--json={tmp_path / 'out.json'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert "frame_metrics" in done.stdout
@@ -93,13 +93,13 @@ def test_the_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_rehearsal(tmp_path):
-    """All items measure something on a CPU, and the trained run can be put together and evaluated elsewhere."""
+def test_a_rehearsal_measures_all_items(tmp_path):
+    """All items measure something on a CPU. The trained run can be joined and evaluated."""
     command = [sys.executable, "-m", "benchmarks", "accelerator", f"--out={tmp_path / 'out'}", "--rehearse"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     log = (tmp_path / "out" / "log.txt").read_text()
     for name in accelerator.ITEMS:
-        rows = [x for x in accelerator.read(tmp_path / "out") if x["item"] == name]
+        rows = [x for x in accelerator.read_rows(tmp_path / "out") if x["item"] == name]
         ended = rows[-1]
         assert ended["what"] == "ended" and ended["how"] == "whole", (name, ended, log)
         assert len(rows) > 2 and f"## {name}\n\nwhole" in done.stdout
@@ -110,7 +110,7 @@ def test_rehearsal(tmp_path):
     assert checkpoint.step > 0 and evaluation.evaluate(config, checkpoint, output)
 
 
-def test_items_that_fail_or_are_cut_off_cost_nothing_but_themselves(tmp_path, monkeypatch, capsys):
+def test_items_that_fail_or_are_cut_off_do_not_stop_the_others(tmp_path, monkeypatch, capsys):
     programs = {
         "fails": "raise SystemExit(3)",
         "hangs": "import subprocess; subprocess.run(['sleep', '600'])",
@@ -123,7 +123,7 @@ def test_items_that_fail_or_are_cut_off_cost_nothing_but_themselves(tmp_path, mo
     def ends(out, limit):
         out.mkdir()
         accelerator.bench_accelerator(out, limit, rehearse=False)
-        return {x["item"]: x["how"] for x in accelerator.read(out)}
+        return {x["item"]: x["how"] for x in accelerator.read_rows(out)}
 
     out = tmp_path / "enough"
     assert ends(out, 30) == {"fails": "failed with exit code 3", "hangs": "cut off", "works": "whole"}
@@ -131,7 +131,7 @@ def test_items_that_fail_or_are_cut_off_cost_nothing_but_themselves(tmp_path, mo
     assert ends(tmp_path / "little", 1) == dict.fromkeys(programs, "not begun, since no time was left")
 
 
-def test_a_program_that_cant_be_compiled_is_left_out(capsys, tiny):
+def test_a_program_that_cannot_be_compiled_is_left_out(capsys, tiny):
     def broken():
         stepper = measuring.Bench(tiny).textbook_stepper()
         return measuring.Stepper(
@@ -145,7 +145,7 @@ def test_a_program_that_cant_be_compiled_is_left_out(capsys, tiny):
         name: accelerator.Program(tiny, stepper)
         for name, stepper in dict(broken=broken, untraced=untraced, whole=measuring.Bench(tiny).stepper).items()
     }
-    rows = list(accelerator.measured(accelerator.Setting(None, 300, True, False), programs))
+    rows = list(accelerator.time_steps(accelerator.Setting(None, 300, True, False), programs))
     assert [(x["what"], "preliminary" in x) for x in rows] == [("whole", True), ("whole", False)]
     printed = capsys.readouterr().out
     assert "broken: " in printed and "untraced: ValueError: not here" in printed
@@ -155,11 +155,11 @@ def test_a_program_that_cant_be_compiled_is_left_out(capsys, tiny):
 def test_each_item_has_time_to_compile_and_to_measure(monkeypatch, limit):
     given = []
     monkeypatch.setattr(accelerator, "compiled", lambda programs, limit: given.append(limit) or iter(()))
-    assert not list(accelerator.measured(accelerator.Setting(None, limit, False, False), {}))
+    assert not list(accelerator.time_steps(accelerator.Setting(None, limit, False, False), {}))
     assert limit / 2 < given[0] < limit - 3
 
 
-def test_a_run_in_pieces_is_whole_or_refused(tmp_path):
+def test_a_run_in_pieces_is_joined_or_refused(tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     for folder in run, out:
         folder.mkdir()
@@ -171,14 +171,14 @@ def test_a_run_in_pieces_is_whole_or_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"results\.jsonl can't be read"):
         accelerator.join(out, tmp_path / "nowhere")
     (out / "results.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="tells of no trained run"):
+    with pytest.raises(ConfigError, match=r"results\.jsonl has no trained run"):
         accelerator.join(out, tmp_path / "nowhere")
-    accelerator.tell(out, "training", row)
+    accelerator.write_row(out, "training", row)
     accelerator.join(out, tmp_path / "joined")
     assert (tmp_path / "joined" / "config.yml").read_bytes() == content
     damaged = pieces[1].read_bytes()
     pieces[1].write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
-    with pytest.raises(ConfigError, match="are not what was written"):
+    with pytest.raises(ConfigError, match="differ from what was written"):
         accelerator.join(out, tmp_path / "damaged")
     pieces[1].unlink()
     with pytest.raises(ConfigError, match=r"run\.tar\.1 is missing"):
@@ -187,7 +187,7 @@ def test_a_run_in_pieces_is_whole_or_refused(tmp_path):
 
 
 def test_a_profiles_time_is_divided_among_parts_and_kernels():
-    """Two streams, which overlap by 5 of 40 ns; from 30 to 35 none has a kernel."""
+    """Two streams overlap by 5 of 40 ns. From 30 to 35 ns, neither has a kernel."""
     program = """
   %fusion.1 = f32[4]{0} fusion(%x), kind=kLoop, metadata={op_name="jit(step)/cell_0/while/body/add" source_line=1}
   ROOT %dot.2 = f32[4]{0} dot(%x, %y), metadata={op_name="jit(step)/jvp(CWVAE.elbo)/encoder/level_1_dense_0/dot"}

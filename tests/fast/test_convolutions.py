@@ -1,4 +1,4 @@
-"""Each form of the convolutions against the textbook's, values and gradients, on the shapes of all layers."""
+"""All forms of the convolutions against the textbook form: values and gradients, on the shapes of all layers."""
 
 import math
 import re
@@ -24,7 +24,7 @@ SMALL = [
 
 
 def layers(filters: int, channels: int) -> list[tuple[bool, int, int, int, int]]:
-    """(transposed, H, size, C, O) of each layer, and sizes that no layer has."""
+    """Return (transposed, H, size, C, O) of each layer, and of some that the model doesn't have."""
     f = filters
     plain = [(64, 4, channels, f), (31, 4, f, 2 * f), (14, 4, 2 * f, 4 * f), (6, 4, 4 * f, 8 * f)]
     transposed = [(1, 5, 16, 4 * f), (5, 5, 4 * f, 2 * f), (13, 6, 2 * f, f), (30, 6, f, channels)]
@@ -35,7 +35,7 @@ def layers(filters: int, channels: int) -> list[tuple[bool, int, int, int, int]]
 
 
 def operands(transposed: bool, H: int, size: int, C: int, O: int, dtype: type = np.float64) -> list[Array]:  # noqa: E741
-    """x, kernel, and a gradient of what becomes of them."""
+    """Return an input, a kernel, and a gradient of the output."""
     H_out = 2 * (H - 1) + size if transposed else (H - size) // 2 + 1
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=s), dtype) for s in ((2, H, H, C), (size, size, C, O), (2, H_out, H_out, O))]
@@ -80,8 +80,8 @@ def test_layers_equal_the_textbook(monkeypatch, filters, channels, cpu, frames):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=f"{name} of {layer}")
 
 
-def test_by_hand():
-    """The transposed convolution against sums written out, which no library's convention enters."""
+def test_transposed_convolutions_equal_sums_by_hand():
+    """The sums are written out, and don't depend on a library's conventions."""
     for layer in layers(2, 3):
         if layer[0]:
             x, kernel, _ = operands(*layer, np.float32)
@@ -91,7 +91,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-12), (jnp.bfloat16, 0.02)])
-def test_other_precisions(monkeypatch, dtype, tolerance, many):
+def test_layers_equal_the_textbook_in_other_precisions(monkeypatch, dtype, tolerance, many):
     if many:
         monkeypatch.setattr(convolutions, "MANY_CHANNELS", 1)
     with jax.enable_x64(True):
@@ -109,7 +109,7 @@ def test_other_precisions(monkeypatch, dtype, tolerance, many):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_transformations(transposed):
+def test_transformations_of_jax_change_nothing(transposed):
     """jit, vmap, remat and eval_shape change nothing."""
     forms = convolutions.conv_transpose if transposed else convolutions.conv
     x, kernel, gradient = operands(transposed, 6, 4, 5, 3, np.float32)
@@ -138,8 +138,8 @@ def test_transformations(transposed):
         (True, 13, 6, 64, 32, 25 * 25 * 64 * 128),
     ],
 )
-def test_fewer_multiplications(transposed, H, size, C, O, products):  # noqa: E741
-    """The published layers multiply as often as the algorithm has to: forward, and once more for each gradient."""
+def test_published_layers_multiply_as_rarely_as_the_algorithm_can(transposed, H, size, C, O, products):  # noqa: E741
+    """The multiplications of the algorithm are needed once forward, and once for each gradient."""
     N, out = convolutions.MANY_FRAMES, 2 * (H - 1) + size if transposed else (H - size) // 2 + 1
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((N, H, H, C), (size, size, C, O), (N, out, out, O))]
 

@@ -1,4 +1,4 @@
-"""Initial parameters: their distributions, and that a seed means the same ones everywhere."""
+"""Initial parameters: their distributions, and that a seed gives the same ones everywhere."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ from config import Config
 from cwvae import CWVAE
 from fast import initial
 from training import loading
-from training.step import make_optimizer, make_state, split
+from training.step import make_optimizer, make_state, split_variables
 
 MODELS = {"cwvae": CWVAE, "svg": SVG, "vta": VTA}
 
@@ -36,7 +36,7 @@ def leaves(tree):
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_a_state_has_the_tree_of_init_and_optimizer(model):
+def test_a_state_has_the_shapes_of_init_and_optimizer(model):
     state = make_state(model)
     frames = model.min_frames
     video = jnp.zeros((1, frames, 64, 64, model.config.channels))
@@ -50,12 +50,12 @@ def test_a_state_has_the_tree_of_init_and_optimizer(model):
     assert {name: (x.shape, x.dtype) for name, x in there.items()} == {
         name: (x.shape, x.dtype) for name, x in here.items()
     }
-    opt_state = make_optimizer(model).init(split(state.params)[0])
+    opt_state = make_optimizer(model).init(split_variables(state.params)[0])
     jax.tree.map(np.testing.assert_array_equal, opt_state, state.opt_state)
 
 
-def test_no_layer_is_left_without_values(model):
-    """All but biases and averages differ from element to element, and from each other."""
+def test_every_kernel_is_drawn(model):
+    """The elements of each kernel differ, and the kernels differ from each other."""
     state = make_state(dataclasses.replace(model, config=model.config))
     firsts = []
     for name, x in leaves(state.params["params"]).items():
@@ -67,16 +67,16 @@ def test_no_layer_is_left_without_values(model):
 
 @pytest.mark.parametrize("shape", [(300, 400), (4, 4, 16, 256)])
 @pytest.mark.parametrize("form", ["by init", "by Flax's key"])
-def test_distributions(shape, form):
-    """Those of Flax and PyTorch, in closed form."""
+def test_initializers_have_the_distributions_of_flax_and_pytorch(shape, form):
+    """Compared with their moments, limits and quantiles."""
 
     def draw(initializer, shape):
         if form == "by Flax's key":
             return np.asarray(initializer(jax.random.key(3), shape))
         draws = {}
-        token = initial.undrawn.set(draws)
+        token = initial.pending_draws.set(draws)
         initializer(None, shape)
-        initial.undrawn.reset(token)
+        initial.pending_draws.reset(token)
         ((array, draw),) = draws.values()
         assert not array.any()
         return draw(np.random.default_rng(3), shape).astype(np.float32)
@@ -108,13 +108,13 @@ def test_distributions(shape, form):
 
 
 def test_orthogonal_matrices_are_uniform():
-    """Traces of uniform orthogonal matrices have mean 0 and variance 1; those of a bare QR are far from it."""
+    """Traces of uniform orthogonal matrices have mean 0 and variance 1. A QR decomposition alone is far from that."""
     kernel = np.asarray(initial.orthogonal(jax.random.key(0), (6, 6 * 3000)))
     traces = np.trace(kernel.reshape(6, 3000, 6), axis1=0, axis2=2)
     assert (traces.mean(), traces.var()) == (pytest.approx(0, abs=0.06), pytest.approx(1, abs=0.1))
 
 
-def test_constants():
+def test_zeros_ones_and_batch_norm_scales_have_their_values():
     assert initial.zeros(None, (2, 3)).tolist() == [[0, 0, 0]] * 2
     assert initial.ones(None, ()) == 1
     scale = BatchNorm(5000).init(jax.random.key(0), jnp.zeros((1, 5000)), None)["params"]["scale"]
@@ -130,7 +130,7 @@ print(system.checkpoints.checksum(make_state(cwvae.CWVAE(c)).params, {}))
 """
 
 
-def test_a_seed_means_the_same_bits_with_any_number_of_threads():
+def test_a_seed_gives_the_same_bits_with_any_number_of_threads():
     sums = []
     for seed, threads in (1, "1"), (1, "2"), (2, "2"):
         flags = ["--config", "configs/debug.yml", f"--seed={seed}"]
@@ -147,7 +147,7 @@ def test_a_seed_means_the_same_bits_with_any_number_of_threads():
     assert sums[0] == sums[1] != sums[2]
 
 
-def test_what_a_checkpoint_replaces_is_not_drawn(trained, monkeypatch):
+def test_parameters_that_a_checkpoint_replaces_are_not_drawn(trained, monkeypatch):
     model = CWVAE(loading.load_config(trained, {}))
     drawn, undrawn = make_state(model), make_state(model, draw=False)
     assert loading.shapes(drawn) == loading.shapes(undrawn)
@@ -156,7 +156,7 @@ def test_what_a_checkpoint_replaces_is_not_drawn(trained, monkeypatch):
     assert all(np.any(x) for name, x in leaves(loaded.params).items() if "kernel" in name)
 
 
-def test_nothing_is_compiled_but_keys(caplog):
+def test_making_a_state_compiles_only_keys(caplog):
     c = dataclasses.replace(configuration.load(ROOT / "configs" / "debug.yml"), cell_embed_size=17, filters=3, seed=0)
     with caplog.at_level(logging.WARNING), jax.log_compiles():
         make_state(CWVAE(c))

@@ -1,4 +1,4 @@
-"""The scan with its own gradient against JAX's, on cells that the model doesn't have."""
+"""The scan with its own gradient against JAX's scan, on cells that the model doesn't have."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from sequences.noise import Inputs
 
 
 class DeeperPrior(cwvae.Prior):
-    """A prior with one more layer, and a normalization whose parameters aren't a dense layer's."""
+    """A prior with one more dense layer and a layer normalization."""
 
     @nn.compact
     def __call__(self, deter: Array) -> cwvae.Gaussian:
@@ -29,8 +29,8 @@ class DeeperPrior(cwvae.Prior):
 
 
 @pytest.mark.parametrize("seen, on_cpu", [(7, True), (4, True), (4, False), (0, False)])
-def test_a_layer_more_in_the_prior(monkeypatch, seen, on_cpu):
-    """Values, and gradients of parameters, state, context, features and noise, following posterior and prior."""
+def test_the_scan_equals_jax_with_another_prior(monkeypatch, seen, on_cpu):
+    """Values, and gradients of parameters, state, context, features and noise, from posterior and prior."""
     monkeypatch.setattr(cwvae, "Prior", DeeperPrior)
     monkeypatch.setattr(scan, "on_cpu", lambda: on_cpu)
     with jax.enable_x64(True):
@@ -44,8 +44,8 @@ def test_a_layer_more_in_the_prior(monkeypatch, seen, on_cpu):
         assert {"prior_hidden", "prior_norm", "prior_more", "prior_stats", "transition"} <= set(params["params"])
 
         def probe(params, state, context, features, noise):
-            sight = features[:, :seen] if seen else None
-            outputs = cell.apply(params, state, context, sight, Inputs(noise))
+            seen_features = features[:, :seen] if seen else None
+            outputs = cell.apply(params, state, context, seen_features, Inputs(noise))
             weights = np.random.default_rng(1)
             return sum((x * weights.normal(size=x.shape)).sum() for x in jax.tree.leaves(outputs)), outputs
 
@@ -59,7 +59,7 @@ def test_a_layer_more_in_the_prior(monkeypatch, seen, on_cpu):
         assert all(np.any(x) for x in jax.tree.leaves(results[0][1][0]["params"]["prior_more"]))
 
 
-def test_a_tick_by_itself_is_a_tick_of_the_scan():
+def test_a_single_tick_equals_a_tick_of_the_scan():
     c = Config(**TINY)
     cell = cwvae.RSSMCell(c, context_size=6, feature_size=9)
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""LPIPS and FVD: the Fréchet distance, what is made of networks' outputs, and networks from TorchScript files.
+"""LPIPS and FVD: the Fréchet distance, the metrics of networks' outputs, and networks from TorchScript files.
 
 Networks are plain functions here. Tests with TorchScript files need PyTorch, which tests/requirements.txt leaves out for
 its size: pip install -r requirements-perceptual.txt.
@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.linalg
-from helpers import write_evaluation
+from helpers import evaluate, write_evaluation
 
 import eval as evaluation
 import tools
@@ -27,8 +27,8 @@ from report import output, results, statistics
 # ---------------------------------------------------------------------------------------------- Fréchet distance
 
 
-def test_distance_of_gaussians_in_closed_form():
-    """Of commuting covariances: |m - n|^2 + the sum of (sqrt(a_i) - sqrt(b_i))^2 over their eigenvalues."""
+def test_the_distance_of_gaussians_equals_its_closed_form():
+    """For commuting covariances: |m - n|^2 + the sum of (sqrt(a_i) - sqrt(b_i))^2 over their eigenvalues."""
     random = np.random.default_rng(0)
     basis = scipy.linalg.qr(random.normal(size=(30, 30)))[0]
     a, b = random.gamma(1.0, size=(2, 30))
@@ -40,7 +40,7 @@ def test_distance_of_gaussians_in_closed_form():
     assert gaussian_distance(np.zeros(1), np.array([[4.0]]), np.ones(1), np.array([[9.0]])) == pytest.approx(1 + 1)
 
 
-def test_distance_is_that_with_the_root_of_the_product():
+def test_the_distance_equals_the_one_with_a_matrix_root():
     random = np.random.default_rng(0)
     x, y = random.normal(size=(2, 50, 20)) @ random.normal(size=(20, 20))
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
@@ -48,8 +48,8 @@ def test_distance_is_that_with_the_root_of_the_product():
     assert frechet_distance(x, y) == pytest.approx(want, rel=1e-8)
 
 
-def test_distance_of_fewer_clips_than_features():
-    """The product's root has the nuclear norm of the centred features' product as its trace."""
+def test_the_distance_is_correct_for_fewer_clips_than_features():
+    """The trace of the root is the nuclear norm of the product of the centred features."""
     x, y = np.random.default_rng(0).normal(size=(2, 7, 400)).astype(np.float32)
     a, b = (features.astype(float) - features.astype(float).mean(0) for features in (x, y))
     shift = ((x.mean(0, dtype=float) - y.mean(0, dtype=float)) ** 2).sum()
@@ -68,7 +68,7 @@ def distances(truth, prediction):
 
 
 def features(clips):
-    """The means of 400 blocks of pixels, over time."""
+    """Return the means of 400 blocks of pixels over time."""
     assert clips.dtype == np.uint8
     N, T, H, W, C = clips.shape
     return clips[:, :, :60, :60].reshape(N, T, 20, 3, 20, 3, C).mean((1, 3, 5, 6)).reshape(N, 400)
@@ -76,22 +76,22 @@ def features(clips):
 
 @pytest.fixture
 def networks(monkeypatch):
-    """Plain functions in place of files' networks, and no PyTorch."""
+    """Replace the files' networks by plain functions, and make PyTorch unavailable. Return the flags."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(perceptual, "load_lpips", lambda path: Network(path.name, f"lpips {path}", distances))
     monkeypatch.setattr(perceptual, "load_fvd", lambda path: Network(path.name, f"fvd {path}", features))
     return ["--lpips=vgg16.pt", "--fvd=i3d_torchscript.pt"]
 
 
-def test_lpips_of_each_frame_in_batches():
+def test_lpips_in_batches_equals_lpips_of_each_frame():
     truth, prediction = np.random.default_rng(0).integers(256, size=(2, 3, 50, 8, 8, 3), dtype=np.uint8)
     got = perceptual.lpips(Network("", "", distances), truth, prediction)
     np.testing.assert_allclose(got, np.abs(truth.astype(float) - prediction).mean((2, 3, 4)) / 255, rtol=1e-6)
     assert got.shape == (3, 50)
 
 
-def test_fvd_by_hand(tmp_path):
-    """Of the first 16 frames, and of all 18; true ones against the first sample's."""
+def test_fvd_equals_a_computation_by_hand(tmp_path):
+    """Of the first 16 frames and of all 18, between the truth and the first sample."""
     random = np.random.default_rng(0)
     clips = random.integers(256, size=(2, 5, 18, 64, 64, 1), dtype=np.uint8)
     for i in range(5):
@@ -99,7 +99,7 @@ def test_fvd_by_hand(tmp_path):
             path = tmp_path / (f"sample{i}_gt" if name == "gt_pred" else f"sample{i}") / f"{name}.npz"
             path.parent.mkdir(exist_ok=True)
             tools.save_frames(np.asarray(frames), path)
-    got = perceptual.measure_fvd(Network("", "", features), tmp_path, 5)
+    got = perceptual.compute_fvd(Network("", "", features), tmp_path, 5)
     assert got["clips"] == 5 and list(got["frames"]) == ["16", "18"]
     for length in 16, 18:
         want = frechet_distance(features(clips[0, :, :length]), features(clips[1, :, :length]))
@@ -107,21 +107,17 @@ def test_fvd_by_hand(tmp_path):
     assert got["frames"]["16"] > got["frames"]["18"] > 1
 
 
-def evaluate(run, *more):
-    call = ["--logdir", str(run), "--no_save_grid", "--eval_seq_len=21", *more]
-    before = set(run.glob("eval_*"))
-    found = evaluation.evaluate(*evaluation.parse(call))
-    (directory,) = set(run.glob("eval_*")) - before
-    return directory, found
+def evaluate_21_frames(run, *flags):
+    return evaluate(run, "--no_save_grid", "--eval_seq_len=21", *flags)
 
 
-def test_during_an_evaluation_or_afterwards(run, networks, capsys):
-    """With the same figures in the same files; where neither is asked for, nothing is said of them."""
-    during, found = evaluate(run, *networks)
+def test_lpips_and_fvd_are_the_same_during_an_evaluation_and_after(run, networks, capsys):
+    """The values and files are the same. Without both flags, nothing mentions them."""
+    during, found = evaluate_21_frames(run, *networks)
     printed = capsys.readouterr().out
-    assert "Warning: FVD of 3 clips. Of fewer than 256 it is much too high" in printed
+    assert "Warning: FVD of 3 clips. With fewer than 256 clips it is much too high" in printed
     assert "LPIPS, prediction: 0." in printed and "FVD, 16 frames, 3 clips: " in printed
-    after, without = evaluate(run)
+    after, without = evaluate_21_frames(run)
     assert "perceptual" not in json.dumps(without) and "LPIPS" not in (after / "index.html").read_text()
     assert "LPIPS" not in capsys.readouterr().out
     add([str(after), *networks])
@@ -154,8 +150,8 @@ def test_during_an_evaluation_or_afterwards(run, networks, capsys):
     assert again["lines"] == saved["lines"] and again["perceptual"]["fvd"]["file"] == "other.pt"
 
 
-def test_best_of_several_samples_is_the_lowest(run, networks):
-    directory, found = evaluate(run, *networks, "--num_samples=2", "--num_examples=2")
+def test_the_best_lpips_is_the_lowest(run, networks):
+    directory, found = evaluate_21_frames(run, *networks, "--num_samples=2", "--num_examples=2")
     truth = np.stack([results.load_frames(directory, i, "gt_pred") for i in range(2)])
     samples = [np.stack([results.load_frames(directory, i, f"random_sample_{n}") for i in range(2)]) for n in (1, 2)]
     each = np.stack([np.abs(truth.astype(float) - frames).mean((1, 2, 3, 4)) / 255 for frames in samples])
@@ -163,13 +159,13 @@ def test_best_of_several_samples_is_the_lowest(run, networks):
     assert list(lines) == ["best of 2", "mean of 2"]
     assert lines["best of 2"]["average"]["value"] == pytest.approx(each.min(0).mean(), rel=1e-4)
     assert lines["mean of 2"]["average"]["value"] == pytest.approx(each.mean(), rel=1e-4)
-    with pytest.raises(ConfigError, match=r"lpips: the best of 2 samples is asked for, of which .* has only some"):
+    with pytest.raises(ConfigError, match=r"lpips: needs all 2 samples, and .* has only some of them"):
         add([str(directory), "--lpips=vgg16.pt"])
     add([str(directory), "--fvd=i3d_torchscript.pt"])
 
 
-def test_another_networks_evaluation_is_not_resumed(run, networks):
-    """An example's LPIPS is among what an interrupted evaluation has written."""
+def test_an_evaluation_with_another_network_is_not_resumed(run, networks):
+    """An interrupted evaluation has already written the LPIPS of some examples."""
     config, checkpoint, _ = evaluation.parse(["--logdir", str(run)])
     found = []
     for network in "", "a", "b", "", "b":
@@ -178,24 +174,24 @@ def test_another_networks_evaluation_is_not_resumed(run, networks):
     assert len(set(found)) == 3 and found[3] == found[0] and found[4] == found[2]
 
 
-def test_too_short_or_too_few(run, networks):
+def test_fvd_of_too_few_frames_or_sequences_is_refused(run, networks):
     for more in ["--eval_seq_len=19"], ["--num_examples=1"]:
         with pytest.raises(
             ConfigError, match=r"fvd: needs at least 16 predicted frames of at least 2 sequences, got 1"
         ):
-            evaluate(run, *networks, *more)
+            evaluate_21_frames(run, *networks, *more)
     assert not list(run.glob("eval_*"))
 
 
 @pytest.mark.parametrize("length, message", [(19, "got 15 of 3"), (4, "open_loop_ctx: must be less than 4, a test")])
-def test_frames_are_counted_where_whole_videos_are_taken(run, networks, monkeypatch, length, message):
+def test_frames_of_whole_videos_are_counted_for_fvd(run, networks, monkeypatch, length, message):
     monkeypatch.setattr(evaluation.data, "windows", lambda config, split: np.zeros((3, length, 64, 64, 1), np.uint8))
     with pytest.raises(ConfigError, match=message):
-        evaluate(run, *networks, "--eval_seq_len=0", "--open_loop_ctx=4")
+        evaluate_21_frames(run, *networks, "--eval_seq_len=0", "--open_loop_ctx=4")
     assert not list(run.glob("eval_*"))
 
 
-def test_what_the_command_refuses(tmp_path, networks):
+def test_wrong_arguments_of_perceptual_are_refused(tmp_path, networks):
     directory, whole = write_evaluation(tmp_path / "a", 0), write_evaluation(tmp_path / "b", 0)
     for number in 0, 2, 3:
         for name in "sample1_gt", "sample1":
@@ -205,7 +201,7 @@ def test_what_the_command_refuses(tmp_path, networks):
         ([], "no directory is named; call analysis.py perceptual RUN"),
         ([str(directory)], "name the file of a network with --lpips or --fvd"),
         ([str(directory), "--out=x"], "unknown argument '--out=x'"),
-        ([str(directory), networks[0]], "gt_pred.npz: isn't there, and is needed; evaluate again with eval.py"),
+        ([str(directory), networks[0]], "gt_pred.npz: is missing; evaluate again with eval.py"),
         ([str(whole), networks[1]], "fvd: needs at least 16 predicted frames of at least 2 sequences, got 12 of 4"),
         ([str(tmp_path), networks[0]], "holds no run"),
     ):
@@ -217,7 +213,7 @@ def test_what_the_command_refuses(tmp_path, networks):
             add([str(directory), networks[0]])
 
 
-def test_without_pytorch(monkeypatch):
+def test_a_missing_pytorch_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     for load, key in (perceptual.load_lpips, "lpips"), (perceptual.load_fvd, "fvd"):
         with pytest.raises(ConfigError, match=rf"^{key}: PyTorch can't be imported \(.*\); pip install -r req[^\n]*$"):
@@ -228,7 +224,7 @@ def test_without_pytorch(monkeypatch):
 
 
 def with_perceptual(directory, lpips=None, fvd=None, sha256="x"):
-    """Plant an LPIPS and FVD in an evaluation."""
+    """Write planted LPIPS and FVD into an evaluation."""
     path = directory / "metrics.json"
     found = json.loads(path.read_text())
     found["perceptual"] = {}
@@ -241,8 +237,8 @@ def with_perceptual(directory, lpips=None, fvd=None, sha256="x"):
     path.write_text(json.dumps(found))
 
 
-def test_ranks_by_four_metrics(tmp_path):
-    """By LPIPS and FVD the lower one is better. A dataset without them counts by SSIM and PSNR alone."""
+def test_ranks_include_lpips_and_fvd(tmp_path):
+    """Lower LPIPS and FVD are better. A dataset without them counts only by SSIM and PSNR."""
     out = []
     for dataset in "digits", "mmnist":
         paths = [write_evaluation(tmp_path / dataset / n, i, dataset=dataset) for i, n in enumerate("ab")]
@@ -285,13 +281,15 @@ def test_ranks_by_four_metrics(tmp_path):
     assert re.search(r"\| mmnist \(4 sequences\) \| b \| 0\.\d{4} \| 0\.\d\d \| - \| - \|", tables)
 
 
-def test_what_only_some_models_have_is_left_out(tmp_path, capsys):
+def test_metrics_that_only_some_models_have_are_left_out(tmp_path, capsys):
     paths = [write_evaluation(tmp_path / name, i, frames=False) for i, name in enumerate("ab")]
     call = [f"{path.name}={path}" for path in paths]
     with_perceptual(paths[0], lpips=0.25, fvd=300.0)
     with_perceptual(paths[1], fvd=200.0)
     compare.compare([*call, f"--out={tmp_path / 'some'}"])
-    assert "Without LPIPS, since b has none; measure it with: python analysis.py perceptual" in capsys.readouterr().out
+    assert (
+        "LPIPS is left out, since b has none; measure it with: python analysis.py perceptual" in capsys.readouterr().out
+    )
     found = json.loads((tmp_path / "some" / "comparison.json").read_text())
     assert list(found["scores"]["paper"]["a"]) == ["ssim", "psnr", "fvd"]
     with_perceptual(paths[1], lpips=0.5, sha256="z")
@@ -299,7 +297,7 @@ def test_what_only_some_models_have_is_left_out(tmp_path, capsys):
         compare.compare([*call, f"--out={tmp_path / 'other'}"])
     comparison = tmp_path / "some" / "comparison.json"
     comparison.write_text(json.dumps({key: value for key, value in found.items() if key != "scores"}))
-    with pytest.raises(ConfigError, match="holds no scores, from an earlier version; compare again"):
+    with pytest.raises(ConfigError, match=r"has no scores .*; compare again"):
         compare.ranks([str(tmp_path / "some"), f"--out={tmp_path / 'ranks'}"])
 
 
@@ -308,7 +306,7 @@ def test_what_only_some_models_have_is_left_out(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Tiny networks that are called as the field's: an image's corner pixel, a clip's first 400 values."""
+    """Write tiny networks with the usual signatures, which return an image's corner pixel or a clip's first 400 values."""
     torch = pytest.importorskip("torch", reason="needs requirements-perceptual.txt", exc_type=ImportError)
     folder = tmp_path_factory.mktemp("networks")
 
@@ -342,8 +340,8 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_lpips_from_a_file(files):
-    """Of channels first, in order, from 0 to 255; grey as three equal channels."""
+def test_the_lpips_network_of_a_file_is_called_correctly(files):
+    """It gets channels first, in order, from 0 to 255, and grey frames as three equal channels."""
     network = perceptual.load(files / "LPIPS.pt", None, 1, 1).lpips
     truth, prediction = np.random.default_rng(0).integers(256, size=(2, 70, 8, 8, 3), dtype=np.uint8)
     difference = truth[:, 0, 1].astype(float) - prediction[:, 0, 1]
@@ -354,8 +352,8 @@ def test_lpips_from_a_file(files):
     assert network.file == "LPIPS.pt" and len(network.sha256) == 64
 
 
-def test_features_from_a_file(files):
-    """Of channels first, then time."""
+def test_the_features_network_of_a_file_is_called_correctly(files):
+    """The network gets channels first, then time."""
     network = perceptual.load(None, files / "I3D.pt", 16, 2).fvd
     clips = np.random.default_rng(0).integers(256, size=(2, 20, 8, 8, 3), dtype=np.uint8)
     want = clips[..., 0].reshape(2, -1)[:, :400] / 127.5 - 1
@@ -379,7 +377,7 @@ def test_features_from_a_file(files):
         ("lpips", "Single.pt", r"must return a vector for each of 1 inputs, got Tensor"),
     ],
 )
-def test_a_wrong_file_is_refused(files, key, name, message):
+def test_a_wrong_network_file_is_refused(files, key, name, message):
     paths = {"lpips": None, "fvd": None, key: files / name}
     with pytest.raises(ConfigError, match=message) as error:
         perceptual.load(**paths, frames=16, clips=2)
@@ -392,8 +390,10 @@ def test_a_networks_own_error_is_one_line(files):
         network.apply(np.zeros((1, 8, 8, 8, 3), np.uint8))
 
 
-def test_evaluation_with_files(files, run):
-    directory, found = evaluate(run, f"--lpips={files / 'LPIPS.pt'}", f"--fvd={files / 'I3D.pt'}", "--num_examples=2")
+def test_an_evaluation_can_use_files_of_networks(files, run):
+    directory, found = evaluate_21_frames(
+        run, f"--lpips={files / 'LPIPS.pt'}", f"--fvd={files / 'I3D.pt'}", "--num_examples=2"
+    )
     truth, sample = (
         np.stack([results.load_frames(directory, i, name) for i in range(2)]) for name in ("gt_pred", "random_sample_1")
     )

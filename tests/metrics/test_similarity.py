@@ -49,7 +49,7 @@ def test_metrics_equal_scikit_image(kind, channels):
 
 @pytest.mark.parametrize("inverted", [False, True])
 def test_rounding_in_empty_backgrounds_is_small(inverted):
-    """Where nothing varies, SSIM is a quotient of small differences: a digit on black, and on white."""
+    """A digit is on black or on white. In a constant region, SSIM is a quotient of small differences."""
     truth, prediction = np.random.default_rng(0).integers(0, 4, (2, 3, 64, 64, 1), dtype=np.uint8)
     truth[:, 20:40, 20:40] = prediction[:, 21:41, 20:40] = 250
     if inverted:
@@ -67,8 +67,8 @@ def test_metrics_of_equal_frames_are_finite():
         np.testing.assert_allclose(metrics["psnr"], 100)
 
 
-def test_metrics_of_8_bits_are_those_of_their_floats():
-    """Saved frames give the standard figures again, and a still frame those of its repetition."""
+def test_metrics_of_8_bits_equal_those_of_their_floats():
+    """Saved frames give the same standard metrics again. A still frame gives those of its repetition."""
     truth, prediction = (np.asarray(tools.to_uint8(x)) for x in frames("noisy", 3))
     for protocol in similarity.PROTOCOLS:
         saved = similarity.frame_metrics(truth, prediction, protocol)

@@ -1,4 +1,4 @@
-"""Pages in a browser: one control plays, scrubs and steps all videos in sync, and all fits a telephone's screen.
+"""Pages in a browser: one control plays, scrubs and steps all videos in sync, and pages fit a phone's screen.
 
 Chromium and its driver are needed: apt-get install chromium chromium-driver
 """
@@ -32,8 +32,10 @@ FRAMES = CONTEXT + PREDICTED
 
 
 def write_evaluation(directory, trained, dataset="digits"):
-    """Write what eval.py leaves of three test videos: frame t is of grey level 10 t, reconstructed 10 t + 20, predicted
-    10 t + 30 and more."""
+    """Write an evaluation of three planted test videos, and return its page.
+
+    The grey level is 10 t in frame t, 10 t + 20 if reconstructed, and 10 t + 30 or more if predicted.
+    """
     config = Config(**TINY | dict(dataset=dataset, num_examples=3, save_gifs=True))
     truth = np.broadcast_to(10 * np.arange(FRAMES, dtype=np.uint8)[:, None, None, None], (FRAMES, 64, 64, 1))
     directory.mkdir()
@@ -49,7 +51,7 @@ def write_evaluation(directory, trained, dataset="digits"):
 
 @pytest.fixture(scope="module")
 def pages(trained, tmp_path_factory):
-    """An evaluation's page, and that of a comparison of two."""
+    """Return the pages of an evaluation, and of a comparison of two evaluations."""
     folder = tmp_path_factory.mktemp("pages")
     paths = [write_evaluation(folder / name, trained) for name in ("a", "b")]
     compare.compare([*(f"model {path.parent.name}={path.parent}" for path in paths), f"--out={folder / 'both'}"])
@@ -72,7 +74,7 @@ def browser(tmp_path_factory):
 
 
 def look(browser, page, width=1280, scheme="light", motion="no-preference"):
-    """Open a page from the file system in a window of some width, and wait for its pictures."""
+    """Open a page from the file system in a window of a given width; wait for its pictures, and return its control."""
     size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
@@ -85,14 +87,14 @@ def look(browser, page, width=1280, scheme="light", motion="no-preference"):
 
 
 def shown(browser):
-    """The number of the frame that each video shows, all at one moment."""
+    """Return the number of the frame that each video shows, all at the same time."""
     return browser.execute_script(
         "return [...document.querySelectorAll('canvas')].map((canvas) => Number(canvas.dataset.frame) || null)"
     )
 
 
 def grey_levels(browser):
-    """The grey level in the middle of each video, as the screen shows it."""
+    """Return the grey level in the middle of each video on the screen."""
     levels = []
     for canvas in browser.find_elements(By.TAG_NAME, "canvas"):
         picture = Image.open(io.BytesIO(canvas.screenshot_as_png)).convert("L")
@@ -115,14 +117,14 @@ class Control:
             self.play.click()
 
     def scrub(self, frame):
-        """As dragging does."""
+        """Move the slider as dragging does."""
         self.browser.execute_script(
             "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", self.slider, frame
         )
 
 
 def assert_in_sync(browser, frame, videos):
-    """All show this frame, by what they say and by what one sees: truth, prediction and error of each example."""
+    """Check that all videos report and show this frame: truth, prediction and error of each example."""
     assert shown(browser) == [frame] * videos
     grey, want = 10 * (frame - 1), []
     for number in range(3):
@@ -174,8 +176,8 @@ def test_videos_play_in_sync(browser, pages):
     assert browser.get_log("browser") == []
 
 
-def test_speeds(browser, pages):
-    """Frames of the time that the browser tells: 20 a second, times the speed."""
+def test_speeds_multiply_the_frame_rate(browser, pages):
+    """The frame follows from the browser's time: 20 frames a second, times the speed."""
     control = look(browser, pages["evaluation"], motion="reduce")
     for speed in "½x", "2x":
         control.speed.select_by_visible_text(speed)
@@ -186,7 +188,7 @@ def test_speeds(browser, pages):
         assert frames == {"½x": 2, "2x": 10}[speed]
 
 
-def test_who_wants_no_motion_starts_it(browser, pages):
+def test_videos_wait_for_users_who_prefer_no_motion(browser, pages):
     control = look(browser, pages["evaluation"], motion="reduce")
     assert control.play.text == "Play" and set(shown(browser)) == {1}
     control.play.click()
@@ -196,7 +198,7 @@ def test_who_wants_no_motion_starts_it(browser, pages):
 @pytest.mark.parametrize("kind", ["evaluation", "comparison"])
 @pytest.mark.parametrize("width", [1280, 420])
 def test_pages_fit_the_window_in_both_themes(browser, pages, kind, width):
-    """Only tables scroll, in boxes with a border; what is wide is there all the same."""
+    """The page itself never scrolls sideways. In a narrow window, some tables scroll in boxes with a border."""
     colours = []
     for scheme in "light", "dark":
         look(browser, pages[kind], width, scheme).pause()
@@ -219,7 +221,7 @@ def test_pages_fit_the_window_in_both_themes(browser, pages, kind, width):
 
 
 @pytest.mark.parametrize("kind", ["evaluation", "comparison"])
-def test_links_and_pictures_are_there(browser, pages, kind):
+def test_links_and_pictures_exist(browser, pages, kind):
     look(browser, pages[kind])
     script = "return [...document.querySelectorAll('a')].map((link) => link.getAttribute('href'))"
     linked = set(browser.execute_script(script))

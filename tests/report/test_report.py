@@ -1,4 +1,4 @@
-"""Statistics against numpy and scipy; tables and text by reading them back."""
+"""Statistics against NumPy and SciPy; tables, pages and figures, read back after writing."""
 
 import csv
 import html
@@ -24,7 +24,7 @@ from report import plots, statistics, tables
 from report.page import Row, evaluation_page
 
 
-def test_intervals_are_those_of_scipy():
+def test_intervals_equal_those_of_scipy():
     values = np.random.default_rng(1).gamma(2.0, size=(40, 3))
     got = statistics.estimate(values, resamples=20_000)
     want = scipy.stats.bootstrap((values,), np.mean, axis=0, n_resamples=20_000, method="percentile", rng=2)
@@ -33,21 +33,23 @@ def test_intervals_are_those_of_scipy():
     np.testing.assert_allclose(got["high"], want.confidence_interval.high, rtol=0.02)
 
 
-def test_intervals_cover_the_mean_as_often_as_they_say():
-    """300 experiments of 50 examples each, at once: 95 % of the intervals hold the true mean."""
+def test_95_percent_of_the_intervals_cover_the_mean():
+    """300 experiments with 50 examples each."""
     values = np.random.default_rng(0).normal(3, 2, (50, 300))
     got = statistics.estimate(values)
     assert 0.9 < ((got["low"] <= 3) & (got["high"] >= 3)).mean() < 0.98
 
 
-def test_one_example_has_no_spread():
+def test_one_example_has_no_interval():
     got = statistics.estimate(np.array([[1.5, 2.5]]))
     assert all(got[key].tolist() == [1.5, 2.5] for key in ("value", "low", "high"))
 
 
-def test_intervals_over_seeds_and_examples():
-    """Where all seeds are alike, those over the examples; where all examples are, those over the seeds. Where seeds and
-    examples add up, so do the variances; of the difference from a model that errs on the same examples, the seeds'."""
+def test_intervals_cover_seeds_and_examples():
+    """Equal seeds give the interval over examples, equal examples the one over seeds. Otherwise the variances add up.
+
+    The difference from a model with the same errors on examples has only the variance of the seeds.
+    """
     random = np.random.default_rng(2)
     seeds, examples = random.normal(size=(9, 1, 1)), random.normal(size=(1, 40, 1))
     ones = np.ones((9, 40, 1))
@@ -73,7 +75,7 @@ def test_intervals_over_seeds_and_examples():
     assert whole["average"]["value"] == pytest.approx(float((seeds + examples).mean()), rel=1e-4)
 
 
-def test_summary_by_hand():
+def test_a_summary_equals_averages_by_hand():
     curves = np.random.default_rng(0).uniform(size=(5, 120))
     got = statistics.summary(curves)
     assert list(got["first"]) == ["10", "50", "100"]
@@ -129,7 +131,7 @@ def test_json_is_whole_and_has_lists_on_one_line():
     assert json.loads(text) == results and '"a": [ 1.5, 2, -3e-07 ]' in text
 
 
-def test_page_escapes_what_it_shows():
+def test_the_page_escapes_all_text():
     results = {
         "config": {"model": "cwvae", "dataset": "videos", "datadir": "<script>x", "open_loop_ctx": 4, "num_samples": 1},
         "checkpoint_step": 1,
@@ -149,13 +151,13 @@ def test_page_escapes_what_it_shows():
     assert title == "cwvae on videos, &lt;run&gt;, 4 steps in 2 stages, 1 of them in the last, today, commit abc"
 
 
-def test_page_of_an_earlier_version():
-    """It kept neither where it came from nor examples; analysis.py perceptual writes its page again."""
+def test_the_page_of_earlier_results_can_be_written():
+    """analysis.py perceptual writes such a page again. The results lack provenance and examples."""
     config = {"model": "cwvae", "dataset": "videos", "open_loop_ctx": 4, "num_samples": 2}
     results = {"config": config, "checkpoint_step": 4000, "num_examples": 2, "predicted_frames": 12, "protocols": {}}
     shown = evaluation_page(results | {"lines": lines(12), "versions": {}, "videos": {}}, [], [], [])
-    assert "step 4,000 (whether trainings came before isn" in shown and "<dd>not recorded</dd>" in shown
-    assert "<script>" not in shown and "so that it can be below the mean of 2" in shown
+    assert "step 4,000 (earlier stages aren" in shown and "<dd>not recorded</dd>" in shown
+    assert "<script>" not in shown and "so it can be below the mean of 2" in shown
 
 
 def test_intervals_without_extent_are_left_out():
@@ -164,7 +166,7 @@ def test_intervals_without_extent_are_left_out():
 
 
 def test_tables_of_one_metric_are_narrow():
-    """On the page, each metric has a table of its own: at most eight columns, which a window has room for."""
+    """On the page, each metric has its own table of at most eight columns, which fit into a window."""
     made = lines(1000)
     header, rows = tables.table(made, "paper", ["psnr"])
     assert header == [
@@ -176,7 +178,7 @@ def test_tables_of_one_metric_are_narrow():
     assert len(both) == 2 * len(header) - 1 and all(len(row) == len(header) for row in rows)
 
 
-def test_running_mean_by_hand():
+def test_running_means_equal_means_by_hand():
     values = np.array([1.0, 5, 0, 6, 3, 9])
     np.testing.assert_allclose(plots.running_mean(values, 5), [1, 2, 3, 23 / 5, 6, 9])
     np.testing.assert_allclose(plots.running_mean(values, 1), values)
@@ -184,7 +186,7 @@ def test_running_mean_by_hand():
 
 @pytest.fixture
 def figures(monkeypatch):
-    """What is drawn, as matplotlib's figures."""
+    """Return a list that collects the figures instead of saving them."""
     found = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, *_: found.append(figure))
     return found
@@ -198,7 +200,7 @@ def test_long_curves_and_their_bands_are_smooth(tmp_path, figures):
     noise = np.random.default_rng(0).normal(size=(3, 964))
     made = {
         "model": plots.Line(15 + noise[0], 14 + noise[1], 16 + noise[2]),
-        "model, posterior": plots.Line(np.full(964, 20.0), beside="model"),
+        "model, posterior": plots.Line(np.full(964, 20.0), companion_of="model"),
         "last context frame": plots.Line(13 + 0.1 * noise[2], reference=True),
     }
     plots.plot_lines(made, tmp_path / "a.png", "PSNR")
@@ -241,34 +243,37 @@ def test_a_reference_is_within_the_axis_or_marked_as_cut(tmp_path, figures):
         assert legend(figure) == ["model", "far", "near", "leaves the axis"]
 
 
-def test_bands_and_lines_beside_models_are_within_the_axis(tmp_path, figures):
+def test_bands_and_companions_of_models_are_within_the_axis(tmp_path, figures):
     ones = np.ones(12)
-    made = {"model": plots.Line(ones, 0 * ones, 2 * ones), "model, p": plots.Line(9 * ones, beside="model")}
-    made |= {f"model, {i}": plots.Line(i * ones, beside="model", thin="single seed") for i in range(2)}
+    made = {"model": plots.Line(ones, 0 * ones, 2 * ones), "model, p": plots.Line(9 * ones, companion_of="model")}
+    made |= {f"model, {i}": plots.Line(i * ones, companion_of="model", thin_label="single seed") for i in range(2)}
     plots.plot_lines(made, tmp_path / "a.png", "y", "standard deviation")
     low, high = figures[0].axes[0].get_ylim()
     assert low < 0 and high > 9 and legend(figures[0]) == ["model", "p", "single seed", "standard deviation"]
 
 
-def test_lines_are_told_apart_with_and_without_colour(tmp_path):
-    """Eight models, one of which has others beside it, and all references that one figure may have."""
+def test_lines_differ_with_and_without_colour(tmp_path):
+    """Eight models, one of which has companions, and all references that a figure may have."""
     line, reference = plots.Line(np.ones(3)), plots.Line(np.ones(3), reference=True)
     models = [f"m{i}" for i in range(8)]
     names = [*statistics.REFERENCES.values(), "true frames", "chance"]
-    beside = {"m1, p": line._replace(beside="m1"), "m1, 0": line._replace(beside="m1", thin="single seed")}
-    styles = plots.styles_of(dict.fromkeys(models, line) | beside | dict.fromkeys(names, reference))
+    companions = {
+        "m1, p": line._replace(companion_of="m1"),
+        "m1, 0": line._replace(companion_of="m1", thin_label="single seed"),
+    }
+    styles = plots.styles_of(dict.fromkeys(models, line) | companions | dict.fromkeys(names, reference))
     assert len({styles[name]["color"] for name in models[:6]}) == 6
     assert not {styles[name]["color"] for name in models} & {styles[name]["color"] for name in names}
     assert len({tuple(sorted(style.items())) for style in styles.values()}) == len(styles)
     assert len({styles[name]["linestyle"] for name in models[:6]}) == 6
-    assert {styles[name]["color"] for name in beside} == {styles["m1"]["color"]}
+    assert {styles[name]["color"] for name in companions} == {styles["m1"]["color"]}
     assert styles["m1, 0"]["linewidth"] < styles["m1, p"]["linewidth"] < styles["m1"]["linewidth"]
     dotted = [name for name in styles if styles[name].get("linestyle", (0, ()))[1][:1] == (1,)]
     assert dotted == ["m1, p", "chance"]
 
 
 def seen_by_deuteranopes(color):
-    """Return a colour, sRGB in [0, 1], in CIELAB as readers without the green cones see it (Machado et al. 2009)."""
+    """Return a colour, sRGB in [0, 1], as readers without green cones see it, in CIELAB (Machado et al. 2009)."""
     color = np.asarray(color, float)
     linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
     seen = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]] @ linear
@@ -276,8 +281,8 @@ def seen_by_deuteranopes(color):
     return skimage.color.rgb2lab(np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055))
 
 
-def test_colours_are_told_apart_by_colour_blind_readers():
-    """10 is plain to see (CIEDE2000); the green and the red of most palettes are 5 to 10 apart."""
+def test_colours_differ_for_colour_blind_readers():
+    """A difference of 10 (CIEDE2000) is easy to see. In most palettes, green and red differ by 5 to 10."""
     frames = [np.array(color) / 255 for color in (tools.GREEN, tools.RED)]
     lines = [matplotlib.colors.to_rgb(color) for color in plots.COLORS]
     for colors, least in (frames, 20), (lines, 10):
@@ -285,8 +290,8 @@ def test_colours_are_told_apart_by_colour_blind_readers():
             assert skimage.color.deltaE_ciede2000(a, b) > least
 
 
-def test_figures_are_of_a_columns_width_with_text_of_8_points(tmp_path):
-    """Whatever the names' lengths, and with fonts that conferences accept."""
+def test_figures_have_a_columns_width_and_text_of_8_points(tmp_path):
+    """For names of any length, with fonts that conferences accept."""
     names = ["a", "b" * 30, "levels=3, tmp_abs_factor=6, free_nats=1.0, use_obs=TTT"]
     plots.plot_lines(
         dict.fromkeys(names, plots.Line(np.arange(5.0))), tmp_path / "lines.png", "y", formats=("png", "pdf")
@@ -304,13 +309,13 @@ def test_figures_are_of_a_columns_width_with_text_of_8_points(tmp_path):
         assert image.width == 975
 
 
-def test_settings_of_others_stay(tmp_path):
+def test_plotting_keeps_the_settings_of_matplotlib(tmp_path):
     before = dict(matplotlib.rcParams)
     plots.plot_lines({"a": plots.Line(np.arange(5.0))}, tmp_path / "a.png", "y")
     assert dict(matplotlib.rcParams) == before
 
 
-def test_bars_have_one_colour_by_name(tmp_path, figures):
+def test_bars_of_one_name_have_one_colour(tmp_path, figures):
     bar = (1.0, 1.0, 1.0)
     plots.plot_bars({"level 0": {"a": bar, "b": bar}, "level 1": {"b": bar}}, tmp_path / "a.png", "y")
     (_, b), (alone,) = (axes.patches for axes in figures[0].axes)
@@ -318,11 +323,11 @@ def test_bars_have_one_colour_by_name(tmp_path, figures):
 
 
 def test_probabilities_below_frames_are_short():
-    assert [plots.short(p) for p in (0.0, 0.071, 0.5, 0.994, 0.996)] == [".00", ".07", ".50", ".99", "1"]
+    assert [plots.short_probability(p) for p in (0.0, 0.071, 0.5, 0.994, 0.996)] == [".00", ".07", ".50", ".99", "1"]
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://gone", "nonsense", "TkAgg"])
-def test_figures_whatever_backend_a_notebook_has_set(tmp_path, backend):
+def test_figures_are_drawn_with_any_backend(tmp_path, backend):
     program = f"""
 import os, sys; sys.path[:0] = [{str(ROOT)!r}]
 from pathlib import Path

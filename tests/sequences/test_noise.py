@@ -1,4 +1,4 @@
-"""Keys and noise: one for each purpose, and none twice."""
+"""Keys: each purpose has its own, and none is used twice."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ def test_no_two_purposes_share_a_key():
     assert len(np.unique(every, axis=0)) == len(every) == 5 + 64 + 16 + 64
 
 
-def test_example_keys_depend_on_the_example_and_the_sample_alone():
+def test_example_keys_depend_only_on_example_and_sample():
     c = Config(**TINY)
     whole = jax.random.key_data(example_keys(c, 0, 5, 2))
     np.testing.assert_array_equal(whole[3:], jax.random.key_data(example_keys(c, 3, 2, 2)))

@@ -1,4 +1,4 @@
-"""Step by step, a model believes and imagines what it does of whole sequences."""
+"""Observing and imagining step by step gives the same as on whole sequences."""
 
 import re
 import subprocess
@@ -23,7 +23,7 @@ from training.models import make_model
 
 
 def whole_noise(c, keys, frames):
-    """The noise of `frames` frames, put together from that of each tick of the top level."""
+    """Return the noise of `frames` frames, concatenated from the noise of each tick of the top level."""
     blocks = [noise.draw(c, noise.fold_in(keys, i), c.block) for i in range(-(-frames // c.block))]
     sizes = noise.ticks(c, frames)
     return [jnp.concatenate([block[level].noise for block in blocks], 1)[:, :T] for level, T in enumerate(sizes)]
@@ -38,8 +38,8 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(f"{k}{v}" for k, v in case.items()))
-def test_equals_the_textbook_form(case):
-    """After each number of frames up to two ticks of the top level and one more, and for some from there on."""
+def test_a_world_model_equals_the_textbook_form(case):
+    """After each number of frames up to two ticks of the top level plus one, it imagines a few more frames."""
     k, L, B, H = case["tmp_abs_factor"], case["levels"], 2, 3
     N = 2 * k ** (L - 1) + 1
     c, compiled, params, video, _ = make(T=N + H, B=B, **case)
@@ -67,12 +67,12 @@ def test_equals_the_textbook_form(case):
 
 
 def stacked(ticks):
-    """The outputs of a level's ticks, [B, T_l, S + D]."""
+    """Return the outputs of a level's ticks, [B, T_l, S + D]."""
     return jnp.stack([jnp.concatenate([stoch, deter], -1) for _, _, stoch, deter in ticks], 1)
 
 
-def test_equals_whole_sequences():
-    """As `CWVAE.observe`, `CWVAE.imagine` from there, and within a tick `observe_and_imagine`."""
+def test_a_world_model_equals_the_model_on_whole_sequences():
+    """It equals `CWVAE.observe`, then `CWVAE.imagine` and, within a tick, `observe_and_imagine`."""
     c, compiled, params, video, _ = make(T=7, B=2, levels=2, tmp_abs_factor=2, action_size=1)
     actions = np.random.default_rng(0).normal(size=(2, 7, 1)).astype(np.float32)
     world = WorldModel(compiled.module, params)
@@ -95,7 +95,7 @@ def test_equals_whole_sequences():
     np.testing.assert_allclose(world.decode(world.imagine(belief, actions[:, 5:])), want[:, 5:], atol=1e-5)
 
 
-def test_many_futures_of_one_belief():
+def test_many_futures_can_be_imagined_at_once():
     c, compiled, params, video, _ = make(T=5, B=1, levels=2, tmp_abs_factor=2, action_size=1)
     world = WorldModel(compiled.module, params)
     belief = world.start()
@@ -106,14 +106,14 @@ def test_many_futures_of_one_belief():
     assert states.stoch.shape == (6, 4, c.cell_stoch_size) and world.decode(states).shape == (6, 4, 64, 64, 1)
     again = world.imagine(belief, actions)
     np.testing.assert_array_equal(states.stoch, again.stoch)
-    # Each future has noise of its own, and its first state follows from the same one.
+    # Each future has its own noise. All first states follow from the same state.
     assert len({row.tobytes() for row in np.asarray(states.stoch[:, 0])}) == 6
     np.testing.assert_allclose(states.deter[0, 0], states.deter[1, 0], atol=1e-6)
     assert np.abs(np.asarray(states.deter[0, 0] - states.deter[2, 0])).max() > 1e-4
 
 
-def test_loads_a_run_without_a_word(capsys):
-    """Also one that is older than some keys, which the model doesn't depend on; whole, or by one of its checkpoints."""
+def test_loading_a_run_prints_nothing(capsys):
+    """Also if the run is older than some keys that don't change the model. A checkpoint can be named, too."""
     model, params, c = loading.load(str(ROOT / "pretrained"))
     assert model.config == c == configuration.load(ROOT / "pretrained" / "config.yml")
     (checkpoint,) = (ROOT / "pretrained" / "checkpoints").glob("[0-9]*")
@@ -122,8 +122,8 @@ def test_loads_a_run_without_a_word(capsys):
 
 
 @pytest.mark.slow
-def test_example(tmp_path):
-    """The commands and the program of the page, as they stand there, in a directory of their own; trained for a step."""
+def test_the_example_of_the_world_model_runs(tmp_path):
+    """The page's commands and program run in an empty directory, with training for a single step."""
     page = (ROOT / "docs" / "world_model.md").read_text()
     recording, training = re.findall(r"^python (.*)$", page, re.MULTILINE)
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -141,7 +141,7 @@ def test_example(tmp_path):
     assert len(distances) == 16 and distances[0] != distances[-1]
 
 
-def test_what_it_refuses():
+def test_a_world_model_refuses_wrong_shapes_and_models():
     c, compiled, params, video, _ = make(T=4, levels=2, tmp_abs_factor=2, action_size=2)
     world = WorldModel(compiled.module, params)
     one, two, frame, action = world.start(), world.start(2), video[:, 0], np.zeros((2, 2))
@@ -164,7 +164,7 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             without.imagine(without.start(), actions)
-    with pytest.raises(ConfigError, match="cell_reset_state: step by step states aren't reset"):
+    with pytest.raises(ConfigError, match="cell_reset_state: can't be used step by step"):
         WorldModel(make(T=4, levels=2, tmp_abs_factor=2, cell_reset_state=True)[1].module, params)
-    with pytest.raises(ConfigError, match="model: step by step only cwvae can be used, got svg"):
+    with pytest.raises(ConfigError, match="model: only cwvae can be used step by step, got svg"):
         WorldModel(make_model(Config(model="svg", dataset="digits")), None)

@@ -1,6 +1,8 @@
-"""Checkpoints by reading back what was written, and by damaging it."""
+"""Checkpoints, read back after writing, and damaged."""
 
 import gc
+import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from conftest import full_disk
 
 from config import ConfigError
 from system.checkpoints import Checkpoints, DamagedCheckpoint
+from system.interrupts import Interrupted, Interrupts
 
 STATE = {"params": {"a": np.arange(1000.0, dtype=np.float32), "b": np.ones((3, 2), np.float32)}, "step": np.int32(1)}
 
@@ -22,7 +25,7 @@ def save(directory, steps, keep_every=3):
             checkpoints.save(step, jax.tree.map(lambda x: x + np.asarray(step, x.dtype), STATE))
 
 
-def test_checkpoints_roll_and_some_stay(tmp_path):
+def test_new_checkpoints_replace_old_ones_except_some(tmp_path):
     save(tmp_path, range(1, 9))
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [3, 6, 7, 8]
     with Checkpoints(tmp_path, 3) as checkpoints:
@@ -37,8 +40,8 @@ def largest_file(directory):
     return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def test_of_each_damaged_file_one_line_is_said(tmp_path, capsys, caplog):
-    """Not also one for each array, whenever its task is collected."""
+def test_a_damaged_file_prints_one_line(tmp_path, capsys, caplog):
+    """There isn't a line for each array when its task is garbage-collected."""
     save(tmp_path, [1, 2])
     for file in [path for path in (tmp_path / "2").rglob("*") if path.is_file()]:
         content = file.read_bytes()
@@ -50,8 +53,8 @@ def test_of_each_damaged_file_one_line_is_said(tmp_path, capsys, caplog):
         file.write_bytes(content)
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
-    """Training would go on from the one before, and replace it."""
+def test_a_checkpoint_without_permission_is_not_damaged(tmp_path, monkeypatch):
+    """Otherwise training would resume from the one before, and replace it."""
     save(tmp_path, [1, 2])
     with Checkpoints(tmp_path) as checkpoints:
 
@@ -82,7 +85,7 @@ def test_damaged_checkpoints_are_not_used(tmp_path, capsys, damage):
         assert step == 1 and state["step"] == 2
         printed = capsys.readouterr().out
         assert printed.count("\n") == 1 and "2 is damaged" in printed
-        # The damaged step is saved anew when training gets there again.
+        # When training reaches the damaged step again, it is saved again.
         checkpoints.save(2, STATE)
     with Checkpoints(tmp_path, 1) as checkpoints:
         assert checkpoints.load_newest(STATE)[0] == 2
@@ -95,7 +98,7 @@ def test_checkpoints_of_other_shapes_are_refused(tmp_path):
         checkpoints.load(1, other)
 
 
-def test_metadata_of_another_form_are_named(tmp_path):
+def test_damaged_metadata_are_named(tmp_path):
     save(tmp_path, [1])
     (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text("[1]")
     with pytest.raises(
@@ -104,7 +107,7 @@ def test_metadata_of_another_form_are_named(tmp_path):
         Checkpoints(tmp_path)
 
 
-def test_failed_writes_leave_no_traces_of_threads(tmp_path, monkeypatch):
+def test_failed_writes_print_no_traces_of_threads(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     closed, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "other"))
@@ -114,12 +117,12 @@ def test_failed_writes_leave_no_traces_of_threads(tmp_path, monkeypatch):
     assert told == [other] and sys.unraisablehook == told.append
 
 
-def test_no_checkpoint(tmp_path):
+def test_a_directory_without_checkpoints_has_no_newest(tmp_path):
     with Checkpoints(tmp_path / "none", 1) as checkpoints:
         assert checkpoints.load_newest(STATE) is None
 
 
-def test_notes_come_back(tmp_path):
+def test_notes_are_saved_and_checked(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, STATE, unreported={"loss": 0.125})
         checkpoints.save(4, STATE)
@@ -131,8 +134,8 @@ def test_notes_come_back(tmp_path):
         checkpoints.load(3, STATE)
 
 
-def test_disk_full_while_saving(tmp_path, capsys):
-    """Earlier checkpoints stay, and later ones are saved again."""
+def test_a_full_disk_loses_only_the_checkpoints_meanwhile(tmp_path, capsys):
+    """Earlier checkpoints stay. Later ones are saved as soon as there is space."""
     large = STATE | {"more": np.random.default_rng(0).normal(size=300_000).astype(np.float32)}
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, large)
@@ -147,3 +150,24 @@ def test_disk_full_while_saving(tmp_path, capsys):
     with Checkpoints(tmp_path, 1) as checkpoints:
         assert checkpoints.load_newest(large)[0] == 4
     assert not [p for p in tmp_path.iterdir() if "tmp" in p.name]
+
+
+@pytest.mark.parametrize("method", ["load", "metadata"])
+def test_a_signal_is_raised_after_a_checkpoint_is_read(tmp_path, monkeypatch, method):
+    """In Orbax, it could become the error of a damaged checkpoint, or get lost."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, STATE)
+    finished = []
+    with Checkpoints(tmp_path) as checkpoints:
+        read = getattr(checkpoints.orbax, method)
+
+        def read_with_signal(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            found = read(*arguments)
+            finished.append(method)
+            return found
+
+        monkeypatch.setattr(checkpoints.orbax, method, read_with_signal)
+        with pytest.raises(Interrupted), Interrupts():
+            checkpoints.load_newest(STATE) if method == "load" else checkpoints.notes(3)
+    assert finished == [method] and Interrupts.entered is None

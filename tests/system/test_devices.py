@@ -1,4 +1,4 @@
-"""One device, many devices, many processes: the same numbers, the same files."""
+"""One device, many devices and many processes give the same numbers and files."""
 
 import dataclasses
 import itertools
@@ -38,13 +38,13 @@ def start(count, *arguments):
     )
 
 
-# Batches of 5: no number of devices here divides them.
+# No number of devices in these tests divides batches of 5.
 TRAINING = TINY | dict(levels=1, batch_size=5, save_scalars_every=1, kl_grad_post_perc=0.8, free_nats=0.5)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The log directory of a training and an evaluation on one device."""
+    """Return the log directory of a training and an evaluation on one device."""
     logdir = tmp_path_factory.mktemp("one")
     train.train(Config(**TRAINING | dict(logdir=str(logdir), max_steps=7)))
     evaluation.evaluate(*evaluation.parse(["--logdir", str(logdir)]))
@@ -79,7 +79,7 @@ def results(logdir):
 
 
 def assert_close(a, b):
-    """Metrics of each step, validation among them, and the last parameters."""
+    """Compare the metrics of each step, including validation, and the last parameters."""
     (lines, step, state), (other_lines, other_step, other_state) = a, b
     assert step == other_step and [x["step"] for x in lines] == [x["step"] for x in other_lines]
     for line, other in zip(lines, other_lines, strict=True):
@@ -91,7 +91,7 @@ def assert_close(a, b):
 
 
 def assert_same_evaluations(logdir):
-    """All evaluations of the run, of three sequences each."""
+    """Compare the two evaluations of the run, of three sequences each."""
     found = sorted(logdir.glob("digits/*/eval_*/metrics.json"))
     assert len(found) == 2
     first, second = (json.loads(path.read_text())["averages"] for path in found)
@@ -103,9 +103,8 @@ def assert_same_evaluations(logdir):
 
 
 @pytest.mark.slow
-def test_the_same_on_one_and_eight_devices(one, tmp_path):
-    """Eight devices, which draw the digits, and of which each then holds the same parameters, to the bit; going on with
-    one; and evaluation."""
+def test_results_are_the_same_on_one_and_eight_devices(one, tmp_path):
+    """Eight devices draw the digits, and hold the same parameters, to the bit. One device can resume their training."""
     program = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}]
 import jax, numpy as np
@@ -129,8 +128,8 @@ for leaf in jax.tree.leaves(state):
 
 
 @pytest.mark.slow
-def test_the_same_in_two_processes(one, tmp_path):
-    """Two processes, both of which stop after the same step at a warning to one, and resume; and evaluation."""
+def test_results_are_the_same_in_two_processes(one, tmp_path):
+    """A signal to one process stops both after the same step. They resume, and evaluate together."""
 
     def processes(**keys):
         arguments = flags(**TRAINING | dict(logdir=tmp_path / "two") | keys)
@@ -158,12 +157,12 @@ def test_the_same_in_two_processes(one, tmp_path):
     assert_same_evaluations(copy)
 
 
-def test_some_of_the_cluster_keys_are_refused(tiny):
+def test_incomplete_cluster_keys_are_refused(tiny):
     with pytest.raises(configuration.ConfigError, match="set all three, or none"):
         train.train(dataclasses.replace(tiny, coordinator_address="127.0.0.1:1"))
 
 
-def test_cluster_keys_that_cannot_work_are_refused(tiny):
+def test_wrong_cluster_keys_are_refused(tiny):
     keys = dict(coordinator_address="127.0.0.1:1", num_processes=2, process_id=1)
     for wrong, message in (
         (dict(coordinator_address="127.0.0.1"), "coordinator_address: must be host:port, got '127.0.0.1'"),
@@ -188,8 +187,8 @@ def test_cluster_keys_that_cannot_work_are_refused(tiny):
         ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, r"TPU_WORKER_HOSTNAMES=a,b\)"),
     ],
 )
-def test_a_launcher_that_says_too_little_is_named(tiny, monkeypatch, environment, message):
-    """As JAX detects it, but for what it says of a backend that is there already."""
+def test_a_launcher_that_lacks_variables_is_named(tiny, monkeypatch, environment, message):
+    """JAX detects it. Here, JAX believes that no backend exists yet, which it would complain about instead."""
     monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
     for name in {*devices.LAUNCHERS, *itertools.chain(*devices.LAUNCHERS.values())}:
         monkeypatch.delenv(name, raising=False)
@@ -201,15 +200,15 @@ def test_a_launcher_that_says_too_little_is_named(tiny, monkeypatch, environment
     assert "\n" not in str(error.value) and "called before" not in str(error.value)
 
 
-def test_open_mpi_is_seen_below_slurm(monkeypatch):
-    """SLURM counts the daemons that Open MPI starts on each machine."""
+def test_open_mpi_is_recognised_within_slurm(monkeypatch):
+    """SLURM only counts the daemons that Open MPI starts on each machine."""
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    assert devices.announced() == "OMPI_COMM_WORLD_SIZE"
+    assert devices.launcher_variable() == "OMPI_COMM_WORLD_SIZE"
 
 
-def test_the_keys_work_where_open_mpi_announces_itself(tmp_path):
-    """From 5 on, JAX alone would ask for mpi4py. A second training in the same program finds them connected."""
+def test_cluster_keys_work_within_open_mpi(tmp_path):
+    """From Open MPI 5 on, JAX alone would need mpi4py. A second training in the same program stays connected."""
     announced = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     program = f"""
 import os, sys; sys.path[:0] = [{str(ROOT)!r}]
@@ -225,7 +224,7 @@ for training in 1, 2:
 
 
 def test_without_a_home_compiled_programs_are_not_kept(tmp_path, monkeypatch, capsys):
-    """No HOME and a user without a name, as in containers; or one that can't be written."""
+    """HOME is missing and the user has no name, as in containers; or HOME can't be written."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     kept = []
     monkeypatch.setattr(jax.config, "update", lambda name, value: kept.append((name, value)))
@@ -252,10 +251,10 @@ def test_without_a_home_compiled_programs_are_not_kept(tmp_path, monkeypatch, ca
     assert kept == [("jax_compilation_cache_dir", str(tmp_path / ".cache" / "cwvae" / "jax"))]
 
 
-def test_what_fails_on_the_first_process_fails_on_all(monkeypatch):
+def test_an_error_of_the_first_process_is_raised_by_all(monkeypatch):
     several = devices.Devices()
     several.processes = 2
-    monkeypatch.setattr(several, "from_first", lambda tree: tree)
+    monkeypatch.setattr(several, "broadcast", lambda tree: tree)
     for error in configuration.ConfigError("there is denied"), PermissionError(13, "is denied", "there"):
         with pytest.raises(configuration.ConfigError, match="is denied"):
             several.first_decides(Mock(side_effect=error))

@@ -1,15 +1,22 @@
-"""Logs by reading back what was written."""
+"""Logs, read back after writing."""
 
+import dataclasses
+import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tqdm.std
 from conftest import log_of
 
+from config import ConfigError
+from cwvae import CWVAE
 from system import logs
+from system.devices import Devices
+from training import runs
 
 
-def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
+def test_a_log_drops_lines_that_a_resumed_run_will_write_again(tmp_path):
     log = logs.Log(tmp_path, 0, None)
     for step in 1, 2, 3:
         log.metrics(step, {"loss": 1.0 / step})
@@ -19,7 +26,7 @@ def test_log_drops_what_a_resumed_run_will_write_again(tmp_path):
     assert log_of(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 7.0}]
 
 
-def test_wandb_is_told_each_step_once(tmp_path):
+def test_wandb_gets_each_step_once(tmp_path):
     told = []
     run = SimpleNamespace(log=lambda values, step: told.append(step))
     first = logs.Log(tmp_path, 0, run)
@@ -32,14 +39,14 @@ def test_wandb_is_told_each_step_once(tmp_path):
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3, 4]
 
 
-def test_a_damaged_log_keeps_its_whole_lines(tmp_path):
-    """Bytes that aren't text, as after a power cut."""
+def test_a_damaged_log_keeps_its_complete_lines(tmp_path):
+    """Other lines have bytes that aren't text, as after a power cut."""
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 0.5}\n\xff\x00\xfe\n[1]\n{"step": 2, "l\xff')
     assert logs.Log(tmp_path, 2, None).last == 1
     assert log_of(tmp_path) == [{"step": 1, "loss": 0.5}]
 
 
-def test_a_log_that_cannot_be_written_comes_later(tmp_path, monkeypatch, capsys):
+def test_lines_that_cannot_be_written_are_written_later(tmp_path, monkeypatch, capsys):
     log = logs.Log(tmp_path, 0, None)
     log.metrics(1, {"loss": 1.0})
     whole = type(tmp_path).open
@@ -71,7 +78,7 @@ def test_a_log_that_cannot_be_written_comes_later(tmp_path, monkeypatch, capsys)
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
 
 
-def test_wandb_that_fails_is_left_alone(tmp_path, capsys):
+def test_a_failing_wandb_is_called_only_once(tmp_path, capsys):
     class Failing:
         calls = 0
 
@@ -87,7 +94,45 @@ def test_wandb_that_fails_is_left_alone(tmp_path, capsys):
     assert len(log.path.read_text().splitlines()) == 3
 
 
-def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, monkeypatch, capsys):
+def failing_wandb():
+    """Return a module like wandb whose `init` fails, as without a network."""
+    return SimpleNamespace(run=None, init=Mock(side_effect=ConnectionError("no\nnetwork")), Settings=dict)
+
+
+def test_training_continues_if_wandb_cannot_start(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := failing_wandb())
+    with logs.wandb_session(), runs.opened(dataclasses.replace(tiny, wandb="online"), Devices()) as run:
+        run.restore(CWVAE(run.config))
+        run.report(1, train={"loss": 1.0})
+    assert wandb.init.call_count == 1
+    assert capsys.readouterr().out.count("Warning: wandb failed (no network); training continues without it") == 1
+    assert log_of(run.path) == [{"step": 1, "train/loss": 1.0}]
+
+
+def test_a_sweep_is_not_trained_without_its_values(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", failing_wandb())
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    with pytest.raises(ConfigError, match=r"^wandb: the sweep's values can't be read \(no network\); start the agent"):
+        logs.with_sweep(dataclasses.replace(tiny, wandb="online"))
+
+
+def test_wandb_may_fail_with_a_video_and_at_the_end(tmp_path, monkeypatch, capsys):
+    """Its failure doesn't hide another exception, such as Ctrl-C."""
+    finish = Mock(side_effect=ConnectionError("gone"))
+    run = SimpleNamespace(log=Mock(), finish=finish)
+    wandb = SimpleNamespace(run=run, Video=Mock(side_effect=ValueError("no video")))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(KeyboardInterrupt), logs.wandb_session():
+        logs.Log(tmp_path, 0, run).gif(1, "train/open_loop", tmp_path / "a.gif")
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out.splitlines() == [
+        "Warning: wandb failed (no video); training continues without it",
+        "Warning: wandb failed (gone); its run may be incomplete",
+    ]
+    finish.assert_called_once_with(exit_code=1)
+
+
+def test_a_log_that_cannot_be_opened_does_not_stop_training(tmp_path, monkeypatch, capsys):
     log = logs.Log(tmp_path, 0, None)
 
     def refused(*_):
@@ -101,11 +146,11 @@ def test_a_log_that_cannot_be_opened_stops_nothing(tmp_path, monkeypatch, capsys
     assert [line["step"] for line in log_of(tmp_path)] == [1, 2]
 
 
-def test_how_far_several_trainings_are(monkeypatch):
-    """By their work, and without the time of what earlier starts did."""
+def test_progress_of_several_trainings_is_by_their_work(monkeypatch):
+    """The time left doesn't count the work of earlier starts."""
     clock = [0.0]
     monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    overall, lines = logs.Overall([1, 4, 40, 30]), []
+    overall, lines = logs.OverallProgress([1, 4, 40, 30]), []
     for seconds, share in (5, 0), (300, 0.5), (300, 1), (7, 1):  # the first was done, the second half done
         clock[0] += seconds
         overall.update(share)
@@ -113,8 +158,8 @@ def test_how_far_several_trainings_are(monkeypatch):
     assert lines == ["1 of 4 done", "2 of 4 done, 2.9 h left", "3 of 4 done, 7 min left", "4 of 4 done"]
 
 
-def test_the_bar_leaves_out_compilation_and_tells_of_slow_steps(capsys, monkeypatch):
-    """Compiling takes 1,000 s, each step 100 s."""
+def test_the_bar_leaves_out_compilation_and_warns_of_slow_steps(capsys, monkeypatch):
+    """Compilation takes 1,000 s, each step 100 s."""
     clock = [0.0]
     monkeypatch.setattr(tqdm.std, "time", lambda: clock[0])
     monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: clock[0]))

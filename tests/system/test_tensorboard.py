@@ -18,7 +18,7 @@ from training import runs
 
 
 def scalars(directory):
-    """Each value with its step and name, in the order of the files, and the number of files."""
+    """Return each value with its step and name, in the order of the files, and the number of files."""
     paths = sorted(directory.glob("events.out.tfevents.*"))
     found = []
     for path in paths:
@@ -28,13 +28,13 @@ def scalars(directory):
 
 
 def logged(directory):
-    """The same of metrics.jsonl, as float32."""
+    """Return the values of metrics.jsonl in the same form, as float32."""
     lines = log_of(directory)
     return [(line["step"], name, np.float32(x)) for line in lines for name, x in line.items() if name != "step"]
 
 
-def test_a_training_and_its_resuming(tiny):
-    """All that was logged and each video, once, where checkpoints are rarer than logs."""
+def test_tensorboard_has_all_values_and_videos_once(tiny):
+    """Also after resuming, if there are fewer checkpoints than logged steps."""
     c = dataclasses.replace(
         tiny, tensorboard=True, save_gifs=True, save_scalars_every=1, save_gifs_every=2, save_model_every=2
     )
@@ -57,7 +57,7 @@ def test_a_training_and_its_resuming(tiny):
     assert videos == [(step, split) for step in (2, 4) for split in ("train", "validation")]
 
 
-def test_what_a_resumed_run_logs_again_is_there_once(tmp_path):
+def test_tensorboard_has_values_of_a_resumed_run_once(tmp_path):
     log = logs.Log(tmp_path, 0, tensorboard=True)
     for step in 1, 2, 3:
         log.metrics(step, {"loss": 1 / 3 / step})
@@ -70,7 +70,7 @@ def test_what_a_resumed_run_logs_again_is_there_once(tmp_path):
     assert scalars(tmp_path) == ([(1, "loss", np.float32(1 / 3)), (2, "loss", 7)], 1)
 
 
-def test_event_files_that_cannot_be_written_stop_nothing(tmp_path, monkeypatch, capsys):
+def test_event_files_that_cannot_be_written_do_not_stop_training(tmp_path, monkeypatch, capsys):
     log = logs.Log(tmp_path, 0, tensorboard=True)
 
     def full():
@@ -84,8 +84,8 @@ def test_event_files_that_cannot_be_written_stop_nothing(tmp_path, monkeypatch, 
     assert log_of(tmp_path) == [{"step": 1, "loss": 1.0}]
 
 
-def test_without_its_package(tiny, monkeypatch):
-    """One line before anything is made."""
+def test_a_missing_tensorboardx_is_named(tiny, monkeypatch):
+    """In one line, before anything is written."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"tensorboard: needs tensorboardX, .* call pip install tensorboardX, or leave"

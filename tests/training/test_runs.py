@@ -40,7 +40,7 @@ def make(*paths: Path) -> None:
 
 
 def test_a_named_run_is_resumed_by_its_name(tiny):
-    """Also without a seed, and by its own configuration. Nothing else depends on the name."""
+    """Also without a seed, and from its own configuration. Nothing else depends on the name."""
     c = dataclasses.replace(tiny, name="first", seed=None)
     run = begin(c)
     assert run.path == Path(c.logdir) / "digits" / "first"
@@ -61,7 +61,7 @@ def test_a_run_can_be_renamed(tiny):
     assert configuration.load(new / "config.yml").name == "new"
 
 
-def test_runs_of_a_sweep_share_no_name(tiny, monkeypatch):
+def test_runs_of_a_sweep_cannot_share_a_name(tiny, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     with pytest.raises(ConfigError, match="name: the runs of a sweep can't share one, got 'x'; leave it out"):
         logs.with_sweep(dataclasses.replace(tiny, name="x", wandb="offline"))
@@ -70,11 +70,11 @@ def test_runs_of_a_sweep_share_no_name(tiny, monkeypatch):
 # ---------------------------------------------------------------------------------------------- the latest run
 
 
-def test_latest_leads_to_the_run_that_was_opened_last(tiny, capsys):
+def test_latest_links_the_run_that_was_opened_last(tiny, capsys):
     logdir = Path(tiny.logdir)
     first = begin(tiny)
     assert (logdir / "latest").readlink() == first.path.relative_to(logdir)
-    assert loading.find(logdir) == first.path  # there is one run, not two
+    assert loading.find_run(logdir) == first.path  # there is one run, not two
     second = begin(dataclasses.replace(tiny, name="second"))
     assert (logdir / "latest").resolve() == second.path.resolve()
     begin(tiny)
@@ -82,19 +82,22 @@ def test_latest_leads_to_the_run_that_was_opened_last(tiny, capsys):
     assert "Warning" not in capsys.readouterr().out
     assert {path.name for path in logdir.iterdir()} == {"digits", "latest"}
     logdir.rename(logdir.with_name("moved"))
-    assert loading.named(logdir.with_name("moved") / "latest") == logdir.with_name("moved") / "digits" / first.path.name
+    assert (
+        loading.resolve_name(logdir.with_name("moved") / "latest")
+        == logdir.with_name("moved") / "digits" / first.path.name
+    )
 
 
-def test_runs_are_searched_without_latest(tmp_path):
-    """Also where another log directory is below the one that is searched, and where a copy has made it a directory."""
+def test_latest_is_not_searched_for_runs(tmp_path):
+    """Also if there is another log directory below, or if copying has turned `latest` into a directory."""
     make(tmp_path / "digits" / "a", tmp_path / "long" / "digits" / "b", tmp_path / "latest")
     replace_link(tmp_path / "long" / "latest", Path("digits/b"))
-    assert loading.find(tmp_path) == tmp_path / "digits" / "a"
-    assert loading.find(tmp_path / "long") == tmp_path / "long" / "digits" / "b"
+    assert loading.find_run(tmp_path) == tmp_path / "digits" / "a"
+    assert loading.find_run(tmp_path / "long") == tmp_path / "long" / "digits" / "b"
 
 
 @pytest.mark.parametrize("there", ["file", "directory"])
-def test_what_else_is_called_latest_is_left_alone(tiny, capsys, there):
+def test_other_files_named_latest_are_left_alone(tiny, capsys, there):
     latest = Path(tiny.logdir) / "latest"
     if there == "file":
         latest.parent.mkdir()
@@ -116,15 +119,15 @@ def test_what_else_is_called_latest_is_left_alone(tiny, capsys, there):
         (NotImplementedError("no links"), "no links"),
     ],
 )
-def test_training_continues_where_there_are_no_links(tiny, monkeypatch, capsys, error, reason):
+def test_training_continues_without_links(tiny, monkeypatch, capsys, error, reason):
     monkeypatch.setattr(os, "symlink", Mock(side_effect=error))
     run = begin(tiny)
     assert f"latest can't be made a link ({reason}); training continues\n" in capsys.readouterr().out
-    assert loading.find(Path(tiny.logdir)) == run.path and run.short_path == run.path
+    assert loading.find_run(Path(tiny.logdir)) == run.path and run.short_path == run.path
 
 
-def test_a_link_is_replaced_at_once(tmp_path):
-    """However many trainings begin, it is always there, and leads to one of them."""
+def test_a_link_is_replaced_atomically(tmp_path):
+    """While many trainings start, it always exists, and leads to one of them."""
     targets = [tmp_path / name for name in "abc"]
     make(*targets)
     link = tmp_path / "latest"
@@ -140,7 +143,7 @@ def test_a_link_is_replaced_at_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "latest"]
 
 
-def test_the_short_path_is_for_who_reads_it_now(tiny, monkeypatch):
+def test_the_short_path_is_only_for_terminals(tiny, monkeypatch):
     run = begin(tiny)
     assert run.short_path == run.path  # in a file, when there may be a newer run
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
@@ -154,7 +157,7 @@ def test_the_short_path_is_for_who_reads_it_now(tiny, monkeypatch):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A current directory with some runs in logs, and one that is copied."""
+    """Make a current directory with some runs in logs, and one copied run."""
     monkeypatch.chdir(tmp_path)
     names = ["digits_cwvae_3l", "digits_cwvae_3l_seed1", "digits_svg", "long", "longer"]
     make(*(Path("logs/digits") / name for name in names), Path("logs/kth/kth_cwvae"), Path("copied"))
@@ -167,7 +170,7 @@ def here(tmp_path, monkeypatch):
     "name, path",
     [
         ("logs/digits/longe", "logs/digits/longer"),
-        ("logs/digits/long", "logs/digits/long"),  # itself, though it begins another
+        ("logs/digits/long", "logs/digits/long"),  # an exact name, though another name begins with it
         ("long", "logs/digits/long"),
         ("longe", "logs/digits/longer"),
         ("logs/longe", "logs/digits/longer"),
@@ -187,22 +190,22 @@ def here(tmp_path, monkeypatch):
         ("model.safetensors", "model.safetensors"),
     ],
 )
-def test_a_beginning_of_a_name_is_enough(here, capsys, name, path):
-    assert loading.named(name) == Path(path)
+def test_the_beginning_of_a_name_is_enough(here, capsys, name, path):
+    assert loading.resolve_name(name) == Path(path)
     assert capsys.readouterr().out == ("" if name == path else f"{name} is {path}\n")
     absolute = here / name
     if name.startswith("logs/"):
-        assert loading.named(absolute) == here / path
+        assert loading.resolve_name(absolute) == here / path
 
 
 def test_an_ambiguous_beginning_is_refused_with_the_candidates(here):
     with pytest.raises(ConfigError) as error:
-        loading.named("cwvae")
+        loading.resolve_name("cwvae")
     assert str(error.value) == (
-        "logdir: the names of 3 runs begin like cwvae; name one of logs/digits/digits_cwvae_3l, "
+        "logdir: cwvae fits the names of 3 runs; name one of logs/digits/digits_cwvae_3l, "
         "logs/digits/digits_cwvae_3l_seed1, logs/kth/kth_cwvae"
     )
-    with pytest.raises(ConfigError, match="the names of 2 runs begin like logs/digits/lon; name one of"):
+    with pytest.raises(ConfigError, match="logs/digits/lon fits the names of 2 runs; name one of"):
         eval.parse(["--logdir", "logs/digits/lon"])
 
 
@@ -220,7 +223,7 @@ def test_programs_take_beginnings_and_latest(run, monkeypatch):
 
 
 def test_an_evaluation_stays_with_its_run(run, monkeypatch):
-    """If `latest` leads to another run while one is evaluated, and that has lost the checkpoint, it isn't mistaken."""
+    """If `latest` leads to another run meanwhile, and the checkpoint is lost, the other run isn't evaluated instead."""
     other = run.parent / "other"
     make(other)
     (other / "checkpoints" / "7").mkdir(parents=True)
@@ -240,22 +243,22 @@ def test_an_evaluation_stays_with_its_run(run, monkeypatch):
     assert evaluated == [run]
 
 
-def test_training_starts_from_no_run_whose_name_changes(run, tiny):
+def test_training_cannot_start_from_latest(run, tiny):
     link = run.parent.parent / "latest"
     replace_link(link, run.relative_to(link.parent))
     c = dataclasses.replace(tiny, name="new", logdir=str(run.parent.parent), init_from=str(link))
-    with pytest.raises(ConfigError, match=f"init_from: {link} will lead to the new run; name {run}"):
+    with pytest.raises(ConfigError, match=f"init_from: {link} will link to the new run; name {run}"):
         begin(c)
     assert link.resolve() == run.resolve()
 
 
-def test_a_run_that_is_gone_and_a_step_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_runs_and_steps_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoints = tmp_path / "logs" / "digits" / "first" / "checkpoints"
     (checkpoints / "20").mkdir(parents=True)
     (checkpoints.parent / "config.yml").write_text("")
     (tmp_path / "logs" / "latest").symlink_to("digits/gone")
-    with pytest.raises(ConfigError, match=r"logs/latest leads to digits/gone, which isn't there; name another run"):
-        loading.find_checkpoint(loading.named("logs/latest"))
+    with pytest.raises(ConfigError, match=r"logs/latest links to digits/gone, which doesn't exist; name another run"):
+        loading.find_checkpoint(loading.resolve_name("logs/latest"))
     with pytest.raises(ConfigError, match=r"first/checkpoints has no step 15; name one of \[20\]"):
         loading.find_checkpoint(Path("logs/digits/first/checkpoints/15"))

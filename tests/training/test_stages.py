@@ -17,12 +17,12 @@ from training import loading, runs, stages
 
 
 def arguments(tmp_path, **keys):
-    """A tiny configuration's flags without what stages set."""
+    """Return a tiny configuration's flags, without those that stages set."""
     given = flags(**{"logdir": tmp_path / "logs", "datadir": tmp_path / "datasets"} | keys)
     return [flag for flag in given if not flag.startswith(("--seq_len", "--batch_size", "--max_steps"))]
 
 
-def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch, capsys):
+def test_stages_start_from_each_other_and_resume(tmp_path, monkeypatch, capsys):
     first = stages.Stage(seq_len=4, batch_size=4, max_steps=2, lr=0.5, top_beta=0.03)
     monkeypatch.setattr(stages, "STAGES", (first, stages.Stage(seq_len=8, batch_size=2, max_steps=3, lr=1.0)))
     configs, states = [], []
@@ -32,7 +32,7 @@ def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch, capsys):
     a, b = configs
     assert [(c.seq_len, c.batch_size, c.max_steps, c.lr) for c in configs] == [(4, 4, 2, 5e-4), (8, 2, 3, 1e-3)]
     assert a.init_from is None and b.init_from == str(runs.directory(a))
-    assert loading.find(tmp_path / "logs") == runs.directory(b)  # what eval.py --logdir logs takes
+    assert loading.find_run(tmp_path / "logs") == runs.directory(b)  # what eval.py --logdir logs takes
     assert loading.stages_before(loading.find_checkpoint(runs.directory(a))) == []
     own = runs.directory(b)
     exported = [tmp_path / "b.safetensors", tmp_path / "copy"]
@@ -48,8 +48,8 @@ def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch, capsys):
     assert re.findall(".* done.*", capsys.readouterr().out) == ["1 of 2 done", "2 of 2 done"]
 
 
-def test_a_scale_belongs_to_a_run(tmp_path, monkeypatch, capsys):
-    """Another is refused before anything is trained, also that of trainings without one."""
+def test_another_scale_for_the_same_run_is_refused(tmp_path, monkeypatch, capsys):
+    """It is refused before any training, also if the run has no scale."""
     first = stages.Stage(seq_len=4, batch_size=4, max_steps=20, lr=0.5, top_beta=0.03)
     monkeypatch.setattr(stages, "STAGES", (first, stages.Stage(seq_len=8, batch_size=2, max_steps=3, lr=1.0)))
 
@@ -80,13 +80,13 @@ def test_a_scale_belongs_to_a_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "many", "nan", "inf"])
-def test_a_scale_is_a_number_above_0(tmp_path, scale):
+def test_a_scale_must_be_above_0(tmp_path, scale):
     with pytest.raises(ConfigError, match=f"scale: must be a number above 0, got '{scale}'"):
         next(stages.configurations([*arguments(tmp_path), f"--scale={scale}"]))
 
 
-def test_stages_that_no_note_tells(tmp_path):
-    """Those of earlier versions: `init_from` tells, unless its run is gone, or an export has dropped it."""
+def test_earlier_stages_are_found_without_notes(tmp_path):
+    """In checkpoints of earlier versions, `init_from` names them, unless its run is gone or an export has removed it."""
     alone, gone = Config(), Config(init_from=str(tmp_path / "gone"))
     assert loading.earlier_stages(alone, {"metrics": {}}) == []
     assert loading.earlier_stages(alone, {}) is None and loading.earlier_stages(gone, {"metrics": {}}) is None
@@ -99,12 +99,12 @@ def test_stages_that_no_note_tells(tmp_path):
     with Checkpoints(tmp_path / "a" / "checkpoints") as checkpoints:
         checkpoints.save(7, {"x": np.zeros(2)}, metrics={})
     assert loading.earlier_stages(Config(init_from=str(tmp_path / "a")), {"metrics": {}}) == [7]
-    assert loading.steps_of_all_stages(400, [16000, 600]) == "17,000 steps in 3 stages, 400 of them in the last"
-    assert loading.steps_of_all_stages(400, []) == "step 400"
-    assert loading.steps_of_all_stages(400, None) == "step 400 (whether trainings came before isn't recorded)"
+    assert loading.describe_steps(400, [16000, 600]) == "17,000 steps in 3 stages, 400 of them in the last"
+    assert loading.describe_steps(400, []) == "step 400"
+    assert loading.describe_steps(400, None) == "step 400 (earlier stages aren't recorded)"
 
 
-def test_configurations_of_the_stages(tmp_path):
+def test_each_stage_has_its_own_configuration(tmp_path):
     configs = []
     for c in stages.configurations(arguments(tmp_path)):
         run = runs.directory(c)
@@ -115,10 +115,10 @@ def test_configurations_of_the_stages(tmp_path):
     assert [c.lr for c in configs] == [1e-3, 1e-3, 5e-4, 1e-4]
     assert [c.max_steps for c in configs] == [4000, 4000, 2400, 1200]
     assert {c.seq_len * c.batch_size for c in configs} == {432}
-    assert loading.find(tmp_path / "logs") == runs.directory(configs[-1])  # what eval.py --logdir logs takes
+    assert loading.find_run(tmp_path / "logs") == runs.directory(configs[-1])  # what eval.py --logdir logs takes
 
 
-def test_weight_of_the_top_level(tmp_path):
+def test_only_the_first_stage_weights_the_top_level(tmp_path):
     for levels, first in (1, None), (2, (1, 0.03)), (3, (1, 1, 0.03)):
         betas = [c.beta for c in stages.configurations(arguments(tmp_path, levels=levels))]
         assert betas == [first, None, None, None]
@@ -127,6 +127,6 @@ def test_weight_of_the_top_level(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--seq_len=8", "--beta=2", "--max_steps=7", "--init_from=here"])
-def test_what_stages_set_is_refused(tmp_path, flag):
+def test_keys_that_stages_set_are_refused(tmp_path, flag):
     with pytest.raises(ConfigError, match=f"{flag[2:].split('=')[0]}: each stage has its own, got"):
         next(stages.configurations([*arguments(tmp_path), flag]))

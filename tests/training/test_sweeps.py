@@ -1,6 +1,6 @@
-"""The shipped wandb sweeps: accepted by wandb's own check, valid at each point, and run as wandb's agent runs them.
+"""The shipped sweeps: wandb accepts them, each point is valid, and they run as wandb's agent runs them.
 
-And those that are grids run without wandb.
+Grids also run without wandb's agent.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def read(name):
 
 
 def points(sweep):
-    """All combinations of values; of a range its ends."""
+    """Return all combinations of values; a range gives its ends."""
     choices = []
     for parameter in sweep["parameters"].values():
         ends = [parameter.get("min"), parameter.get("max")]
@@ -39,7 +39,7 @@ def points(sweep):
 
 
 def violations(sweep):
-    """What wandb's own check of sweep configurations says, nothing where it accepts one."""
+    """Return what wandb's check of sweep configurations reports; nothing if it accepts the sweep."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pydantic, within wandb
         from wandb import wandb_controller
@@ -47,7 +47,7 @@ def violations(sweep):
         return wandb_controller._WandbController._validate(None, sweep)
 
 
-def test_all_that_the_paper_varies():
+def test_sweeps_vary_what_the_paper_varies():
     values = {name: {key: p.get("values") for key, p in read(name)["parameters"].items()} for name in SWEEPS}
     assert values["k"]["tmp_abs_factor"] == [1, 2, 4, 6, 8]
     assert values["levels"]["levels"] == [1, 2, 3] and values["levels_k4"]["levels"] == [1, 2, 3, 4]
@@ -59,14 +59,14 @@ def test_all_that_the_paper_varies():
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_wandb_accepts_it(name):
+def test_wandb_accepts_each_sweep(name):
     sweep = read(name)
     assert violations(sweep) == ""
-    assert "is not one of" in violations(sweep | {"method": "gird"})  # the check checks
+    assert "is not one of" in violations(sweep | {"method": "gird"})  # the check can fail
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_each_point_is_a_valid_configuration(name):
+def test_each_point_of_a_sweep_is_a_valid_configuration(name):
     sweep = read(name)
     base = configuration.read_yaml(ROOT / sweep["command"][-1])
     for point in points(sweep):
@@ -75,8 +75,8 @@ def test_each_point_is_a_valid_configuration(name):
 
 
 @pytest.mark.parametrize("name", ["k", "svg"])
-def test_it_runs_as_an_agent_starts_it(name, tmp_path):
-    """Its last point for one step, with layers of a few units: the sweep's values in a file that the environment names."""
+def test_a_sweep_runs_as_an_agent_starts_it(name, tmp_path):
+    """The last point, with tiny layers, for one step. The environment names a file with the sweep's values."""
     sweep = read(name)
     point = points(sweep)[-1]
     model = configuration.read_yaml(ROOT / sweep["command"][-1]).get("model", "cwvae")
@@ -116,7 +116,7 @@ def main(monkeypatch, *arguments):
 
 
 def arguments(tmp_path, sweep, **keys):
-    """Flags that train each point of a sweep as a tiny model, from a file."""
+    """Write a sweep to a file; return flags that train each of its points as a tiny model."""
     path = tmp_path / "sweep.yml"
     path.write_text(yaml.safe_dump(sweep))
     keys = {"logdir": tmp_path / "logs", "datadir": tmp_path / "datasets", "save_scalars_every": 1} | keys
@@ -125,11 +125,11 @@ def arguments(tmp_path, sweep, **keys):
 
 
 SPEED = dict(method="grid", program="train.py", parameters={"digit_speed": {"values": [[1, 3], [2, 6], [4, 12]]}})
-"""Points that share what is compiled."""
+"""Points that share compiled functions."""
 
 
-def test_a_grid_without_wandb(tmp_path, monkeypatch, capsys):
-    """One after the other; the same command again resumes, and trains nothing that is done."""
+def test_a_grid_trains_and_resumes_without_wandb(tmp_path, monkeypatch, capsys):
+    """Points are trained one after the other. The same command resumes, and doesn't train finished points again."""
     given = arguments(tmp_path, SPEED, max_steps=2)
     stopped = train.train
 
@@ -154,22 +154,22 @@ def test_a_grid_without_wandb(tmp_path, monkeypatch, capsys):
     assert all([line["step"] for line in log_of(path)] == [1, 2] for path in paths)
 
 
-def test_a_grid_goes_on_after_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
+def test_a_grid_continues_after_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
     trained = []
 
     def failing(config):
         trained.append(config.digit_speed)
-        raise train.NonFinite("loss or gradient isn't finite since step 1")
+        raise train.NonFinite("the loss or its gradient isn't finite from step 1 on")
 
     monkeypatch.setattr(train, "train", failing)
     assert main(monkeypatch, *arguments(tmp_path, SPEED)) == 1
     assert trained == [(1, 3), (2, 6), (4, 12)]
-    assert capsys.readouterr().err.count("error: loss or gradient isn't finite since step 1") == 3
+    assert capsys.readouterr().err.count("error: the loss or its gradient isn't finite from step 1 on") == 3
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_grids_are_those_of_wandb(name, monkeypatch):
-    """Each shipped file is one, or is refused with the command that runs it."""
+def test_grids_have_the_points_of_wandb(name, monkeypatch):
+    """A shipped file that is no grid is refused, with the command that runs it."""
     monkeypatch.chdir(ROOT)
     sweep, path = read(name), f"configs/sweeps/{name}.yml"
     if sweep["method"] == "grid":
@@ -180,8 +180,8 @@ def test_grids_are_those_of_wandb(name, monkeypatch):
             train.configurations(["--grid", path])
 
 
-def test_a_grid_of_another_configuration(monkeypatch):
-    """The command line wins over the sweep's command."""
+def test_flags_override_the_configuration_of_a_grid(monkeypatch):
+    """Flags take precedence over the sweep's command."""
     monkeypatch.chdir(ROOT)
     given = ["--grid=configs/sweeps/levels.yml", "--config=configs/small.yml", "--seed=3"]
     small = configuration.load("configs/small.yml")
@@ -192,7 +192,7 @@ def test_a_grid_of_another_configuration(monkeypatch):
     "changes, message",
     [
         (dict(program="eval.py"), "is for eval.py, not train.py"),
-        (dict(early_terminate={"type": "hyperband"}), "has early_terminate, which only wandb does"),
+        (dict(early_terminate={"type": "hyperband"}), "has early_terminate, which only wandb supports"),
         (dict(parameters=[]), "lacks parameters"),
         (
             dict(parameters={"lr": {"min": 1e-4, "max": 1e-3}}),
@@ -202,13 +202,13 @@ def test_a_grid_of_another_configuration(monkeypatch):
         (dict(parameters={"levels": {"values": [1, 0]}}), "levels: must be at least 1, got 0"),
         (dict(parameters={"num_val_batches": {"values": [1, 2]}}), "are the same run, .*vary keys that are part of"),
         (dict(parameters={"seed": {"values": [0, 1]}}), "seed: .*sweep.yml varies it, got 7; leave --seed out"),
-        (dict(parameters={}), "varies nothing; name parameters as"),
+        (dict(parameters={}), "varies nothing; add parameters like"),
         (dict(parameters={"lr": {"values": []}}), "needs either a value or a list of values of lr"),
         (dict(command=3), "has the command 3; make it a list, or leave it out"),
     ],
 )
-def test_grids_that_cannot_work(tmp_path, monkeypatch, capsys, changes, message):
-    """One line before the first training."""
+def test_wrong_grids_are_refused(tmp_path, monkeypatch, capsys, changes, message):
+    """In one line, before the first training."""
     monkeypatch.setattr(train, "train", None)
     path = tmp_path / "sweep.yml"
     path.write_text(yaml.safe_dump(SPEED | changes))
@@ -217,7 +217,7 @@ def test_grids_that_cannot_work(tmp_path, monkeypatch, capsys, changes, message)
     assert err.count("\n") == 1 and re.search(message, err) and not (tmp_path / "logs").exists()
 
 
-def test_a_file_that_is_no_sweep(tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_no_sweep_is_refused(tmp_path, monkeypatch, capsys):
     for content, reason in (None, "No such file or directory"), ("{", "not YAML"), ("levels: 3", "lacks parameters"):
         path = tmp_path / "sweep.yml"
         if content:

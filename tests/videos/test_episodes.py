@@ -1,4 +1,4 @@
-"""Episodes: frames and the actions that led to them, from files to predictions."""
+"""Episodes: frames with the actions that led to them, from files to predictions."""
 
 import dataclasses
 import re
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import TINY, flags, log_of
+from helpers import assert_same, parameters
 
 import config as configuration
 import data
@@ -24,7 +25,7 @@ T = 23
 
 
 def numbered(T=T, first=0):
-    """Frames that show their number, and actions that name the frame that they led to."""
+    """Return frames that show their numbers, and actions with the number of the frame that they led to."""
     number = np.arange(first, first + T)
     image = np.broadcast_to(number.astype(np.uint8)[:, None, None, None], (T, 64, 64, 1))
     return {"image": image, "action": np.stack([number, -number], 1).astype(np.float32)}
@@ -39,7 +40,7 @@ def write(folder, name="a.npz", **arrays):
 
 @pytest.fixture
 def episodes(tiny, tmp_path):
-    """Two episodes to train on, one to test, whose actions are the numbers of their frames."""
+    """Return a configuration with two episodes to train on and one to test, whose actions are their frames' numbers."""
     folder = tmp_path / "episodes"
     for i in range(2):
         write(folder / "train", f"{i}.npz", **numbered(first=100 * i), reward=np.zeros(T), discount=np.ones(T))
@@ -48,7 +49,7 @@ def episodes(tiny, tmp_path):
 
 
 def check_numbers(window, lag=0):
-    """Each action but an episode's first is of its frame, or of one `lag` frames before."""
+    """Check that each action, except an episode's first, has the number of the frame `lag` frames before."""
     number = window.video[:, 0, 0, 0].astype(int)
     assert window.actions.dtype == np.float32 and window.actions.shape == (len(number), 2)
     inner = number % 50 > 0  # an episode's first action is a dummy
@@ -60,7 +61,7 @@ def check_numbers(window, lag=0):
 def test_windows_hold_the_actions_that_led_to_their_frames(episodes, lag, capsys):
     c = dataclasses.replace(episodes, action_leads=not lag)
     train_set = data.windows(c, "train")
-    assert "Not used of the episodes" in (said := capsys.readouterr().out) and "discount, reward" in said
+    assert "Unused arrays of the episodes" in (said := capsys.readouterr().out) and "discount, reward" in said
     assert len(train_set) == 4 and train_set.action_size == 2
     for index in range(4):
         check_numbers(data.window(train_set, index), lag)
@@ -89,7 +90,7 @@ def test_random_starts_cut_frames_and_actions_together(episodes):
     assert len(firsts) > 6
 
 
-def test_several_episodes_of_a_file(episodes):
+def test_a_file_can_hold_several_episodes(episodes):
     path = Path(episodes.datadir) / "train" / "0.npz"
     is_first = np.isin(np.arange(T), [3, 12])
     write(path.parent, "0.npz", **numbered(), is_first=is_first)
@@ -99,13 +100,13 @@ def test_several_episodes_of_a_file(episodes):
         assert file.lengths.tolist() == [3, 9, 11, 23]
         np.testing.assert_array_equal(file.frames[:23, 0, 0, 0], np.arange(23))
         led = np.arange(23) - (not leads)
-        # What comes before the file may be of its first episode, so that its first action, too, may have led to a frame.
+        # Frame 0 isn't the first one of its episode, so its action counts; but its number is 0.
         led[[3, 12]] = 0
         led[0] = 0
         np.testing.assert_array_equal(file.actions[:23, 0], led)
 
 
-def test_where_a_file_begins_within_an_episode_its_first_action_counts(episodes):
+def test_the_first_action_counts_if_a_file_begins_within_an_episode(episodes):
     write(Path(episodes.datadir) / "train", "0.npz", **numbered(first=7), is_first=np.zeros(T, bool))
     assert data.windows(episodes, "train").file.actions[0].tolist() == [7, -7]
 
@@ -122,7 +123,7 @@ def test_where_a_file_begins_within_an_episode_its_first_action_counts(episodes)
     ],
     ids=["numbers", "a number as a dummy", "numbers taken at frames", "one less, taken at frames", "one-hot", "[T]"],
 )  # fmt: skip
-def test_kinds_of_actions(episodes, actions, keys, expected):
+def test_each_kind_of_action_becomes_vectors(episodes, actions, keys, expected):
     write(Path(episodes.datadir) / "test", image=numbered()["image"], action=actions)
     file = data.windows(dataclasses.replace(episodes, **keys), "test").file
     np.testing.assert_array_equal(file.actions, expected)
@@ -144,34 +145,34 @@ NAN = np.where(np.arange(T) == 5, np.nan, 0.0)
         (numbered() | {"action": np.zeros(22)}, {}, "datadir: PATH has 22 actions for 23 frames; mend or remove it, or set --action_leads false if each is taken at its frame"),
         (numbered() | {"action": np.float32(0)}, {}, "datadir: PATH has 0 actions for 23 frames; mend or remove it"),
         (numbered() | {"action": np.array(["up"] * T)}, {}, "datadir: PATH has actions of type <U2; they must be numbers"),
-        (numbered() | {"action": np.arange(T) % 5}, {}, "num_actions: PATH has actions that are numbers, up to 4; set how many actions there are"),
+        (numbered() | {"action": np.arange(T) % 5}, {}, "num_actions: PATH has actions that are numbers, up to 4; set the number of actions"),
         (numbered() | {"action": np.arange(T) % 5}, dict(num_actions=3), "num_actions: PATH has an action 4; they count from 0 to 2"),
         (numbered(), dict(num_actions=3), "num_actions: PATH has actions float32 [23, 2], which aren't whole numbers [T]; leave it out"),
         (numbered() | {"is_first": np.zeros(4)}, {}, "datadir: PATH has 4 entries of is_first for 23 frames; mend or remove it"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_line(episodes, arrays, keys, message):
+def test_a_wrong_episode_file_is_refused_in_one_line(episodes, arrays, keys, message):
     path = write(Path(episodes.datadir) / "test", **arrays)
     with pytest.raises(ConfigError) as error:
         data.windows(dataclasses.replace(episodes, **keys), "test")
     assert str(error.value) == message.replace("PATH", str(path))
 
 
-def test_files_that_differ(episodes):
+def test_episode_files_with_different_action_sizes_are_refused(episodes):
     folder = Path(episodes.datadir) / "train"
     write(folder, "2.npz", **numbered() | {"action": np.zeros((T, 3))})
     with pytest.raises(
-        ConfigError, match=re.escape(f"{folder / '2.npz'} has 3 entries of an action, {folder / '0.npz'} has 2")
+        ConfigError, match=re.escape(f"{folder / '2.npz'} has 3 entries per action, {folder / '0.npz'} has 2")
     ):
         data.windows(episodes, "train")
     write(folder, "2.npz", **without("action"))
     with pytest.raises(
-        ConfigError, match=re.escape(f"{folder / '2.npz'} has 0 entries of an action, {folder / '0.npz'} has 2")
+        ConfigError, match=re.escape(f"{folder / '2.npz'} has 0 entries per action, {folder / '0.npz'} has 2")
     ):
         data.windows(episodes, "train")  # fmt: skip
 
 
-def test_damaged_files_are_skipped_and_named(episodes, capsys):
+def test_damaged_episode_files_are_skipped_and_named(episodes, capsys):
     folder = Path(episodes.datadir) / "train"
     content = (folder / "0.npz").read_bytes()
     (folder / "cut.npz").write_bytes(content[: len(content) // 2])
@@ -195,7 +196,7 @@ def test_frames_are_scaled_and_actions_stay_with_them(episodes):
         assert not window.video[:, :, : middle - 2].any() and (window.video[:, :, middle + 2 :] == 255).all()
 
 
-def test_files_or_keys_that_changed_are_noticed(episodes):
+def test_changed_keys_and_damaged_actions_are_noticed(episodes):
     data.windows(episodes, "train")
     with pytest.raises(ConfigError, match="the keys that choose them, have changed"):
         data.windows(dataclasses.replace(episodes, action_leads=False), "train")
@@ -206,7 +207,7 @@ def test_files_or_keys_that_changed_are_noticed(episodes):
         data.windows(dataclasses.replace(episodes, action_leads=False), "train")
 
 
-def test_split_by_names(episodes, tmp_path):
+def test_episodes_are_split_by_names(episodes, tmp_path):
     folder = tmp_path / "together"
     for i in range(8):
         write(folder, f"{i}.npz", **numbered(first=100 * (i % 2)))
@@ -215,16 +216,16 @@ def test_split_by_names(episodes, tmp_path):
     assert names[0] | names[1] == {f"{i}.npz" for i in range(8)} and not names[0] & names[1]
 
 
-def test_looking_at_them(episodes, capsys):
+def test_data_py_describes_actions(episodes, capsys):
     write(
         Path(episodes.datadir) / "test",
         image=numbered()["image"],
         action=np.c_[np.ones(T), np.r_[0, np.full(T - 1, 180)]],
     )
-    data.look(episodes)
+    data.inspect_dataset(episodes)
     said = capsys.readouterr().out
     assert re.search(r"train +actions of 2 entries, from 0 to 122, -122 to 0", said)
-    assert re.search(r"test +Warning: actions are used as they are; divide them in the files", said)
+    assert re.search(r"test +Warning: actions aren't scaled; divide them in the files", said)
     assert (Path(episodes.datadir) / "episodes.gif").exists()
 
 
@@ -238,39 +239,34 @@ def test_without_episodes_there_are_no_actions(tiny, episodes):
     for model in "svg", "vta":
         with pytest.raises(ConfigError, match=f"dataset: {model} takes no actions, got episodes"):
             Config(model=model, dataset="episodes")
-    with pytest.raises(ConfigError, match="have actions of 2 entries, got 3; name others"):
+    with pytest.raises(ConfigError, match="have actions of 2 entries, got 3; choose other episodes"):
         data.windows(dataclasses.replace(episodes, action_size=3), "train")
     for split in "train", "test":
         write(Path(episodes.datadir) / split, "0.npz", image=numbered()["image"])
         for other in (Path(episodes.datadir) / split).glob("[1a].npz"):
             other.unlink()
     c = dataclasses.replace(episodes, rebuild_frames=True)
-    with pytest.raises(ConfigError, match="have no action; set --action_size 0 to train on frames alone"):
+    with pytest.raises(ConfigError, match="have no actions; set --action_size 0 to train on frames only"):
         data.windows(c, "train")
     assert data.window(data.windows(dataclasses.replace(c, action_size=0), "train"), 0).actions is None
 
 
-def state_arrays(state):
-    return [np.asarray(x) for x in jax.tree.leaves((state.params, state.opt_state))]
-
-
-def test_train_resume_and_evaluate(episodes, tmp_path, capsys):
+def test_a_model_with_actions_is_trained_resumed_and_evaluated(episodes, tmp_path, capsys):
     c = dataclasses.replace(
         episodes, num_examples=1, save_model_every=2, save_scalars_every=2, save_gifs=True, save_gifs_every=4
     )
     write(Path(c.datadir) / "test", "b.npz", **numbered(first=70))
-    whole = state_arrays(train.train(c))
+    whole = parameters(train.train(c))
     run = runs.directory(c)
     assert yaml.safe_load((run / "config.yml").read_text())["action_size"] == 2
     assert (run / "videos" / "validation_0000004.gif").exists()
 
     again = dataclasses.replace(c, logdir=str(tmp_path / "again"))
     train.train(dataclasses.replace(again, max_steps=2))
-    for a, b in zip(whole, state_arrays(train.train(again)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same(whole, parameters(train.train(again)))
     assert log_of(run) == log_of(runs.directory(again))
 
-    # Actions matter to what was trained, in each of its chunks of time.
+    # The trained model depends on the actions, in each chunk of time.
     saved = loading.load_config(run, {})
     model, params = CWVAE(saved), loading.load_params(CWVAE(saved), loading.find_checkpoint(run))
     test = data.stacked(data.windows(saved, "test"), range(2))
@@ -283,28 +279,31 @@ def test_train_resume_and_evaluate(episodes, tmp_path, capsys):
     results = evaluation.evaluate(*evaluation.parse(["--logdir", str(run), "--num_examples", "2"]))
     shown = results["lines"]["paper"]["psnr"]
     assert "shuffled actions" in shown
-    for line, actions in ("prediction", test.actions), ("shuffled actions", evaluation.shuffled(test.actions, 4, 0)):
+    for line, actions in (
+        ("prediction", test.actions),
+        ("shuffled actions", evaluation.shuffle_future_actions(test.actions, 4, 0)),
+    ):
         frames = np.concatenate(list(rollout.predict(model, params, test.video, keys, actions=actions).prediction), 1)
-        metrics = evaluation.measure(test.video[:, 4:], [{"x": frames}])["x"]["paper"]["psnr"]
+        metrics = evaluation.chunked_metrics(test.video[:, 4:], [{"x": frames}])["x"]["paper"]["psnr"]
         np.testing.assert_allclose(shown[line]["curve"]["value"], metrics.mean(0), rtol=1e-5)
     capsys.readouterr()
 
 
 def test_shuffled_actions_are_the_future_in_another_order():
     actions = np.arange(3 * 40 * 2.0).reshape(3, 40, 2)
-    others = evaluation.shuffled(actions, 10, first=5)
+    others = evaluation.shuffle_future_actions(actions, 10, first=5)
     np.testing.assert_array_equal(others[:, :10], actions[:, :10])
     np.testing.assert_array_equal(np.sort(others[:, 10:], axis=1), actions[:, 10:])
     assert not (others[:, 10:] == actions[:, 10:]).all(2).mean() > 0.2
-    np.testing.assert_array_equal(evaluation.shuffled(actions[1:], 10, first=6), others[1:])
+    np.testing.assert_array_equal(evaluation.shuffle_future_actions(actions[1:], 10, first=6), others[1:])
 
 
-def test_evaluation_asks_for_the_actions_that_the_model_knows(episodes, tmp_path):
+def test_an_evaluation_needs_the_action_size_of_the_model(episodes, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yml").write_text(dataclasses.replace(episodes, action_size=3).to_yaml())
     config = loading.load_config(run, {})
-    with pytest.raises(ConfigError, match="have actions of 2 entries, got 3; name others"):
+    with pytest.raises(ConfigError, match="have actions of 2 entries, got 3; choose other episodes"):
         data.windows(config, "test")
     with pytest.raises(
         ConfigError, match=r"action_size: the parameters of .* were trained with 3, got 2; leave it out"
@@ -314,7 +313,7 @@ def test_evaluation_asks_for_the_actions_that_the_model_knows(episodes, tmp_path
 
 
 def brightness(folder, count, seed):
-    """Episodes of frames whose brightness is what the action that led to them says."""
+    """Write episodes in which each action sets the brightness of its frame."""
     random = np.random.default_rng(seed)
     for i in range(count):
         level = random.integers(0, 2, (40, 1))
@@ -323,7 +322,7 @@ def brightness(folder, count, seed):
 
 
 @pytest.mark.slow
-def test_actions_are_learned_unless_they_are_of_another_frame(tmp_path):
+def test_actions_are_only_learned_if_they_led_to_their_frames(tmp_path):
     brightness(tmp_path / "train", 20, 0)
     brightness(tmp_path / "test", 4, 1)
     shape = dict(levels=1, cell_stoch_size=2, cell_deter_size=32, cell_embed_size=32, seq_len=4, eval_seq_len=4)
@@ -342,6 +341,6 @@ def test_actions_are_learned_unless_they_are_of_another_frame(tmp_path):
                 list(rollout.predict(CWVAE(c), params, test.video, key, actions=actions).prediction), 1
             )
             errors[leads, name] = float(((frames - test.video[:, 1:] / 255) ** 2).mean())
-    # Half of the frames have a brightness of 200 / 255, the others none: who can't tell errs by 0.15 at least.
+    # Half of the frames have a brightness of 200 / 255, the others 0. Without knowing which, the error is at least 0.15.
     assert errors[True, "true"] < 0.05 and errors[True, "others"] > 0.4, errors
     assert errors[False, "true"] > 0.15, errors

@@ -1,6 +1,6 @@
-"""From published zips, folders and arrays to frames, windows and a trained model; and what happens to broken ones.
+"""From published zips, folders and arrays to frames, windows and a trained model; damaged and missing data.
 
-All data are made here and served on loopback, in the published layouts; nothing reaches the internet.
+All data are made here, in the published layouts, and served on the loopback interface. Nothing uses the internet.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from videos.decoded import Decoding, Video
 
 
 def make_video(frames, codec="libx264", format="mp4", size=(64, 64), seed=0, grey=False, rotation=0, pixel_aspect=None):
-    """The bytes of a video of moving gradients: frames differ, also from those of other seeds."""
+    """Return the bytes of a video of moving gradients. All frames differ, also between seeds."""
     random = np.random.default_rng(seed)
     width, height = size
     buffer = io.BytesIO()
@@ -66,7 +66,7 @@ make_video = functools.cache(make_video)
 
 
 def reference(content, channels=3):
-    """The frames as PyAV's own conversion gives them, frame by frame."""
+    """Return the frames of a video, converted by PyAV itself."""
     with av.open(io.BytesIO(content)) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     return frames if channels == 3 else frames[..., :1]
@@ -81,7 +81,7 @@ def zipped(files):
 
 
 def contents(dataset):
-    """Small zips in the published layouts: URL's file name -> bytes."""
+    """Return small zips in the published layouts, as bytes by the file name in the URL."""
     if dataset == "kth":
         actions = published.KthActions.ACTIONS
         persons = {"boxing": (1, 16, 17, 25), "walking": (2, 18)}
@@ -108,7 +108,7 @@ def contents(dataset):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Serves `files` (name -> bytes) on loopback in place of the datasets' sources; notes what is asked for."""
+    """Serve `files` (name -> bytes) on loopback instead of the datasets' servers, and record requests in `asked`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -143,7 +143,7 @@ def server(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_tensorflow():
-    """TensorFlow isn't there, and nothing here asks for it."""
+    """Check that TensorFlow isn't installed, and that no test imports it."""
     assert importlib.util.find_spec("tensorflow") is None
     yield
     assert "tensorflow" not in sys.modules
@@ -161,7 +161,7 @@ def for_dataset(tiny, dataset, **keys):
 
 
 @pytest.mark.parametrize("dataset", ["minerl", "mazes", "mmnist", "kth"])
-def test_from_download_to_evaluation(tiny, server, dataset):
+def test_published_datasets_work_from_download_to_evaluation(tiny, server, dataset):
     import eval as evaluation
     import train
     from training import runs
@@ -182,11 +182,11 @@ def test_from_download_to_evaluation(tiny, server, dataset):
         for start, seed in zip(file.starts, (1, 10, 2), strict=True):
             want = reference(make_video(length, seed=seed, grey=dataset == "mmnist"), c.channels)
             np.testing.assert_array_equal(file.frames[start : start + length], want)
-    # All is there: the source is asked no more, and may be gone.
+    # The dataset is complete. The server isn't asked again, and may be gone.
     asked = len(server.asked)
     server.files.clear()
     assert len(data.windows(c, "train")) and len(server.asked) == asked
-    # Another program reads what was prepared, without this project.
+    # Another program can read the prepared dataset without this project.
     program = "import tensorflow_datasets as tfds, sys; "
     program += f"b = tfds.builder({published.BUILDERS[dataset].name!r}, data_dir={c.datadir!r}); e = b.as_data_source(split='train')[0]; "
     program += "print(len(e['video']), b.info.as_proto.redistribution_info.license, b.info.citation[:3], 'tensorflow' in sys.modules)"
@@ -200,7 +200,7 @@ def test_from_download_to_evaluation(tiny, server, dataset):
     assert "@" in done.stdout and "False" in done.stdout
 
 
-def test_zip_put_by_hand(tiny, server):
+def test_a_zip_put_by_hand_is_used(tiny, server):
     c = for_dataset(tiny, "mazes")
     manual = data.Path(c.datadir) / "downloads" / "manual"
     manual.mkdir(parents=True)
@@ -216,7 +216,7 @@ def refused(c, pattern, split="train"):
     assert not list(data.Path(c.datadir).glob("frames/*.frames*"))
 
 
-def test_source_says_404(tiny, server):
+def test_a_failing_url_is_named(tiny, server):
     c = for_dataset(tiny, "mazes")
     refused(
         c,
@@ -224,7 +224,7 @@ def test_source_says_404(tiny, server):
     )
 
 
-def test_connection_refused_or_silent(tiny, server, monkeypatch):
+def test_a_refused_or_silent_connection_is_named(tiny, server, monkeypatch):
     c = for_dataset(tiny, "mazes")
     begin = time.monotonic()
     with contextlib.closing(__import__("socket").socket()) as silent:
@@ -239,7 +239,7 @@ def test_connection_refused_or_silent(tiny, server, monkeypatch):
 
 @pytest.mark.parametrize("what", ["truncated", "html"])
 @pytest.mark.parametrize("states_length", [True, False])
-def test_not_a_whole_zip(tiny, server, what, states_length):
+def test_an_incomplete_zip_is_refused(tiny, server, what, states_length):
     whole = contents("mazes")["gqn_mazes.zip"]
     wrong = whole[: len(whole) // 2] if what == "truncated" else b"<html>Please log in</html>"
     server.files["gqn_mazes.zip"], server.states_length = wrong, states_length
@@ -247,12 +247,12 @@ def test_not_a_whole_zip(tiny, server, what, states_length):
     refused(
         c, rf"the {len(wrong):,} bytes that http.* sent aren't a whole zip; run again later, or put the zip by hand"
     )
-    # Nothing of it is kept: once the source is right, the same command works.
+    # Nothing of it is kept: when the server is right, the same command works.
     server.files["gqn_mazes.zip"] = whole
     assert len(data.windows(c, "train")) == 9
 
 
-def test_connection_lost(tiny, server, monkeypatch):
+def test_a_lost_connection_is_named(tiny, server, monkeypatch):
     monkeypatch.setattr(published, "SILENCE_SECONDS", 1)
     whole = contents("mazes")["gqn_mazes.zip"]
 
@@ -267,13 +267,13 @@ def test_connection_lost(tiny, server, monkeypatch):
     )
 
 
-def test_each_zip_is_asked_for_once(tiny, server):
+def test_each_zip_is_downloaded_once(tiny, server):
     server.files.update(contents("kth"))
     data.windows(for_dataset(tiny, "kth"), "train")
     assert sorted(server.asked) == sorted(server.files)
 
 
-def test_damaged_video_in_a_zip(tiny, server):
+def test_a_damaged_video_in_a_zip_is_named(tiny, server):
     """The zip opens, but the checksum of a file in it is wrong."""
     whole = contents("mazes")["gqn_mazes.zip"]
     at = whole.index(b"train/2.mp4") + 2000
@@ -287,7 +287,7 @@ def test_damaged_video_in_a_zip(tiny, server):
 
 
 @pytest.mark.parametrize("how", ["deflate64", "encrypted"])
-def test_zip_that_python_can_not_unpack(tiny, server, how):
+def test_a_zip_that_python_cannot_unpack_is_refused(tiny, server, how):
     content = bytearray(contents("mazes")["gqn_mazes.zip"])
     for magic, flags in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8):
         at = content.find(magic)
@@ -311,8 +311,8 @@ def test_macos_metadata_is_no_video(tiny, server):
     assert len(file.names) == 7 and not file.skipped
 
 
-def test_prepared_by_the_earlier_codes(tiny, server):
-    """They prepare version 1.0.0, in a format that needs TensorFlow; it stays as it is."""
+def test_data_of_earlier_implementations_are_left_alone(tiny, server):
+    """They prepare version 1.0.0 in a format that needs TensorFlow. An own version 1.0.0 is used."""
     c = for_dataset(tiny, "mazes")
     theirs = data.Path(c.datadir) / "gqn_mazes" / "1.0.0"
     theirs.mkdir(parents=True)
@@ -330,7 +330,7 @@ def test_prepared_by_the_earlier_codes(tiny, server):
     (ours / "source.txt").unlink()
     server.files.clear()
     assert len(data.windows(other, "train")) == 9
-    # What is damaged is named.
+    # A damaged dataset is named.
     (theirs.with_name("1.1.0") / "dataset_info.json").write_text("{")
     with pytest.raises(
         ConfigError, match=r"can't read the dataset in .*gqn_mazes/1.1.0 \(.*\); delete it and run again"
@@ -347,8 +347,8 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", ["missing", *DAMAGES])
-def test_damaged_prepared_data(tiny, server, damage):
-    """Of each file of a prepared dataset: what is read is what was prepared, or the folder to delete is named."""
+def test_damaged_prepared_data_are_named(tiny, server, damage):
+    """For each damaged file, the frames are still right, or the error names the folder to delete."""
     c = for_dataset(tiny, "mazes")
     server.files.update(contents("mazes"))
     frames = data.windows(c, "train").file.frames.copy()
@@ -370,8 +370,8 @@ def test_damaged_prepared_data(tiny, server, damage):
     np.testing.assert_array_equal(data.windows(c, "train").file.frames, frames)
 
 
-def test_two_processes_prepare_once(tiny, server):
-    """They want the two splits of a dataset that isn't there yet, at the same time."""
+def test_two_processes_prepare_a_dataset_once(tiny, server):
+    """They need the two splits of a new dataset at the same time."""
     server.files.update(contents("mazes"))
     server.pause = 3
     program = "import sys; sys.path.insert(0, {!r}); import config, data; from videos import published; "
@@ -391,8 +391,8 @@ def test_two_processes_prepare_once(tiny, server):
     assert server.asked == ["gqn_mazes.zip"]
 
 
-def test_leftovers_are_removed(tiny, server):
-    """What a killed download or preparation left, of this program or TFDS's."""
+def test_leftovers_of_killed_programs_are_removed(tiny, server):
+    """They come from downloads and preparations of this program and of TFDS."""
     c = for_dataset(tiny, "mazes")
     server.files.update(contents("mazes"))
     datadir = data.Path(c.datadir)
@@ -414,7 +414,7 @@ def test_leftovers_are_removed(tiny, server):
     assert [path.name for path in (datadir / "downloads").glob("*.tmp.*")] == ["others.zip.tmp.1"]
 
 
-def test_killed_while_replacing(tiny, server):
+def test_a_killed_replacement_is_undone(tiny, server):
     c = for_dataset(tiny, "mazes")
     server.files.update(contents("mazes"))
     data.windows(c, "train")
@@ -427,7 +427,7 @@ def test_killed_while_replacing(tiny, server):
     assert len(data.windows(c, "test")) == 2
 
 
-def test_useless_dataset_is_replaced(tiny, server, capsys):
+def test_a_dataset_that_cannot_be_decoded_is_replaced(tiny, server, capsys):
     c = for_dataset(tiny, "mazes")
     right = contents("mazes")["gqn_mazes.zip"]
     server.files["gqn_mazes.zip"] = zipped({f"{split}/1.mp4": b"junk" for split in ("train", "test")})
@@ -440,8 +440,8 @@ def test_useless_dataset_is_replaced(tiny, server, capsys):
     assert capsys.readouterr().out.count("Preparing mazes again") == 1
 
 
-def test_replaced_zip(tiny, server, capsys):
-    """--rebuild_frames prepares again what changed, and only that; frames of the old zip aren't used any more."""
+def test_a_replaced_zip_is_prepared_again(tiny, server, capsys):
+    """--rebuild_frames only prepares changed zips again. Frames of the old zip are removed."""
     c = for_dataset(tiny, "mazes")
     again = dataclasses.replace(c, rebuild_frames=True)
     server.files.update(contents("mazes"))
@@ -451,7 +451,7 @@ def test_replaced_zip(tiny, server, capsys):
     capsys.readouterr()
     data.windows(again, "train")
     assert "Preparing" not in capsys.readouterr().out
-    # A damaged one replaces nothing.
+    # A damaged zip replaces nothing.
     manual.write_bytes(server.files["gqn_mazes.zip"][:2000])
     with pytest.raises(ConfigError, match=rf"{manual} is damaged \(.*\); delete it and run again"):
         data.windows(again, "train")
@@ -464,13 +464,13 @@ def test_replaced_zip(tiny, server, capsys):
     )
     with pytest.raises(ConfigError, match="none of the 1 videos for mazes-test-3 can be decoded"):
         data.windows(c, "test")
-    # Without any zip, what is prepared is kept.
+    # Without any zip, the prepared dataset is kept.
     manual.unlink()
     shutil.rmtree(manual.parent.parent / "gqn_mazes")
     assert len(data.windows(again, "train")) == 3
 
 
-def test_wrong_checksum(tiny, server):
+def test_a_zip_with_another_checksum_is_refused(tiny, server):
     c = for_dataset(tiny, "mazes")
     server.files.update(contents("mazes"))
     data.windows(c, "train")
@@ -481,7 +481,7 @@ def test_wrong_checksum(tiny, server):
     refused(c, r"isn't what it sent the first time; delete .*checksums.tsv")
 
 
-def test_prepared_again_from_the_downloaded_zip(tiny, server):
+def test_a_downloaded_zip_is_used_again(tiny, server):
     c = for_dataset(tiny, "mazes")
     server.files.update(contents("mazes"))
     data.windows(c, "train")
@@ -492,12 +492,12 @@ def test_prepared_again_from_the_downloaded_zip(tiny, server):
     assert len(data.windows(c, "train")) == 9 and len(server.asked) == asked
 
 
-def test_other_content(tiny, server):
+def test_a_zip_without_videos_is_refused(tiny, server):
     server.files["gqn_mazes.zip"] = zipped({"a.txt": b"hello"})
     refused(for_dataset(tiny, "mazes"), "no train videos in .*; is it the published zip")
 
 
-def test_counts_that_differ_are_said(tiny, server, monkeypatch, capsys):
+def test_other_counts_than_published_are_reported(tiny, server, monkeypatch, capsys):
     server.files.update(contents("minerl"))
     monkeypatch.setattr(published.MinerlNavigate, "VIDEOS", {"train": 961, "test": 225})
     data.windows(for_dataset(tiny, "minerl"), "train")
@@ -514,7 +514,7 @@ def test_counts_that_differ_are_said(tiny, server, monkeypatch, capsys):
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    """A folder of videos of many kinds, and its configuration."""
+    """Return the configuration of a folder with videos of many kinds."""
     for split in "train", "test":
         (tmp_path / "my" / split / "deep").mkdir(parents=True)
     train = tmp_path / "my" / "train"
@@ -530,7 +530,7 @@ def folder(tiny, tmp_path):
     return for_dataset(tiny, "videos", datadir=str(tmp_path / "my"))
 
 
-def test_folder_of_videos(folder):
+def test_a_folder_of_videos_is_decoded(folder):
     train = data.windows(folder, "train")
     assert train.file.names == ["a.mp4", "c.webm", "d.gif", "deep/b.avi", "e.npy", "f.npz"]
     assert train.file.lengths.tolist() == [25, 23, 22, 24, 21, 20]
@@ -569,7 +569,7 @@ COVER, NORMAL, DEFAULT = Disposition.attached_pic, Disposition(0), Disposition.d
         ("largest.mkv", [("libx264", (32, 24), 9, NORMAL), ("libx264", (64, 64), 12, NORMAL)]),
     ],
 )
-def test_the_stream_that_players_show(tmp_path, name, streams):
+def test_the_stream_that_players_show_is_decoded(tmp_path, name, streams):
     with_streams(tmp_path / name, *streams)
     video = Video(name, tmp_path / name)
     assert decoded.survey(video).frames == 12
@@ -578,7 +578,7 @@ def test_the_stream_that_players_show(tmp_path, name, streams):
     np.testing.assert_allclose([frame.mean() for frame in frames], 10 * np.arange(12), atol=2)
 
 
-def test_a_cover_alone_is_no_video(tmp_path):
+def test_a_cover_is_no_video(tmp_path):
     with_streams(tmp_path / "a.mp4", ("mjpeg", (96, 96), 1, COVER))
     with pytest.raises(decoded.Unreadable, match="it has no video stream"):
         list(decoded.decode(Video("a.mp4", tmp_path / "a.mp4"), Decoding(3)))
@@ -596,7 +596,7 @@ def test_arrays_without_pixels_are_skipped(folder, shape, capsys):
 CUT = r"it ends after \d+ of the 60 frames that it announces; --partial_videos takes these"
 
 
-def test_cut_videos_are_left_out_or_taken_as_they_are(folder, capsys):
+def test_truncated_videos_are_left_out_or_kept_in_part(folder, capsys):
     train = data.Path(folder.datadir) / "train"
     for path in train.rglob("*.*"):
         path.unlink()
@@ -624,7 +624,7 @@ def test_cut_videos_are_left_out_or_taken_as_they_are(folder, capsys):
     assert all(10 <= length < 60 for length in windows.file.lengths[:3])
     for start, length, name in zip(windows.file.starts, windows.file.lengths, windows.file.names, strict=True):
         whole = reference((train / f"whole_{name.removeprefix('whole_')}").read_bytes())
-        sure = length if length == 60 else length - 3  # of the last ones, some that come between are missing
+        sure = length if length == 60 else length - 3  # some of the last frames are missing
         np.testing.assert_array_equal(windows.file.frames[start : start + sure], whole[:sure])
 
 
@@ -664,7 +664,7 @@ def at_times(path, ticks, codec="mpeg4", rate=20, shift=0, **options):
         ("edited.mp4", range(60), 10, 50),  # an edit list hides what was before 0
     ],
 )
-def test_whole_videos_that_announce_other_counts_stay(tmp_path, name, ticks, shift, frames):
+def test_complete_videos_that_announce_other_counts_are_kept(tmp_path, name, ticks, shift, frames):
     at_times(tmp_path / name, ticks, shift=shift, **({"avoid_negative_ts": "disabled"} if shift else {}))
     video = Video(name, tmp_path / name)
     assert len(list(decoded.decode(video, Decoding(3)))) == frames
@@ -687,7 +687,7 @@ def test_whole_videos_that_announce_other_counts_stay(tmp_path, name, ticks, shi
         ("without_times.mkv", 20, range(16), 10, 10, [0, 2, 4, 6, 8, 10, 12, 14]),  # negative ones, which MKV lacks
     ],
 )
-def test_frames_at_a_rate(folder, name, rate, ticks, shift, fps, numbers):
+def test_fps_samples_frames_by_their_times(folder, name, rate, ticks, shift, fps, numbers):
     train = data.Path(folder.datadir) / "train"
     at_times(train / name, ticks, rate=rate, shift=shift, **({"avoid_negative_ts": "disabled"} if shift else {}))
     c = dataclasses.replace(folder, fps=fps, seq_len=1)
@@ -698,8 +698,8 @@ def test_frames_at_a_rate(folder, name, rate, ticks, shift, fps, numbers):
     assert file.rates[own] == pytest.approx(rate * (len(ticks) - 1) / (max(ticks) - min(ticks)), rel=0.02)
 
 
-def test_a_picture_that_a_gif_holds_is_there_as_long(tmp_path):
-    """Pillow stores equal frames once, with a longer time."""
+def test_fps_repeats_the_long_frames_of_a_gif(tmp_path):
+    """Pillow stores equal frames once, with a longer duration."""
     from PIL import Image
 
     shades = [0, 0, 0, 40, 80, 80, 80, 80, 120, 160]
@@ -711,23 +711,23 @@ def test_a_picture_that_a_gif_holds_is_there_as_long(tmp_path):
     assert decoded.survey(video).frames == 5 and decoded.survey(video, 20).frames == pytest.approx(10, abs=1)
 
 
-def test_keys_of_frames_whose_folder_is_gone(folder):
+def test_decoded_frames_without_their_folder_need_the_same_keys(folder):
     c = dataclasses.replace(folder, fps=10)
     frames = data.windows(c, "test").file.frames.copy()
     shutil.rmtree(data.Path(folder.datadir) / "test")
     np.testing.assert_array_equal(data.windows(c, "test").file.frames, frames)
     for other in folder, dataclasses.replace(c, fps=5), dataclasses.replace(c, partial_videos=True):
         with pytest.raises(
-            ConfigError, match=r"^fit, split, partial_videos, fps: .*videos-test-3.* was decoded with other ones"
+            ConfigError, match=r"^fit, split, partial_videos, fps: .*videos-test-3.* was decoded with other values"
         ):
             data.windows(other, "test")
 
 
-def test_one_folder_is_split_by_names(folder, capsys):
+def test_a_folder_is_split_by_names(folder, capsys):
     datadir = data.Path(folder.datadir)
     shutil.rmtree(datadir / "test")
     c = dataclasses.replace(folder, split=0.5, eval_seq_len=10)
-    refused(c, "^split: .* has train or test already")
+    refused(c, "^split: .* has a folder train or test already")
     (datadir / "train").rename(datadir / "all")
     for number in range(30):
         shutil.copy(datadir / "all" / "a.mp4", datadir / "all" / f"{number}.mp4")
@@ -737,7 +737,7 @@ def test_one_folder_is_split_by_names(folder, capsys):
 
     train, test = names("train"), names("test")
     assert not train & test and len(train | test) == 36 and min(len(train), len(test)) > 9
-    data.look(c)  # leaves pictures there, which are no videos of it
+    data.inspect_dataset(c)  # leaves pictures there, which are no videos of it
     for number in range(30, 60):
         shutil.copy(datadir / "all" / "a.mp4", datadir / "all" / f"{number}.mp4")
     assert names("train") > train and names("test") > test and len(names("train") | names("test")) == 66
@@ -747,26 +747,26 @@ def test_one_folder_is_split_by_names(folder, capsys):
     one = "train" if "all/a.mp4" in train else "test"
     assert names(one) == {"all/a.mp4"}
     with pytest.raises(
-        ConfigError, match=r"holds no videos; put .* files there, or set another split, so that some are"
+        ConfigError, match=r"holds no videos; put .* files there, or set another --split, so that some are"
     ):
         names("test" if one == "train" else "train")
 
 
-def test_times_that_do_not_increase():
+def test_times_must_increase():
     for times in [None], [0, 1, 1], [0, 2, 1], [0, None]:
         frames = [types.SimpleNamespace(pts=time, time_base=Fraction(1, 20), duration=1) for time in times]
-        with pytest.raises(decoded.Shuffled):
+        with pytest.raises(decoded.Unordered):
             list(decoded.by_time(iter(frames), Fraction(20)))
 
 
-def test_rates_are_told(folder, capsys):
+def test_different_frame_rates_are_reported(folder, capsys):
     at_times(data.Path(folder.datadir) / "train" / "slow.mkv", range(12), rate=12)
-    data.look(folder)
+    data.inspect_dataset(folder)
     printed = capsys.readouterr().out
     assert "The videos have 12 to 20 frames a second, and each frame is kept; --fps takes them at one rate" in printed
     assert "train  20 frames/s: a.mp4, c.webm, d.gif, deep/b.avi\ntrain  no known rate: e.npy, f.npz\n" in printed
     assert "train  12 frames/s: slow.mkv\n" in printed
-    data.look(dataclasses.replace(folder, fps=12, rebuild_frames=True))
+    data.inspect_dataset(dataclasses.replace(folder, fps=12, rebuild_frames=True))
     assert "each frame is kept" not in capsys.readouterr().out
 
 
@@ -812,8 +812,8 @@ BLUE, RED = [0, 0, 253], [253, 0, 0]
         ),
     ],
 )
-def test_colours_are_those_of_ffmpeg(codec, pixels, across, down):
-    """Of ffmpeg 9.0.2, of the same files: the middle of a row from blue to red, and of a column that darkens."""
+def test_colours_equal_those_of_ffmpeg(codec, pixels, across, down):
+    """ffmpeg 9.0.2 gave these values: the middle of a row from blue to red, and of a column that darkens."""
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, :32, 2] = image[:, 32:, 0] = 255
     image[40:] //= 2
@@ -831,7 +831,7 @@ def test_colours_are_those_of_ffmpeg(codec, pixels, across, down):
         np.testing.assert_array_equal(frame[36:44, 10, 2], down)
 
 
-def test_pixels_may_change_in_the_middle_of_a_video():
+def test_sizes_and_formats_may_change_within_a_video():
     convert = decoded.ToRGB()
     for size, pixels in ((64, 48), "yuv420p"), ((64, 48), "yuv444p"), ((32, 32), "yuv444p"), ((32, 32), "gray10le"):
         grey = av.VideoFrame.from_ndarray(np.full((*size[::-1], 3), 100, np.uint8), "rgb24").reformat(format=pixels)
@@ -841,7 +841,7 @@ def test_pixels_may_change_in_the_middle_of_a_video():
             assert got.shape == (*size[::-1], 3) and abs(got.astype(int) - 100).max() <= 2
 
 
-def test_grey_folder(folder):
+def test_a_folder_can_be_decoded_to_grey(folder):
     c = dataclasses.replace(folder, channels=1)
     train = data.windows(c, "train")
     colour = reference(make_video(25)).astype(float)
@@ -851,7 +851,7 @@ def test_grey_folder(folder):
     np.testing.assert_array_equal(train[10], array[:10])
 
 
-def test_other_sizes_are_cropped_in_folders_and_stretched_in_published_ones():
+def test_other_sizes_are_cropped_or_stretched():
     image = np.zeros((1, 64, 192, 3), np.uint8)
     image[:, :, 64:128] = 200  # the middle third
     frames = [(av.VideoFrame.from_ndarray(image[0], "rgb24"), 1)]
@@ -899,7 +899,7 @@ def test_padded_frames_are_whole_and_centred(size):
 
 
 def test_colours_are_scaled_at_full_resolution():
-    """Bars of saturated colours, against the mean of four pixels each."""
+    """Bars of saturated colours equal the means of four pixels each."""
     image = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)[np.arange(128) // 4 % 4]
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
@@ -938,8 +938,7 @@ def test_rotated_videos_are_turned_upright(rotation, format):
     assert encoded_frames(content)[0].rotation % 360 == rotation % 360
 
 
-def test_display_matrices():
-    """Against their definition: where the matrix moves a corner."""
+def test_display_matrices_move_corners_by_their_definition():
     corners = np.arange(4).reshape(2, 2, 1)  # of pixels at x, y = +-1
     for matrix in (
         ([1, 0], [0, 1]),
@@ -956,15 +955,15 @@ def test_display_matrices():
         np.testing.assert_array_equal(decoded.upright(corners, 65536 * np.array(matrix)), want)
 
 
-def test_pixels_that_are_not_square():
-    """128x64 pixels, each half as wide as high, are a square picture: nothing is cut."""
+def test_pixels_need_not_be_square():
+    """128x64 pixels that are half as wide as high form a square picture, which isn't cropped."""
     content = make_video(3, size=(128, 64), pixel_aspect=Fraction(1, 2))
     with av.open(io.BytesIO(content)) as container:
         assert container.streams.video[0].sample_aspect_ratio == Fraction(1, 2)
     np.testing.assert_array_equal(decoded_frames(content), decoded_frames(content, Decoding(3)))
 
 
-def test_more_suffixes_and_links_to_folders(folder, tmp_path, capsys):
+def test_all_suffixes_and_links_to_folders_are_found(folder, tmp_path, capsys):
     train = data.Path(folder.datadir) / "train"
     for path in train.rglob("*.*"):
         path.unlink()
@@ -988,7 +987,7 @@ def test_more_suffixes_and_links_to_folders(folder, tmp_path, capsys):
     assert "Ignored" not in capsys.readouterr().out
 
 
-def test_long_lists_are_cut():
+def test_long_lists_are_shortened():
     names = [str(i) for i in range(7)]
     assert decoded.listed(names, 7) == "0, 1, 2, 3, 4, 5, 6" and decoded.listed(names, 5) == "0, 1, 2, 3, 4 and 2 more"
 
@@ -1017,14 +1016,14 @@ def test_broken_and_short_videos_are_listed_and_skipped(folder, capsys):
         "Skipped 8 unreadable videos: bad.mp4 (" in printed
         and "floats.npy (it is float64 [30, 64, 64, 3] instead of" in printed
     )
-    assert "Skipped 1 train videos of less than 10 frames: short.mp4" in printed
+    assert "Skipped 1 train videos with fewer than 10 frames: short.mp4" in printed
 
 
 OTHER_BYTES = os.fsdecode(b"caf\xe9")
 
 
-def test_names_that_are_not_utf8(folder, tmp_path):
-    """Whatever is said about files can be printed, by a terminal of any encoding; their videos are used."""
+def test_file_names_need_not_be_utf8(folder, tmp_path):
+    """Messages about such files can be printed with any encoding. Their videos are used."""
     datadir = data.Path(folder.datadir).rename(tmp_path / OTHER_BYTES)
     for path in (datadir / "train").rglob("*.*"):
         path.unlink()
@@ -1052,7 +1051,7 @@ def test_names_that_are_not_utf8(folder, tmp_path):
     escaped = r"caf\udce9"
     assert f"they aren't videos: {escaped}notes.txt" in done.stdout
     assert f"Skipped 1 unreadable videos: {escaped}bad.mp4 (" in done.stdout
-    assert f"Skipped 1 train videos of less than 10 frames: {escaped}short.mp4" in done.stdout
+    assert f"Skipped 1 train videos with fewer than 10 frames: {escaped}short.mp4" in done.stdout
     assert data.windows(c, "train").file.names == [f"{OTHER_BYTES}{name}" for name in ("short.mp4", "whole.mp4")]
     shutil.rmtree(datadir / "train")
     shutil.rmtree(datadir / "frames")
@@ -1061,15 +1060,15 @@ def test_names_that_are_not_utf8(folder, tmp_path):
     assert done.stderr.startswith(f"error: datadir: {tmp_path}/{escaped}/train is missing; put ")
 
 
-def test_folders_where_libraries_need_utf8(tiny, server, tmp_path, monkeypatch):
+def test_directories_of_checkpoints_and_tfds_must_be_utf8(tiny, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^logdir: .*caf\\udce9.* isn't UTF-8, as it has to be"):
+    with pytest.raises(ConfigError, match=r"^logdir: .*caf\\udce9.* isn't UTF-8; rename it"):
         Checkpoints(tmp_path / OTHER_BYTES)
     refused(dataclasses.replace(for_dataset(tiny, "mazes"), datadir=OTHER_BYTES), r"^datadir: .* isn't UTF-8")
     assert not server.asked and not list(tmp_path.iterdir())
 
 
-def test_no_usable_video(folder):
+def test_a_folder_without_usable_videos_is_refused(folder):
     for path in (data.Path(folder.datadir) / "train").rglob("*.*"):
         path.unlink()
     refused(folder, "train holds no videos; put .avi, .gif, .m4v, .mkv, .mov, .mp4")
@@ -1078,14 +1077,14 @@ def test_no_usable_video(folder):
     refused(dataclasses.replace(folder, datadir="nowhere"), "nowhere/train is missing")
 
 
-def test_too_short_for_any_window(folder):
+def test_windows_longer_than_all_videos_are_refused(folder):
     with pytest.raises(ConfigError, match=r"^seq_len: no train video has 30 frames; set at most 25"):
         data.windows(dataclasses.replace(folder, seq_len=30), "train")
     with pytest.raises(ConfigError, match="eval_seq_len: no test video has 41 frames; set at most 40"):
         data.windows(dataclasses.replace(folder, eval_seq_len=41), "test")
 
 
-def test_whole_videos(folder):
+def test_whole_videos_must_have_the_same_length(folder):
     c = dataclasses.replace(folder, eval_seq_len=0)
     assert data.windows(c, "test")[0].shape == (40, 64, 64, 3)
     (data.Path(folder.datadir) / "test" / "b.mp4").write_bytes(make_video(30))
@@ -1096,14 +1095,14 @@ def test_whole_videos(folder):
         data.windows(c, "test")
 
 
-def test_changed_folder(folder):
+def test_a_changed_folder_is_noticed(folder):
     data.windows(folder, "train")
     (data.Path(folder.datadir) / "train" / "new.mp4").write_bytes(make_video(25, seed=7))
     with pytest.raises(ConfigError, match=r"have changed since .* was decoded; run again with --rebuild_frames"):
         data.windows(folder, "train")
     assert len(data.windows(dataclasses.replace(folder, rebuild_frames=True), "train")) == 14
     assert len(data.windows(folder, "train")) == 14
-    # The originals may go.
+    # The original files may be removed.
     shutil.rmtree(data.Path(folder.datadir) / "train")
     assert len(data.windows(folder, "train")) == 14
 
@@ -1131,7 +1130,7 @@ def test_damaged_frame_files_are_refused(folder, damage):
     assert len(data.windows(dataclasses.replace(folder, rebuild_frames=True), "train")) == 12
 
 
-def test_frames_that_may_not_be_read_are_named(folder, monkeypatch):
+def test_frame_files_without_permission_are_named(folder, monkeypatch):
     data.windows(folder, "train")
     path = str(decoded.frames_path(data.Path(folder.datadir) / "frames" / "videos-train-3"))
     monkeypatch.setattr(np, "memmap", Mock(side_effect=PermissionError(13, "Permission denied", path)))
@@ -1152,14 +1151,14 @@ def start_preparing(c, **environment):
 
 @pytest.fixture
 def large(folder):
-    """A folder that takes some seconds to decode."""
+    """Return the configuration of a folder that takes some seconds to decode."""
     content = make_video(400, seed=11)
     for i in range(60):
         (data.Path(folder.datadir) / "train" / f"v{i:02}.mp4").write_bytes(content)
     return folder
 
 
-def test_killed_while_decoding(large):
+def test_decoding_starts_again_after_a_kill(large):
     process = start_preparing(large)
     aside = data.Path(large.datadir) / "frames" / "videos-train-3.frames.new"
     while process.poll() is None and not (aside.exists() and aside.stat().st_size):
@@ -1174,7 +1173,7 @@ def test_killed_while_decoding(large):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_while_decoding(large, signum):
+def test_interrupted_decoding_leaves_no_files(large, signum):
     process = start_preparing(large)
     aside = data.Path(large.datadir) / "frames" / "videos-train-3.frames.new"
     while process.poll() is None and not (aside.exists() and aside.stat().st_size):
@@ -1186,8 +1185,8 @@ def test_interrupted_while_decoding(large, signum):
     assert not aside.exists() and not decoded.frames_path(aside.with_name("videos-train-3")).exists()
 
 
-def test_interrupted_while_a_long_video_is_decoded(folder, monkeypatch):
-    """Its thread ends at the next frame, not at the video's end."""
+def test_an_interrupt_stops_within_a_long_video(folder, monkeypatch):
+    """The decoding thread ends at its next frame."""
     frame, given = (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24"), 1), []
 
     def frames(_):
@@ -1205,7 +1204,7 @@ def test_interrupted_while_a_long_video_is_decoded(folder, monkeypatch):
     assert len(given) < 10_000
 
 
-def test_failed_rebuild_keeps_the_frames(folder, monkeypatch):
+def test_a_failed_rebuild_keeps_the_frames(folder, monkeypatch):
     windows = data.windows(folder, "train")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**6))
     with pytest.raises(ConfigError, match="MB free"):
@@ -1213,7 +1212,7 @@ def test_failed_rebuild_keeps_the_frames(folder, monkeypatch):
     assert data.windows(folder, "train").file.names == windows.file.names
 
 
-def test_two_at_once(large):
+def test_two_processes_decode_a_dataset_once(large):
     processes = [start_preparing(large), start_preparing(large)]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -1221,21 +1220,21 @@ def test_two_at_once(large):
     assert sum("Another process is decoding" in output for output in outputs) >= 1
 
 
-def test_too_little_space(folder, monkeypatch):
+def test_too_little_space_is_refused(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
     refused(folder, r"has 1 MB free, decoded frames need 2 MB; free some")
 
 
-def test_full_disk(folder, monkeypatch):
-    """The system's own error while frames are written."""
+def test_a_full_disk_while_decoding_is_named(folder, monkeypatch):
+    """The system's error comes while frames are written."""
     monkeypatch.setattr(
         shutil, "copyfileobj", lambda a, b: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     refused(folder, "no space left in .*frames")
 
 
-def test_datadir_that_can_not_be_written(folder, monkeypatch):
-    """Frames that are there are read; others are refused in one line."""
+def test_a_read_only_datadir_needs_decoded_frames(folder, monkeypatch):
+    """Decoded frames are read. A split without them is refused in one line."""
     windows = len(data.windows(folder, "train"))
 
     def read_only(*_, **__):
@@ -1250,7 +1249,7 @@ def test_datadir_that_can_not_be_written(folder, monkeypatch):
 # ---------------------------------------------------------------------------------------------- windows
 
 
-def test_each_window_once_with_ragged_lengths(folder):
+def test_videos_of_any_length_give_each_window_once(folder):
     train = data.windows(folder, "train")
     seen = []
     for i in range(len(train)):
@@ -1261,7 +1260,7 @@ def test_each_window_once_with_ragged_lengths(folder):
     assert len(set(seen)) == len(seen) == sum(length // 10 for length in train.file.lengths)
 
 
-def test_random_starts(folder):
+def test_random_starts_take_windows_from_any_frame(folder):
     c = dataclasses.replace(folder, random_start=True, num_epochs=40, seed=3)
     train = data.windows(c, "train")
     order = data.training_sequences(c, train)
@@ -1282,7 +1281,7 @@ def write_idx(path, images, opener=open):
         file.write(np.array([2051, *images.shape], ">u4").tobytes() + images.tobytes())
 
 
-def test_moving_mnist_from_idx_files(tiny, tmp_path):
+def test_moving_mnist_is_read_from_idx_files(tiny, tmp_path):
     images = np.zeros((4, 28, 28), np.uint8)
     images[:, 4:24, 4:24] = np.array([100, 150, 200, 250])[:, None, None]
     write_idx(tmp_path / "train-images-idx3-ubyte", images[:2])
@@ -1294,7 +1293,7 @@ def test_moving_mnist_from_idx_files(tiny, tmp_path):
         250,
     }
     write_idx(tmp_path / "train-images-idx3-ubyte", images[:0])
-    digits.of_mnist.cache_clear()
+    digits.mnist_digits.cache_clear()
     with pytest.raises(ConfigError, match="train-images-idx3-ubyte isn't an idx file of 28x28 images"):
         data.windows(c, "train")
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"junk")
@@ -1304,10 +1303,10 @@ def test_moving_mnist_from_idx_files(tiny, tmp_path):
         data.windows(dataclasses.replace(c, datadir="nowhere"), "train")
 
 
-def test_looking_at_a_dataset(folder, capsys):
+def test_data_py_draws_windows(folder, capsys):
     from PIL import Image
 
-    data.look(folder)
+    data.inspect_dataset(folder)
     printed = capsys.readouterr().out
     assert f"train          6           135        12 {135 * 64 * 64 * 3:16,}" in printed
     with Image.open(data.Path(folder.datadir) / "videos.png") as sheet:
@@ -1316,30 +1315,33 @@ def test_looking_at_a_dataset(folder, capsys):
         assert gif.n_frames == 10
 
 
-def test_what_may_hurt_is_said(capsys):
+def test_data_py_warns_of_what_harms_training(capsys):
     random = np.random.default_rng(0)
     moving = (100 + 40 * np.sin(np.arange(64) / 9 + np.arange(40)[:, None] / 3)).astype(np.uint8)
     moving = np.broadcast_to(moving[:, None, :, None], (40, 64, 64, 3))
     cut = np.concatenate([moving[:20], 255 - moving[20:]])
-    data.describe("test", [moving] * 200)
+    data.describe_frames("test", [moving] * 200)
     assert capsys.readouterr().out == (
-        "test   in 100 windows, 0% of the frames are as the one before, 0% are black, 0 come after a cut\n"
+        "test   in 100 windows, 0% of the frames nearly equal the one before, 0% are black, 0 come after a cut\n"
     )
-    data.describe("train", [np.zeros_like(moving), moving, cut])
+    data.describe_frames("train", [np.zeros_like(moving), moving, cut])
     assert capsys.readouterr().out == (
-        "train  in 3 windows, 32% of the frames are as the one before, 33% are black, 1 come after a cut\n"
+        "train  in 3 windows, 32% of the frames nearly equal the one before, 33% are black, 1 come after a cut\n"
         "train  Warning: black frames teach nothing; cut them off\n"
-        "train  Warning: what comes after a cut can't be predicted; divide the videos there\n"
-        "train  Warning: 3 windows are few; models learn them by heart\n"
+        "train  Warning: frames after a cut can't be predicted; divide the videos there\n"
+        "train  Warning: 3 windows are few; models memorise them\n"
     )
-    data.describe("test", [np.full_like(moving, 90)])
-    assert "Warning: most frames are as the one before; a lower --fps would leave them out" in capsys.readouterr().out
-    noise = random.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)  # changes by much, but always
-    data.describe("test", [noise])
+    data.describe_frames("test", [np.full_like(moving, 90)])
+    assert (
+        "Warning: most frames nearly equal the one before; a lower --fps would leave them out"
+        in capsys.readouterr().out
+    )
+    noise = random.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)  # it changes much, but all the time
+    data.describe_frames("test", [noise])
     assert "0 come after a cut" in capsys.readouterr().out
 
 
-def test_captions_say_where_a_window_is_from(folder):
+def test_captions_name_the_source_of_a_window(folder):
     at_times(data.Path(folder.datadir) / "train" / "a b.mkv", range(16), rate=8)
     train = data.windows(folder, "train")
     captions = [data.caption(folder, train, number) for number in range(len(train))]
@@ -1351,8 +1353,8 @@ def test_captions_say_where_a_window_is_from(folder):
     assert data.caption(folder, [None], 0) == "window 0"
 
 
-def test_pictures_that_can_not_be_written(folder, monkeypatch, capsys):
-    """The dataset is complete, on a disk that can only be read."""
+def test_pictures_that_cannot_be_written_are_reported(folder, monkeypatch, capsys):
+    """The dataset itself is complete, on a read-only disk."""
 
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
@@ -1362,11 +1364,11 @@ def test_pictures_that_can_not_be_written(folder, monkeypatch, capsys):
         rf"the dataset is complete, but its pictures can't be written to {folder.datadir} \(Read-only file system\)"
     )
     with pytest.raises(ConfigError, match=message):
-        data.look(folder)
+        data.inspect_dataset(folder)
     assert "train          6           135" in capsys.readouterr().out
 
 
-def test_data_command_line(tmp_path):
+def test_data_py_describes_generated_digits(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "data.py", "--dataset=digits", f"--datadir={tmp_path}"],
         capture_output=True,
@@ -1375,8 +1377,3 @@ def test_data_command_line(tmp_path):
     )
     assert "train     20,000     2,000,000    20,000    8,192,000,000" in done.stdout
     assert {p.name for p in tmp_path.iterdir()} == {"digits.png", "digits.gif"}
-
-
-def test_configurations_name_datasets_that_exist():
-    for name in "minerl", "mazes", "mmnist":
-        assert configuration.load(ROOT / "configs" / f"{name}.yml").dataset in published.BUILDERS

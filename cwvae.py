@@ -324,7 +324,10 @@ class CWVAE(Model):
     def observe(
         self, video: Array, inputs: Sequence[Inputs], state: State | None = None, use_obs: str | None = None
     ) -> tuple[tuple[LevelRollout, ...], State]:
-        """Infer the states from frames (filtering). Each sees all frames up to the end of its tick of the top level.
+        """Infer the states from frames (filtering).
+
+        A state depends on its own level's features and, through its context, on those of all levels above. Thus it
+        depends on all frames up to the end of the top level's current tick, but not on the states of the levels below.
 
         Args:
             video: [B, T, H, W, C], uint8 or floats in [0, 1]. More frames can follow if T is a multiple of k**(L-1).

@@ -113,8 +113,8 @@ def stacked(source: Windows, indices: Iterable[int]) -> Window:
 def for_devices(train: Windows) -> tuple[Windows, Callable[[Batch], Batch]]:
     """Return the windows to send to the devices, and a function that turns their batches into frames there.
 
-    Accelerators draw generated digits themselves. A host draws some 50 batches a second with any number of cores, since
-    much of the work is in Python, and an accelerator may train on more.
+    Accelerators draw generated digits themselves, since a host draws only about 50 batches a second, and an accelerator
+    may need more. More cores do not help the host, because much of the work is in Python.
     """
     if isinstance(train, digits.MovingDigits) and not on_cpu():
         return train.sprites(), lambda batch: batch._replace(video=digits.draw(batch.video))

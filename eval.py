@@ -191,8 +191,8 @@ def reference_metrics(
     keys: Array,
     first: int,
     pool: np.ndarray | None,
-    place: Callable[[Any], Any] = jnp.asarray,
-    actions: np.ndarray | None = None,
+    place: Callable[[Any], Any],
+    actions: np.ndarray | None,
 ) -> dict[str, Metrics]:
     """Return the metrics of the references that predictions are compared with, see `statistics.REFERENCES`.
 
@@ -236,8 +236,8 @@ def shuffle_future_actions(actions: np.ndarray, context: int, first: int) -> np.
     return np.concatenate([actions[:, :context], np.stack(futures)], axis=1)
 
 
-def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:
-    """Return random frames of the training set, uint8 [count, H, W, C]. They are the same for all models.
+def random_frames(config: Config) -> np.ndarray | None:
+    """Return random frames of the training set, uint8 [1000, H, W, C]. They are the same for all models.
 
     Print a line and return None if there is no training set, as on a machine that only evaluates.
     """
@@ -247,7 +247,7 @@ def random_frames(config: Config, count: int = 1000) -> np.ndarray | None:
         print(f"The line of random training frames is left out, since there is no training set: {error}")
         return None
     random = np.random.default_rng(0)
-    chosen = (windows[int(random.integers(len(windows)))] for _ in range(count))
+    chosen = (windows[int(random.integers(len(windows)))] for _ in range(1000))
     return np.stack([window[random.integers(len(window))] for window in chosen])
 
 
@@ -352,11 +352,12 @@ def predict_all(
     count: int,
     directory: Path,
     devices: Devices,
-    lpips: perceptual.Network | None = None,
+    lpips: perceptual.Network | None,
 ) -> None:
-    """Write predictions and metrics of the first `count` test sequences, except existing ones.
+    """Write the predictions and metrics of the first `count` test sequences.
 
-    LPIPS is one of the metrics if its network is given. A thread writes a batch while the devices compute the next one.
+    Batches at the beginning that are complete are skipped. LPIPS is one of the metrics if its network is given. A
+    thread writes a batch while the devices compute the next one.
     """
     c = config
     batch_size = min(c.batch_size, count)

@@ -25,12 +25,7 @@ class TrainedModel(NamedTuple):
 
 
 def parse_directories(
-    arguments: Sequence[str],
-    program: str,
-    description: str,
-    keys: bool = True,
-    examples: Sequence[str] = (),
-    **special: Flag,
+    arguments: Sequence[str], program: str, description: str, keys: bool, examples: Sequence[str], **special: Flag
 ) -> tuple[list[str], dict[str, str], dict[str, str]]:
     """Parse a command line that begins with directories and continues with flags.
 
@@ -76,7 +71,7 @@ def parse_named(
 
 
 def parse_models(
-    command: str, description: str | None, arguments: Sequence[str], examples: Sequence[str] = (), **special: Flag
+    command: str, description: str | None, arguments: Sequence[str], examples: Sequence[str], **special: Flag
 ) -> tuple[list[TrainedModel], dict[str, str]]:
     """Return the models that a command line names, and its special flags.
 

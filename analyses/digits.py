@@ -209,19 +209,17 @@ def partly_blurred(frames: np.ndarray, random: np.random.Generator) -> np.ndarra
     return result
 
 
-def train_classifier(
-    train: MovingDigits, steps: int = 5000, batch_size: int = 64, copies: int = 15, seed: int = 0
-) -> Classifier:
+def train_classifier(train: MovingDigits, steps: int = 5000, batch_size: int = 64, copies: int = 15) -> Classifier:
     """Train a `DigitClassifier` on frames of the training digits, with Adam and a cosine decay of the rate to zero.
 
     Each digit occurs unchanged and in `copies` distorted forms, since scikit-learn has only 1,498 training digits.
     """
     model = DigitClassifier(train.digits)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     glyphs = np.concatenate([train.glyphs, *(distorted(train.glyphs, random) for _ in range(copies))])
     all_labels = np.tile(train.labels, copies + 1)
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, FRAME_SIZE, FRAME_SIZE, 1)))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, FRAME_SIZE, FRAME_SIZE, 1)))
     opt_state = optimizer.init(params)
     sets = digit_sets(train.digits)
 
@@ -242,7 +240,8 @@ def train_classifier(
 
     likeliest = jax.jit(lambda frames: jnp.asarray(model.apply(params, frames)).argmax(-1))
 
-    def classify(frames: np.ndarray, batch_size: int = 500) -> np.ndarray:
+    def classify(frames: np.ndarray) -> np.ndarray:
+        batch_size = 500
         batches = [frames[start : start + batch_size] for start in range(0, len(frames), batch_size)]
         # All batches have one size, so that the classifier is compiled once.
         padded = [np.pad(batch, [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]) for batch in batches]

@@ -19,7 +19,7 @@ NOISE = 16
 """The grey level, of 255, up to which a pixel has no ink: decoders leave some haze on black."""
 
 
-def centers(frames: np.ndarray, batch_size: int = 500) -> np.ndarray:
+def centers(frames: np.ndarray) -> np.ndarray:
     """Return the centre of the digit in each frame, uint8 [..., H, W, 1] -> (y, x) in pixels [..., 2].
 
     The centre is the centroid of the ink within a window of a digit's size. At first, the centre of the window is the
@@ -42,7 +42,7 @@ def centers(frames: np.ndarray, batch_size: int = 500) -> np.ndarray:
         return center
 
     flat = frames.reshape(-1, H, W)
-    found = [of_batch(flat[i : i + batch_size]) for i in range(0, len(flat), batch_size)]
+    found = [of_batch(flat[i : i + 500]) for i in range(0, len(flat), 500)]
     return np.concatenate(found).reshape(*shape, 2)
 
 

@@ -87,18 +87,18 @@ def histograms(video: np.ndarray) -> np.ndarray:
 
 
 def assign_rooms(colors: np.ndarray, known_rooms: Sequence[np.ndarray] = ()) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return the room of each frame, by the colours of walls and floor, which differ between rooms and hallway.
+    """Return the room of each frame. The colours of walls and floor tell the rooms and the hallway apart.
 
     A frame belongs to the room whose histogram overlaps most with its own, if the overlap is at least SAME_ROOM. If
-    MIN_STAY frames in a row belong to no room but are alike, their mean histogram is a new room. Other frames get the
-    room of the frames before them; at the beginning, of the frames after them.
+    MIN_STAY frames in a row belong to no room but are alike, they are a new room, with their mean histogram. Other
+    frames get the room of the frames before them. At the beginning they get the room of the frames after them.
 
     Args:
         colors: of `histograms`, [T, bins].
         known_rooms: histograms of rooms that were found earlier.
 
     Returns:
-        The numbers of the frames' rooms, [T] from 0, and the histograms of all rooms.
+        The number of each frame's room, [T], from 0, and the histograms of all rooms.
     """
     found = list(known_rooms)
     shown = np.full(len(colors), -1)

@@ -303,11 +303,13 @@ def log_density(logits: Array, log_sample: Array, temperature: Array) -> Array:
 
 
 def limit_segments(logits: Array, read: Array, max_segments: int, max_length: int) -> Array:
-    """Return prior logits with at most `max_segments` segments, none longer than `max_length` (which wins).
+    """Return prior logits that allow at most `max_segments` segments, each of at most `max_length` frames.
+
+    If the two limits conflict, `max_length` applies.
 
     Args:
-        logits: of the next frames, [B, T, 2].
-        read: of the frames, [B, T, 1]. The first frame begins a segment.
+        logits: of a boundary at the frame after each frame, [B, T, 2].
+        read: [B, T, 1], 1 for a frame that begins a segment. The first frame does.
     """
     m = math.log(0.999 / 0.001)
     begins = jax.lax.stop_gradient(read) > 0.5

@@ -13,7 +13,6 @@ import os
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -51,7 +50,7 @@ from cwvae import CWVAE
 from fast import convolutions, scan
 from sequences import rollout
 from sequences.noise import Inputs, draw, sequence_keys, ticks
-from system.devices import Devices, use_compilation_cache
+from system.devices import Devices
 from system.interrupts import exit_codes
 from training.step import make_optimizer, make_state, make_train_step
 
@@ -310,34 +309,6 @@ def kernels(program: str) -> tuple[int, list[tuple[int, int]]]:
 # ---------------------------------------------------------------------------------------------- whole programs
 
 
-def bench_compile(config: Config) -> list[Row]:
-    """Time from the start of Python to the end of the first step, with an empty and a warm compilation cache."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for cache in "empty", "warm":
-            c = dataclasses.replace(config, seed=0, wandb="disabled", logdir=str(Path(folder) / cache))
-            (Path(folder) / "config.yml").write_text(c.to_yaml())
-            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "STARTED": str(time.time())}
-            program = [sys.executable, "-m", "benchmarks", "first_step", "--config", f"{folder}/config.yml"]
-            output = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
-            rows.append(row(f"start to first step, {cache} compilation cache", "s", float(output.splitlines()[-1])))
-    return rows
-
-
-def first_step(config: Config) -> list[Row]:
-    """Train for one step, print the seconds since the start, and exit. `bench_compile` starts it as a process."""
-
-    def update(progress: Any, loss: Any) -> None:
-        jax.block_until_ready(loss)
-        print(time.time() - float(os.environ["STARTED"]), flush=True)
-        os._exit(0)
-
-    with mock.patch.object(train.Progress, "update", update):
-        use_compilation_cache()
-        train.train(config)
-    raise AssertionError("not reached")
-
-
 def bench_train(config: Config) -> list[Row]:
     """Time a whole training with data, validation, videos and checkpoints, and bare training steps.
 
@@ -472,10 +443,8 @@ BENCHMARKS = {
     "metrics": bench_metrics,
     "memory": bench_memory,
     "kernels": bench_kernels,
-    "compile": bench_compile,
     "train": bench_train,
     "data": bench_data,
-    "first_step": first_step,
 }
 
 

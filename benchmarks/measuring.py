@@ -146,7 +146,6 @@ class Bench:
         self.video = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         weight = (np.arange(shape[0]) < c.batch_size).astype(np.float32)
         self.batch = next(self.devices.spread(iter([data.Batch(self.video, weight)])))
-        self.keys = sequence_keys(jax.random.key(0), 0, c.batch_size)
 
     def stepper(self) -> "Stepper":
         """Return the training step, on all devices."""

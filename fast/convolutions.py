@@ -38,7 +38,7 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 # ---------------------------------------------------------------------------------------------- layers
 
 
-def layer(kernel: Array, transposed: bool, frames: int = 1) -> Callable[[Array], Array]:
+def layer(kernel: Array, transposed: bool, frames: int) -> Callable[[Array], Array]:
     """Return `conv` or `conv_transpose` with this kernel, for `frames` frames in all.
 
     The kernel is transformed here, outside of loops over frames.

@@ -123,7 +123,7 @@ def scan(tick: Callable[..., tuple[Any, Any]], params: Any, state: Any, inputs: 
         transposed_kernels = [layer.kernel.T for layer in cast_kernels(layers)]  # once, outside of the loop
 
         def body(from_later: Any, slices: tuple) -> tuple[Any, Any]:
-            """Pass the gradient of the state after a tick to the state before it."""
+            """Return the gradients with respect to the state before a tick and the state after it."""
             (before, inputs, layer_outputs), (to_after, to_outputs) = slices
             to_after = jax.tree.map(jnp.add, to_after, from_later)
             kernels_and_outputs = iter(zip(transposed_kernels, layer_outputs, strict=True))

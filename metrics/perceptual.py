@@ -50,8 +50,8 @@ class Network(NamedTuple):
 class Networks(NamedTuple):
     """The networks of the metrics that are asked for."""
 
-    lpips: Network | None = None
-    fvd: Network | None = None
+    lpips: Network | None
+    fvd: Network | None
 
 
 # ---------------------------------------------------------------------------------------------- networks from files
@@ -62,7 +62,8 @@ def load(lpips: Path | None, fvd: Path | None, frames: int, clips: int) -> Netwo
 
     Args:
         lpips: the file of a network with the call `network(images, resize_images=False, return_lpips=True)`. For
-            images float32 [N, 3, H, W] from 0 to 255, it returns vectors [N, F]. LPIPS is their squared distance.
+            images float32 [N, 3, H, W] from 0 to 255, it returns vectors [N, F]. LPIPS is the squared distance between
+            two images' vectors.
         fvd: the file of a network with the call `network(clips, rescale=True, resize=True, return_features=True)`. For
             clips float32 [N, 3, T, H, W] from 0 to 255, it returns features [N, 400].
         frames: the number of predicted frames of a sequence.
@@ -166,11 +167,11 @@ def error_text(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------- metrics
 
 
-def lpips(network: Network, truth: np.ndarray, prediction: np.ndarray, batch: int = 64) -> np.ndarray:
+def lpips(network: Network, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Return the LPIPS of each frame, for truth and prediction uint8 [..., H, W, C] -> float32 [...]."""
     *leading, H, W, C = truth.shape
     a, b = (frames.reshape(-1, H, W, C) for frames in (truth, prediction))
-    distances = [network.apply(a[i : i + batch], b[i : i + batch]) for i in range(0, len(a), batch)]
+    distances = [network.apply(a[i : i + 64], b[i : i + 64]) for i in range(0, len(a), 64)]
     return np.concatenate(distances).reshape(leading).astype(np.float32)
 
 

@@ -43,9 +43,10 @@ def frame_metrics(truth: Array, prediction: Array, protocol: str) -> dict[str, A
     return {"ssim": ssim, "psnr": psnr.mean(-1)}
 
 
-def structural_similarity(a: Array, b: Array, data_range: float, window: int = 7) -> Array:
+def structural_similarity(a: Array, b: Array, data_range: float) -> Array:
     """Return the SSIM per channel, [..., H, W, C] -> [..., C], as scikit-image with its defaults."""
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    window = 7
     pixels = window**2
 
     def window_mean(x: Array) -> Array:

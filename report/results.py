@@ -186,8 +186,9 @@ def provenance(checkpoint: loading.Checkpoint, stages: Sequence[int] | None) -> 
     }
 
 
-def commit(source: Path = Path(__file__).parent.parent) -> str:
+def commit() -> str:
     """Return the commit of this code, with `-dirty` after it if files have been changed."""
+    source = Path(__file__).parent.parent
     if not (source / ".git").exists():  # git would search the parent directories
         return "unknown, since the code isn't in a git repository"
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--exclude=*"]

@@ -61,7 +61,7 @@ class Model(nn.Module):
         return noise.draw(self.config, keys, frames, context, actions)
 
     def time_slice(self, inputs: Any, start: int, stop: int) -> Any:
-        """Return the inputs of frames `start` to `stop` (exclusive), with zeros after the end of the inputs."""
+        """Return the inputs of frames `start` to `stop` (exclusive). Inputs that end earlier are padded with zeros."""
         return noise.time_slice(self.config, inputs, start, stop)
 
     def optimizer(self) -> optax.GradientTransformation:

@@ -93,7 +93,7 @@ def keep_patterns(config: Config, sizes: Sequence[int]) -> list[Array | None]:
 
 
 def time_slice(config: Config, inputs: Sequence[Inputs], start: int, stop: int) -> tuple[Inputs, ...]:
-    """Return the inputs of frames `start` to `stop` (exclusive), with zeros after the end of an array.
+    """Return the inputs of frames `start` to `stop` (exclusive). Arrays that end earlier are padded with zeros.
 
     `start` is a multiple of k**(L-1).
     """

@@ -153,7 +153,8 @@ def imagine(
 ) -> Iterator[Array]:
     """Yield `frames` predicted frames from frame `start` on, in chunks.
 
-    All chunks are computed at the same size, so that the model is compiled once; the last one is then cut.
+    All chunks are computed at the same size, so that the model is compiled only once. The last chunk is then cut to the
+    frames that are missing.
     """
     size = chunk or chunk_size(model.config)
     for first in range(start, start + frames, size):

@@ -493,7 +493,6 @@ def test_export_to_a_full_disk_fails(run, tmp_path):
 )
 def test_wrong_analysis_arguments_are_refused_in_one_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["analysis.py", *arguments])
-    monkeypatch.setattr("train.use_compilation_cache", lambda: None)
     with pytest.raises(SystemExit) as exit:
         analysis.main()
     error = capsys.readouterr().err

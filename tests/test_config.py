@@ -392,7 +392,7 @@ def programs(tmp_path_factory):
     (run / "checkpoints" / "1").mkdir(parents=True)
     (run / "config.yml").write_text(Config().to_yaml())
     with pytest.MonkeyPatch.context() as patch:
-        for program, work in (train, "train"), (eval, "evaluate"), (data, "look"):
+        for program, work in (train, "train"), (eval, "evaluate"), (data, "inspect_dataset"):
             patch.setattr(program, work, lambda *_: Mock(step=1))
         yield directory
 

@@ -340,7 +340,7 @@ def test_a_sweep_overrides_flags_which_override_yaml(tmp_path):
     environment = dict(WANDB_SWEEP_ID="abc", WANDB_RUN_ID="run1", WANDB_SWEEP_PARAM_PATH=str(tmp_path / "sweep.yml"))
     keys = {
         key: value
-        for key, value in flag_dict(num_digits=2, wandb="offline", max_steps=1).items()
+        for key, value in (TINY | dict(num_digits=2, wandb="offline", max_steps=1)).items()
         if key != "cell_embed_size"
     }
     arguments = [
@@ -357,10 +357,6 @@ def test_a_sweep_overrides_flags_which_override_yaml(tmp_path):
     (tmp_path / "sweep.yml").write_text("wandb_version: 1\nlevels: {value: 0}\n")
     done = run_program("train.py", arguments, tmp_path, **environment | {"WANDB_RUN_ID": "run2"})
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: levels: must be at least 1, got 0"
-
-
-def flag_dict(**keys):
-    return TINY | keys
 
 
 def test_a_missing_dataset_is_refused_in_one_line(tmp_path):

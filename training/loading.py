@@ -105,10 +105,10 @@ def find_run(logdir: Path) -> Path:
 
 
 def saved_keys(path: Path) -> dict[str, Any]:
-    """Return the keys in a run's config.yml, or in a .safetensors file.
+    """Return the keys and values in a run's config.yml, or in a .safetensors file.
 
     Raises:
-        ConfigError: the file can't be read, or keys are missing, for example because it is empty or truncated.
+        ConfigError: the file can't be read, or it lacks keys, for example because it is empty or truncated.
     """
     if weights.is_weights_file(path):
         return configuration.typed(weights.read_notes(path)["config"], str(path))

@@ -504,7 +504,7 @@ def checksum(index: dict[str, Any]) -> int:
 def frame_file(
     path: Path, open_videos: Callable[[], Videos], how: Decoding, origin: str | None = None, rebuild: bool = False
 ) -> FrameFile:
-    """Return the frame file at `path`; decode the videos into it first if needed, in one process at a time.
+    """Return the frame file at `path`. If needed, decode the videos into it first, while other processes wait.
 
     Args:
         path: the path of an existing or new frame file, without suffix.
@@ -719,15 +719,13 @@ def map_ahead(pool: concurrent.futures.Executor, function: Any, items: Iterable[
 
 # ---------------------------------------------------------------------------------------------- a folder of videos
 
-SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".webm"}
-
 
 class Folder(Sequence[Video]):
     """The videos below a folder, in the order of their paths."""
 
-    SUFFIXES: ClassVar[Collection[str]] = SUFFIXES
+    SUFFIXES: ClassVar[Collection[str]] = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".npy", ".npz", ".webm"}
 
-    def __init__(self, folder: Path, keys: str = "", belongs: Callable[[Path], bool] = lambda path: True):
+    def __init__(self, folder: Path, keys: str, belongs: Callable[[Path], bool]):
         """Find the videos.
 
         Args:
@@ -784,6 +782,6 @@ def files_below(folder: Path, ancestors: tuple[Path, ...] = ()) -> Iterator[Path
             yield path
 
 
-def is_video(path: Path, suffixes: Collection[str] = SUFFIXES) -> bool:
+def is_video(path: Path, suffixes: Collection[str]) -> bool:
     """Return whether a path is a file with a video's suffix, and not macOS's metadata (`._name`)."""
     return path.suffix.lower() in suffixes and path.is_file() and not path.name.startswith("._")

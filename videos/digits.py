@@ -35,7 +35,7 @@ class MovingDigits:
         read_labels: Callable[[str], np.ndarray],
         split: str,
         frames: int,
-        digits: int = 2,
+        digits: int,
         speed: tuple[float, ...] = (2.0, 6.0),
     ):
         """Read the digits of a split.

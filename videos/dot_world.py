@@ -11,8 +11,6 @@ RADIUS, STEP = 5, 6
 class DotWorld:
     """A white dot on black. An action (right, down), each in [-1, 1], moves it by up to STEP pixels; walls stop it."""
 
-    action_size = 2
-
     def reset(self, seed: int) -> np.ndarray:
         """Put the dot at a random position, and return the first frame, uint8 [64, 64, 1]."""
         self.position = np.random.default_rng(seed).uniform(RADIUS, FRAME_SIZE - 1 - RADIUS, 2)

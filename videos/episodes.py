@@ -20,8 +20,8 @@ from videos.decoded import Clip, Folder, Video, image_shape, listed
 class ActionFormat(NamedTuple):
     """The format of a file's actions, which the file doesn't say: configuration keys of these names."""
 
-    action_leads: bool = True
-    num_actions: int | None = None
+    action_leads: bool
+    num_actions: int | None
 
 
 class Episodes(Folder):

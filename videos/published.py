@@ -2,6 +2,8 @@
 
 A builder keeps each video of the published zips encoded, so prepared data stays small. Any program that has
 tensorflow-datasets reads it with `tfds.builder(name, data_dir=...)`. Features: `video` (the file's bytes) and `name`.
+
+To add a dataset, write a subclass of `Published`, and enter it in `BUILDERS` and in `CHANNELS` of config.py.
 """
 
 import contextlib

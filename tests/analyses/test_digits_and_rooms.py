@@ -198,9 +198,9 @@ def test_digits_are_right_in_any_order():
 # ---------------------------------------------------------------------------------------------- positions
 
 
-def placed_digits(count=200, seed=0):
-    """Return frames with a digit each, float [count, 64, 64], and the centroids of their ink, [count, 2]."""
-    random = np.random.default_rng(seed)
+def placed_digits(seed=0):
+    """Return frames with a digit each, float [200, 64, 64], and the centroids of their ink, [200, 2]."""
+    random, count = np.random.default_rng(seed), 200
     glyphs = random.choice(scikit_learn_digits("test"), count)
     corners = random.integers(37, size=(count, 2))
     corners[:4] = [[0, 0], [0, 36], [36, 0], [36, 36]]

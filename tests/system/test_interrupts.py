@@ -319,7 +319,7 @@ def test_non_finite_steps_stop_the_training(tiny, monkeypatch, capsys):
     assert newest(run) == 4
     assert [line["step"] for line in log_of(run)] == [3, 4]
     # The replay runs from the last good checkpoint to the bad step.
-    with pytest.raises(train.NonFinite, match="since step 5"):
+    with pytest.raises(train.NonFinite, match="from step 5 on"):
         train.train(dataclasses.replace(c, max_steps=5, save_scalars_every=1))
     # Without the cause, training continues.
     spoil = np.float32(0)

@@ -209,9 +209,9 @@ def test_a_zip_put_by_hand_is_used(tiny, server):
     assert not server.asked
 
 
-def refused(c, pattern, split="train"):
+def refused(c, pattern):
     with pytest.raises(ConfigError, match=pattern) as error:
-        data.windows(c, split)
+        data.windows(c, "train")
     assert "\n" not in str(error.value)
     assert not list(data.Path(c.datadir).glob("frames/*.frames*"))
 
@@ -628,11 +628,11 @@ def test_truncated_videos_are_left_out_or_kept_in_part(folder, capsys):
         np.testing.assert_array_equal(windows.file.frames[start : start + sure], whole[:sure])
 
 
-def at_times(path, ticks, codec="mpeg4", rate=20, shift=0, **options):
+def at_times(path, ticks, rate=20, shift=0, **options):
     """Write a video with frames at these ticks of `rate` per second, from tick `shift` on."""
     encoded = io.BytesIO()
     with av.open(encoded, "w", format="matroska", options={"avoid_negative_ts": "disabled"}) as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream = container.add_stream("mpeg4", rate=rate)
         stream.width = stream.height = 64
         stream.codec_context.max_b_frames = 0
         for number, tick in enumerate(ticks):

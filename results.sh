@@ -103,9 +103,9 @@ parts() {
     model rssm --levels 1
     model notmpabs --tmp_abs_factor 1
     others=()
-    for name in svg vta; do
-        other=$(dirname "$config")/$name/$(basename "$config")
+    for other in "$(dirname "$config")"/*/"$(basename "$config")"; do
         [ -e "$other" ] || continue
+        name=$(basename "$(dirname "$other")")
         training "$name" "$other"
         others+=("$name")
     done

@@ -11,6 +11,7 @@ import jax
 import config as configuration
 from analyses.arguments import TrainedModel
 from config import FRAME_SIZE, Config
+from data import USER_DATASETS
 from report.statistics import DIGITS, NAMES
 from report.tables import to_markdown
 from system import weights
@@ -28,7 +29,7 @@ def card(run: TrainedModel, params: Any, path: Path) -> str:
     c = run.config
     parts = [
         f"# {path.stem}",
-        f"A model that predicts videos of {FRAME_SIZE}x{FRAME_SIZE} pixels: {MODELS[c.model]}, in JAX.",
+        f"A model that predicts videos of {FRAME_SIZE}x{FRAME_SIZE} pixels: {MODELS.get(c.model, c.model)}, in JAX.",
         "\n".join(f"- {name}: {fact}" for name, fact in facts(run, params)),
         *scores(run),
         "## How to use it",
@@ -59,10 +60,12 @@ def data_source(config: Config) -> str:
         return f"`digits`: scikit-learn's handwritten digits, {c.num_digits} in a video (BSD)"
     if c.dataset == "mnist":
         return f"`mnist`: MNIST's handwritten digits, {c.num_digits} in a video (CC BY-SA 3.0)"
-    if c.dataset in ("videos", "episodes"):
+    if c.dataset in USER_DATASETS:
         return f"`{c.dataset}`: files of the person who trained the model"
     from videos.published import BUILDERS  # slow to import
 
+    if c.dataset not in BUILDERS:
+        return f"`{c.dataset}`"
     builder = BUILDERS[c.dataset]
     return f"`{c.dataset}`: [{builder.SUMMARY.split(':')[0]}]({builder.HOMEPAGE}) ({builder.LICENCE})"
 

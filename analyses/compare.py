@@ -358,7 +358,7 @@ def ranks(arguments: Sequence[str]) -> None:
 def score_table(comparisons: Sequence[Mapping[str, Any]], protocol: str, models: Sequence[str]) -> str:
     """Return the scores on each dataset as a Markdown table (Table E.1); arrows tell whether higher is better."""
     metrics = [m for m in statistics.NAMES if any(m in c["scores"][protocol][models[0]] for c in comparisons)]
-    arrows = [f"{statistics.NAMES[m]} {'↓' if m in statistics.PERCEPTUAL else '↑'}" for m in metrics]
+    arrows = [f"{statistics.NAMES[m]} {'↓' if m in statistics.LOWER_IS_BETTER else '↑'}" for m in metrics]
     rows = []
     for comparison in comparisons:
         for name in models:

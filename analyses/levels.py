@@ -92,10 +92,8 @@ def information(worker: Worker, frames: int, latents: Path) -> dict[str, Any]:
                 example=np.arange(first, first + valid),
                 stoch=found.stoch,
                 deter=found.deter,
-                prior_mean=found.prior.mean,
-                prior_stddev=found.prior.stddev,
-                posterior_mean=found.posterior.mean,
-                posterior_stddev=found.posterior.stddev,
+                **{f"prior_{name}": x for name, x in found.prior._asdict().items()},
+                **{f"posterior_{name}": x for name, x in found.posterior._asdict().items()},
             )
     by_term = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *totals)  # [L, N] each
     by_level = []

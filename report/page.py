@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import FRAME_SIZE
+from metrics.similarity import PROTOCOLS
 from report.statistics import METRICS, NAMES, PERCEPTUAL_NOTE, REFERENCES
 from report.tables import fvd_table, table
 from tools import FRAMES_PER_SECOND, GREEN, RED
@@ -211,7 +212,7 @@ def tables(lines: Mapping[str, Any], protocols: Mapping[str, str], count: int, s
     yield "</p>"
     for protocol, description in protocols.items():
         yield f"<h3>Protocol <code>{protocol}</code></h3><p>{escape(description)}.</p>"
-        for metric in METRICS:
+        for metric in lines[protocol]:
             yield html_table(*table(lines, protocol, [metric]))
 
 
@@ -232,7 +233,8 @@ def links(files: Sequence[str], rows: Sequence[Row] = ()) -> Iterable[str]:
     yield f"<h2>Files</h2><p>{', '.join(map(link, files))}</p>"
     if not rows:
         return
-    shown = [key for key in ("paper_ssim", "paper_psnr", "standard_ssim", "standard_psnr") if key in rows[0].averages]
+    keys = (f"{protocol}_{metric}" for protocol in PROTOCOLS for metric in METRICS)
+    shown = [key for key in keys if key in rows[0].averages]
     header = ["example", *(f"{NAMES[key.split('_')[1]]}, {key.split('_')[0]}" for key in shown), "files"]
     cells = (
         [str(number), *(f"{row.averages[key]:.4g}" for key in shown), Raw(" ".join(map(link, row.files)))]

@@ -366,10 +366,14 @@ def print_table(results: Mapping[str, Any]) -> None:
         f"step {results['checkpoint_step']}{', with 95 % confidence intervals' * (count > 1)}:\n"
     )
     for protocol in results["protocols"]:
-        print(f"{protocol:<10} {'SSIM':>25} {'PSNR (dB)':>25}")
-        for line in results["lines"][protocol]["ssim"]:
-            ssim, psnr = (results["lines"][protocol][metric][line]["average"] for metric in statistics.METRICS)
-            print(f"  {line:<24} {tables.with_interval(ssim, 4):>25} {tables.with_interval(psnr, 2):>24}")
+        by_metric = results["lines"][protocol]
+        print(f"{protocol:<26}", *(f"{statistics.NAMES[metric]:>25}" for metric in by_metric))
+        for line in next(iter(by_metric.values())):
+            averages = (
+                tables.with_interval(lines[line]["average"], statistics.DIGITS[metric])
+                for metric, lines in by_metric.items()
+            )
+            print(f"  {line:<24}", *(f"{average:>25}" for average in averages))
         print()
     print_perceptual(results)
 

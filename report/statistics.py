@@ -31,6 +31,8 @@ PERCEPTUAL = {"lpips": "LPIPS", "fvd": "FVD"}
 
 PERCEPTUAL_NOTE = "Computed on frames as saved, with 8 bits. Lower is better. FVD uses one sample of each sequence."
 
+LOWER_IS_BETTER = frozenset(PERCEPTUAL)
+
 NAMES = METRICS | PERCEPTUAL
 DIGITS = {"ssim": 4, "psnr": 2, "lpips": 4, "fvd": 1}
 
@@ -40,7 +42,7 @@ FEW_CLIPS = 256
 
 def goodness(metric: str, values: Any) -> Any:
     """Return the values of a metric, negated if lower is better."""
-    return -values if metric in PERCEPTUAL else values
+    return -values if metric in LOWER_IS_BETTER else values
 
 
 def estimate(values: np.ndarray, resamples: int = 1000) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from report.statistics import DIGITS, FEW_CLIPS, METRICS, NAMES
+from report.statistics import DIGITS, FEW_CLIPS, NAMES
 from system.files import replace_file
 
 Lines = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -59,12 +59,13 @@ def fvd_rows(results: Mapping[str, Any]) -> Iterator[Sequence[Any]]:
         yield "perceptual", "fvd", "first sample", f"1-{frames}", value, "", ""
 
 
-def table(lines: Lines, protocol: str, metrics: Sequence[str] = tuple(METRICS)) -> tuple[list[str], list[list[str]]]:
+def table(lines: Lines, protocol: str, metrics: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of a table of averages in one protocol, with a row per line.
 
     Averages are over all predicted frames, with intervals, and over the first ones.
     """
     header, rows = ["prediction / reference"], []
+    metrics = metrics or list(lines[protocol])
     for metric in metrics:
         name = NAMES[metric]
         any_line = next(iter(lines[protocol][metric].values()))

@@ -100,7 +100,7 @@ def write_evaluation(directory, seed, frames=True, truth=0, quality=None, **keys
     """
     random = np.random.default_rng(seed)
     low, high = (0, 1) if quality is None else (quality, quality + 0.01)
-    names = ["prediction", *statistics.REFERENCES.values()]
+    names = ["prediction", *(statistics.REFERENCES[key] for key in ("posterior", "copy", "random"))]
     lines = {
         protocol: {
             metric: {name: statistics.summary(random.uniform(low, high, (4, 12))) for name in names}

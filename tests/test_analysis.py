@@ -482,7 +482,7 @@ def test_export_to_a_full_disk_fails(run, tmp_path):
     [
         (
             ["level"],
-            "command: must be one of levels, blind, boundaries, digits, rooms, export, perceptual, compare, ranks, seeds, curves, got 'level'; did you mean 'levels'?",
+            f"command: must be one of {', '.join(analysis.COMMANDS)}, got 'level'; did you mean 'levels'?",
         ),
         (["levels"], "command line: no directory is named; call analysis.py levels [NAME=]RUN ..."),
         (["levels", "nowhere"], "logdir: nowhere is not a directory"),

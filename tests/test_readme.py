@@ -20,7 +20,7 @@ import config as configuration
 import eval as evaluation
 
 PRETRAINED = ROOT / "pretrained"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 
 

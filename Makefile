@@ -1,5 +1,6 @@
 # make train: set everything up, and train a small model on the embedded dataset, within minutes on two CPU cores.
 # make test:  set everything up, and run the linter, the type checker and the tests.
+# make test-fast: what of it takes less than two minutes on two CPU cores, from units of each kind to a short training.
 # pip has --no-compile, because Python compiles the few modules that it imports by itself.
 
 VENV ?= .venv
@@ -18,6 +19,19 @@ test: $(VENV)/test
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=5
 
+FAST = $(addprefix tests/, test_config.py test_data.py test_tools.py test_record.py test_readme.py fast/test_scan.py \
+	fast/test_initial.py sequences/test_noise.py metrics training/test_runs.py system/test_logs.py report/test_report.py \
+	analyses/test_compare.py analyses/test_digits_and_rooms.py \
+	$(addprefix test_cwvae.py::, test_cwvae_equals_the_textbook_form_in_single_precision test_nll_equals_scipy \
+	test_kl_divergence_and_entropy_equal_sampled_estimates test_states_do_not_depend_on_later_frames) \
+	test_train.py::test_training_is_repeatable_and_resumes_exactly \
+	test_eval.py::test_an_evaluation_writes_frames_curves_and_metrics)
+
+test-fast: $(VENV)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(FAST)
+
 $(VENV)/train: requirements.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3"; exit 1; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -28,4 +42,4 @@ $(VENV)/test: tests/requirements.txt $(VENV)/train
 	$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-.PHONY: train test
+.PHONY: train test test-fast

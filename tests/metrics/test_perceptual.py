@@ -183,7 +183,9 @@ def test_fvd_of_too_few_frames_or_sequences_is_refused(run, networks):
     assert not list(run.glob("eval_*"))
 
 
-@pytest.mark.parametrize("length, message", [(19, "got 15 of 3"), (4, "open_loop_ctx: must be less than 4, the frames of a test")])
+@pytest.mark.parametrize(
+    "length, message", [(19, "got 15 of 3"), (4, "open_loop_ctx: must be less than 4, the frames of a test")]
+)
 def test_frames_of_whole_videos_are_counted_for_fvd(run, networks, monkeypatch, length, message):
     monkeypatch.setattr(evaluation.data, "windows", lambda config, split: np.zeros((3, length, 64, 64, 1), np.uint8))
     with pytest.raises(ConfigError, match=message):

@@ -30,8 +30,7 @@ GRID = [
     dict(T=11, levels=3, tmp_abs_factor=2, backend="gpu"),
     dict(T=11, levels=1, tmp_abs_factor=6, action_size=2, enc_dense_layers=0),
     dict(T=11, levels=2, tmp_abs_factor=6, enc_dense_layers=3, use_obs="FT", filters=2),
-    dict(T=11, levels=3, tmp_abs_factor=1, enc_dense_layers=1),
-    dict(T=11, levels=3, tmp_abs_factor=3, enc_dense_layers=1, dec_stddev=0.4),
+    dict(T=11, levels=3, tmp_abs_factor=1, enc_dense_layers=1, dec_stddev=0.4),
     dict(T=11, levels=4, tmp_abs_factor=2, enc_dense_layers=4, cell_reset_state=True),
     dict(
         **dict(T=11, levels=3, tmp_abs_factor=2, dataset="minerl", channels=3, channels_mult=2),
@@ -185,37 +184,6 @@ def test_published_configurations_have_the_expected_parameter_counts(name, chann
     assert shapes["cell_1/posterior_in/kernel"] == (D + 1024, E)
     assert shapes["cell_1/gru/state_kernel"] == (D, 3 * D)
     assert shapes["cell_1/posterior_stats/stddev/kernel"] == (E, S)
-
-
-def test_all_layers_have_the_expected_shapes(monkeypatch):
-    of_convolutions = []
-
-    def recorded(*args, prepare=convolutions.layer):
-        layer = prepare(*args)
-
-        def function(x):
-            y = layer(x)
-            of_convolutions.append(y.shape)
-            return y
-
-        return function
-
-    monkeypatch.setattr(convolutions, "layer", recorded)
-    c, model, params, video, inputs = make(T=7, levels=3, tmp_abs_factor=2, filters=2)
-    of_convolutions.clear()
-    _, seen = model.module.apply(params, video, inputs, capture_intermediates=True)
-    shapes = {
-        "/".join(k.key for k in path if hasattr(k, "key")): x.shape
-        for path, x in jax.tree_util.tree_leaves_with_path(seen["intermediates"])
-    }
-    by_layer = {name.removesuffix("/__call__"): shape for name, shape in shapes.items()}
-    N = 2 * 7
-    sizes = [(30, 2), (14, 4), (6, 8), (2, 16), (5, 8), (13, 4), (30, 2), (64, 1)]  # encoder, decoder
-    assert of_convolutions == [(N, size, size, channels) for size, channels in sizes]
-    assert by_layer["decoder/dense"] == (N, 1024)
-    assert by_layer["encoder/level_1_dense_0"] == (2, 7, 6)
-    features = model.module.apply(params, video, method=lambda m, v: m.encoder(v))
-    assert [x.shape for x in features] == [(2, 7, 64), (2, 4, 64), (2, 2, 64)]
 
 
 def test_initial_parameters_have_flax_distributions():

@@ -13,10 +13,12 @@ train: $(VENV)/train
 	@echo "This small model shows that everything works: it draws blurred digits and forgets them within some frames."
 	@echo "See one that was trained for hours: $(VENV)/bin/python eval.py --logdir pretrained --num_examples 4"
 
-test: $(VENV)/test
+lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=5
 
 FAST = $(addprefix tests/, test_config.py test_data.py test_tools.py test_record.py test_readme.py fast/test_scan.py \
@@ -27,9 +29,7 @@ FAST = $(addprefix tests/, test_config.py test_data.py test_tools.py test_record
 	test_train.py::test_training_is_repeatable_and_resumes_exactly \
 	test_eval.py::test_an_evaluation_writes_frames_curves_and_metrics)
 
-test-fast: $(VENV)/test
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
+test-fast: lint
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(FAST)
 
 $(VENV)/train: requirements.txt
@@ -42,4 +42,4 @@ $(VENV)/test: tests/requirements.txt $(VENV)/train
 	$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r tests/requirements.txt
 	touch $@
 
-.PHONY: train test test-fast
+.PHONY: train lint test test-fast

@@ -1,17 +1,18 @@
-"""Draw assets/model.svg, three levels of a Clockwork VAE with k = 2: python assets/draw_model.py"""
+"""Draw assets/model.svg, three levels of a Clockwork VAE with k = 2: python -m assets.draw_model"""
 
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+import tools
+
 K, LEVELS, FRAMES, CONTEXT = 2, 3, 8, 4
-GREEN, RED, GREY = "#00aa82", "#dc3200", "#777777"
+GREEN, RED = (f"#{bytes(color).hex()}" for color in (tools.GREEN, tools.RED))
+GREY = "#777777"
 HEIGHT, PITCH = 0.46, 1.05
 """Of a tick's box; from one row to the next. A frame is 1 wide."""
 
@@ -70,8 +71,8 @@ def draw(axes: Axes) -> None:
 
 
 def main() -> None:
-    plt.rcParams |= {"svg.hashsalt": "model", "svg.fonttype": "path", "mathtext.fontset": "dejavusans"}
-    figure = plt.figure(figsize=(7.6, 3.9))
+    matplotlib.rcParams |= {"svg.hashsalt": "model", "svg.fonttype": "path", "mathtext.fontset": "dejavusans"}
+    figure = Figure(figsize=(7.6, 3.9))
     draw(figure.add_axes((0, 0, 1, 1)))
     path = Path(__file__).with_name("model.svg")
     figure.savefig(path, facecolor="white", metadata={"Date": None})

@@ -419,4 +419,4 @@ def log_to_wandb(config: Config, run: Path, directory: Path, results: Mapping[st
     except ConfigError as error:
         print(f"wandb: the evaluation isn't logged, since {error}")
     except Exception as error:  # wandb raises many kinds
-        print(f"Warning: wandb failed ({' '.join(str(error).split())}); the evaluation isn't logged there")
+        logs.warn_of_wandb(error, "the evaluation isn't logged there")

@@ -37,8 +37,6 @@ from system.files import replace_file, replace_link
 from training.loading import earlier_stages, initial_state, saved_config, saved_keys
 from training.step import NEVER, TrainState, make_state
 
-# ---------------------------------------------------------------------------------------------- training
-
 
 def directory(config: Config) -> Path:
     """Return the directory of a configuration's run.

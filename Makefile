@@ -22,8 +22,8 @@ test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --durations=5
 
 FAST = $(addprefix tests/, test_config.py test_data.py test_tools.py test_record.py test_readme.py fast/test_scan.py \
-	fast/test_initial.py sequences/test_noise.py metrics training/test_runs.py system/test_logs.py report/test_report.py \
-	analyses/test_compare.py \
+	fast/test_initial.py sequences/test_noise.py metrics/test_similarity.py training/test_runs.py system/test_logs.py \
+	report/test_report.py analyses/test_compare.py \
 	$(addprefix test_cwvae.py::, test_cwvae_equals_the_textbook_form_in_single_precision test_nll_equals_scipy \
 	test_kl_divergence_and_entropy_equal_sampled_estimates test_states_do_not_depend_on_later_frames) \
 	test_train.py::test_training_is_repeatable_and_resumes_exactly \

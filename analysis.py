@@ -6,6 +6,7 @@ For trained models, with configuration keys as in eval.py:
     boundaries  frames at which VTA's segments begin, inferred and predicted
     digits      accuracy of the digits in predicted frames, classified (Figure 5b); of one digit, also its position
     rooms       accuracy of the rooms in predicted videos, told apart by their colours (Figure 5a)
+    probes      what can be read from each level's states in a Memory Maze: walls, objects, the agent's place
     export      a model for use elsewhere: a small run, a file of parameters, or programs
 For results of train.py, eval.py or digits:
     perceptual  LPIPS and FVD of finished evaluations, with the networks' files
@@ -27,6 +28,7 @@ from analyses.digits import digits
 from analyses.export import export
 from analyses.levels import levels
 from analyses.perceptual import perceptual
+from analyses.probes import probes
 from analyses.rooms import rooms
 from analyses.seeds import seeds
 from report.output import writing
@@ -35,7 +37,7 @@ from system.interrupts import Interrupts, exit_codes
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     command.__name__: command
-    for command in (levels, blind, boundaries, digits, rooms, export, perceptual, compare, ranks, seeds, curves)
+    for command in (levels, blind, boundaries, digits, rooms, probes, export, perceptual, compare, ranks, seeds, curves)
 }
 
 EXAMPLES = """\

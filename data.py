@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -279,6 +279,27 @@ class VideoWindows:
     def action_size(self) -> int:
         """The number of entries of an action, 0 without actions."""
         return 0 if self.actions is None else self.actions.shape[1]
+
+
+def other_arrays(
+    config: Config, split: str, source: VideoWindows, index: int, names: Sequence[str]
+) -> list[np.ndarray]:
+    """Return arrays that models don't see, from the episode of a window, at the window's frames, [T, ...] each.
+
+    Args:
+        config: of dataset episodes.
+        split: train or test.
+        source: the windows of the split.
+        index: the number of the window.
+        names: the names of the arrays in the files.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or lacks an array.
+    """
+    video = source.video[index]
+    first = int(source.starts[index] - source.file.starts[video])
+    folder = Path(config.datadir) if config.split else Path(config.datadir) / split
+    return episodes.arrays(folder, source.file.names[video], slice(first, first + source.length), names)
 
 
 def training_order(config: Config, train: Windows) -> grain.MapDataset:

@@ -31,9 +31,12 @@ from system.files import replace_file
 from videos import environments
 from videos.decoded import one_process
 from videos.environments import ActionSpace, Environment
+from videos.walking import Walker
 
 STICKY = 0.9
 """The probability that the policy `sticky` repeats its last action."""
+
+POLICIES = ("random", "sticky", "walk")
 
 KEYS = ("image", "action", "reward", "is_first", "is_last", "is_terminal")
 
@@ -164,7 +167,7 @@ def observed_arrays(observations: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def make_policy(name: str, space: ActionSpace, seed: int) -> Policy:
-    """Return the policy for an episode: random, sticky or module:function.
+    """Return the policy for an episode: random, sticky, walk or module:function.
 
     Raises:
         ConfigError: there is no such module or function.
@@ -179,11 +182,15 @@ def make_policy(name: str, space: ActionSpace, seed: int) -> Policy:
             return last
 
         return policy
+    if name == "walk":
+        return Walker(seed)
     module, _, function = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"policy: {error}; name random, sticky, or a module:function that can be imported") from None
+        raise ConfigError(
+            f"policy: {error}; name random, sticky, walk, or a module:function that can be imported"
+        ) from None
     return make(space, seed)
 
 
@@ -311,8 +318,8 @@ def parse(argv: Sequence[str]) -> tuple[Recording, Amount, Path]:
         steps=Flag("INT", "maximum number of frames of an episode (default: the environment's own time limit)"),
         policy=Flag(
             "POLICY",
-            f"random; sticky, which repeats its last action with probability {STICKY}; or module:function, which "
-            "returns a policy (default: random)",
+            f"random; sticky, which repeats its last action with probability {STICKY}; walk, to random places of a "
+            "memory_maze; or module:function, which returns a policy (default: random)",
         ),
         seed=Flag("INT", "seed of environments and policies (default: 0)"),
         processes=Flag("INT", "number of parallel processes (default: one per CPU core)"),
@@ -322,8 +329,8 @@ def parse(argv: Sequence[str]) -> tuple[Recording, Amount, Path]:
             raise ConfigError(f"command line: --{key} is missing; python record.py --help lists the flags")
     steps = whole_number(given, "steps", 2, 2) if "steps" in given else None
     recording = Recording(given["env"], given.get("policy", "random"), whole_number(given, "seed", 0, 0), steps)
-    if recording.policy not in ("random", "sticky") and not all(recording.policy.partition(":")):
-        raise ConfigError(f"policy: must be random, sticky or module:function, got {recording.policy!r}")
+    if recording.policy not in POLICIES and not all(recording.policy.partition(":")):
+        raise ConfigError(f"policy: must be {', '.join(POLICIES)} or module:function, got {recording.policy!r}")
     train = whole_number(given, "episodes", 1, 1)
     episodes = {"train": train, "test": whole_number(given, "test_episodes", max(1, train // 10), 0)}
     return recording, Amount(episodes, whole_number(given, "processes", os.cpu_count() or 1, 1)), Path(given["datadir"])

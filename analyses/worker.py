@@ -35,15 +35,16 @@ class Worker:
             raise ConfigError(f"example: there are {len(self.test)} test sequences; name one from 0, got {number}")
         return data.window(self.test, number)
 
-    def batches(self) -> Iterator[tuple[int, int, data.Batch]]:
-        """Yield batches of the test sequences that `num_examples` counts.
+    def batches(self, source: data.Windows | None = None) -> Iterator[tuple[int, int, data.Batch]]:
+        """Yield batches of all windows of a source; None: of the test sequences that `num_examples` counts.
 
         Yields:
             The number of the first sequence, the number of sequences, and the batch, whose other rows are padding.
         """
-        size = min(self.config.batch_size, self.count)
-        batches = data.eval_batches(self.test, size, self.count, self.devices.rows(size))
-        with tqdm(total=self.count, desc=self.name, unit="sequence", dynamic_ncols=True) as bar:
+        source, count = (self.test, self.count) if source is None else (source, len(source))
+        size = min(self.config.batch_size, count)
+        batches = data.eval_batches(source, size, count, self.devices.rows(size))
+        with tqdm(total=count, desc=self.name, unit="sequence", dynamic_ncols=True) as bar:
             for number, batch in enumerate(batches):
                 valid = int(batch.weight.sum())
                 yield number * size, valid, batch

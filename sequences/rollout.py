@@ -61,8 +61,9 @@ def observe(
     chunk: int | None = None,
     place: Place = jnp.asarray,
     actions: Any = None,
+    seen: int | None = None,
 ) -> Iterator[tuple[LevelRollout, ...]]:
-    """Infer the states of all frames of a video, chunk by chunk.
+    """Infer the states of all frames of a video, chunk by chunk; or of its first frames, and imagine the others.
 
     Args:
         model: the model.
@@ -73,13 +74,15 @@ def observe(
         chunk: number of frames in a chunk, a multiple of k**(L-1); None: `chunk_size`.
         place: copies arrays to the devices.
         actions: [B, T, A], for a model with actions.
+        seen: number of frames, at the beginning, that are seen, a multiple of k**(L-1); None: all.
 
     Yields:
         Each level's rollout over the ticks of a chunk.
     """
     c, T = model.config, video.shape[1]
-    inputs, state = model.draw(keys, T, actions=actions), None
-    for start, stop in chunks(c, T, chunk):
+    inputs, state = model.draw(keys, T, context=seen or 0, actions=actions), None
+    seen = T if seen is None else seen
+    for start, stop in chunks(c, seen, chunk):
         rollouts, state = apply(
             model,
             "observe",
@@ -89,6 +92,9 @@ def observe(
             state=state,
             use_obs=use_obs,
         )
+        yield rollouts
+    for start, stop in chunks(c, T, chunk, seen):
+        rollouts, state = apply(model, "imagine", params, model.time_slice(inputs, start, stop), state)
         yield rollouts
 
 

@@ -205,7 +205,9 @@ def test_a_users_policy_is_called_and_checked(tmp_path, monkeypatch):
         ConfigError, match=r"policy: an action has to be finite floats, of shape \[2\], got \[1, 2, 3\]"
     ):
         record.record_episode(Recording("dot", "mine:wrong", 0, 5), "train", 0)
-    with pytest.raises(ConfigError, match=r"policy: .* name random, sticky, or a module:function that can be imported"):
+    with pytest.raises(
+        ConfigError, match=r"policy: .* name random, sticky, walk, or a module:function that can be imported"
+    ):
         record.record_episode(Recording("dot", "mine:missing", 0, 5), "train", 0)
 
 
@@ -223,7 +225,7 @@ def test_actions_become_vectors():
         (["--env=dot"], "command line: --episodes is missing; python record.py --help lists the flags"),
         (["--env=dot", "--episodes=0", "--datadir=x"], "episodes: must be a whole number of at least 1, got '0'"),
         (["--env=dot", "--episodes=2", "--datadir=x", "--steps=1"], "steps: must be a whole number of at least 2, got '1'"),
-        (["--env=dot", "--episodes=2", "--datadir=x", "--policy=walk"], "policy: must be random, sticky or module:function, got 'walk'"),
+        (["--env=dot", "--episodes=2", "--datadir=x", "--policy=run"], "policy: must be random, sticky, walk or module:function, got 'run'"),
     ],
 )  # fmt: skip
 def test_wrong_recording_flags_are_refused(arguments, message):

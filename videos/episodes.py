@@ -4,9 +4,10 @@ A file holds `image`, uint8 [T, H, W, 1 or 3], and `action`, [T, A] or whole num
 at the first frame of each episode. Other arrays aren't read.
 """
 
+import re
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import ConfigError
+from system.files import load_arrays
 from videos.decoded import Clip, Folder, Video, image_shape, listed
 
 
@@ -72,6 +74,31 @@ class Episodes(Folder):
         if others:
             print(f"Unused arrays of the episodes in {self.folder}: {listed(sorted(others))}")
         return found
+
+
+def arrays(folder: Path, episode: str, frames: slice, names: Sequence[str]) -> list[np.ndarray]:
+    """Return other arrays of an episode at some of its frames, [T, ...] each.
+
+    Args:
+        folder: the folder of the files.
+        episode: its name in `Episodes.videos`.
+        frames: the frames, counted within the episode.
+        names: the arrays' names in the file.
+
+    Raises:
+        ConfigError: the file is missing or damaged, or has no such array with an entry for each frame.
+    """
+    within = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", episode)
+    path, first = (folder / within[1], int(within[2])) if within else (folder / episode, 0)
+    try:
+        file = load_arrays(path, names, "record the episodes again")
+    except OSError as error:
+        raise ConfigError(f"datadir: {path} can't be read ({error.strerror}); put it back") from error
+    found = [file[name][first + frames.start : first + frames.stop] for name in names]
+    for name, array in zip(names, found, strict=True):
+        if len(array) != frames.stop - frames.start:
+            raise ConfigError(f"datadir: {path} has {len(file[name])} entries of {name}, too few; mend or remove it")
+    return found
 
 
 class File(NamedTuple):

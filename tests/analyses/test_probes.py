@@ -54,7 +54,8 @@ def planted(seed, known):
     return labels, [noise, np.concatenate([*mixed, noise], -1)]
 
 
-def test_probes_read_what_states_hold_on_other_episodes():
+def test_probes_read_what_states_hold_on_other_episodes(monkeypatch):
+    monkeypatch.setattr(probes, "ROUNDS", 5)
     learnt, states = planted(0, ("walls", "objects"))
     tested, others = planted(1, ("walls", "objects"))
     score = {
@@ -72,7 +73,8 @@ def test_probes_read_what_states_hold_on_other_episodes():
         assert score[name, level].mean() == pytest.approx(by_chance[name], rel=0.1)
 
 
-def test_without_states_a_probe_of_walls_knows_the_pose():
+def test_without_states_a_probe_of_walls_knows_the_pose(monkeypatch):
+    monkeypatch.setattr(probes, "ROUNDS", 3)
     learnt, _ = planted(0, ())
     walls = (learnt.pose[..., :1] > 0) * np.ones(CELLS, np.float32)
     known = learnt._replace(walls=walls, place=np.repeat(learnt.pose[..., :1], 2, -1))

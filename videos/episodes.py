@@ -1,7 +1,7 @@
 """Episodes: frames with the actions that led to them, in .npz files as world models' replay buffers keep them.
 
 A file holds `image`, uint8 [T, H, W, 1 or 3], and `action`, [T, A] or whole numbers [T]. `is_first`, bool [T], is true
-at the first frame of each episode. Other arrays aren't read.
+at the first frame of each episode. Other arrays are read by analyses only.
 """
 
 import re

@@ -106,6 +106,26 @@ def test_a_file_can_hold_several_episodes(episodes):
         np.testing.assert_array_equal(file.actions[:23, 0], led)
 
 
+def test_other_arrays_are_those_of_a_windows_frames(episodes):
+    is_first = np.arange(T) == 14
+    path = write(episodes.datadir, "train/0.npz", **numbered(), is_first=is_first, place=np.arange(T) * 2)
+    write(episodes.datadir, "train/1.npz", **numbered(), place=np.arange(T - 1))
+    c = dataclasses.replace(episodes, seq_len=7, rebuild_frames=True)
+    train = data.windows(c, "train")  # 0-6, 7-13 and, in the second episode, 14-20; then those of the other file
+    for index, first in enumerate((0, 7, 14)):
+        (place,) = data.other_arrays(c, "train", train, index, ["place"])
+        np.testing.assert_array_equal(place, 2 * train[index][:, 0, 0, 0])
+        assert place[0] == 2 * first
+    with pytest.raises(ConfigError, match=r"0.npz has no array pose; record the episodes again"):
+        data.other_arrays(c, "train", train, 0, ["place", "pose"])
+    write(episodes.datadir, "train/1.npz", **numbered(), place=np.arange(5))
+    with pytest.raises(ConfigError, match=r"datadir: .*1.npz has 5 entries of place, too few; mend or remove it"):
+        data.other_arrays(c, "train", train, 3, ["place"])
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"datadir: .*0.npz can't be read \(No such file or directory\); put it back"):
+        data.other_arrays(c, "train", train, 0, ["place"])
+
+
 def test_the_first_action_counts_if_a_file_begins_within_an_episode(episodes):
     write(Path(episodes.datadir) / "train", "0.npz", **numbered(first=7), is_first=np.zeros(T, bool))
     assert data.windows(episodes, "train").file.actions[0].tolist() == [7, -7]

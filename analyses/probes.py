@@ -162,7 +162,7 @@ def read_states(worker: Worker, source: data.Windows | None = None, seen: int | 
 
 
 class Network(nn.Module):
-    """A probe's network. Before training it returns zeros, the mean of standardised targets."""
+    """A probe's network. Its last layer begins with zeros."""
 
     outputs: int
     binary: bool
@@ -172,7 +172,7 @@ class Network(nn.Module):
         """Return means, or logits if `binary`, [N, outputs] for inputs [N, F]."""
         for _ in range(2):
             x = nn.relu(nn.Dense(256)(x))
-        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros)(x)
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros, name="last")(x)
 
     def loss(self, x: Array, y: Array) -> Array:
         """Return the mean loss, [], for targets [N, outputs]: squared error, or cross-entropy if `binary`."""
@@ -225,7 +225,10 @@ def train_probe(
     split = len(columns) - T * max(1, len(labels.pose) // 10)
     x, y = jnp.asarray((columns - x_mean) / x_scale), jnp.asarray((targets - y_mean) / y_scale)
     network = Network(targets.shape[1], quantity.binary)
-    params = jax.jit(network.init)(jax.random.key(0), x[:1])
+    params: Any = jax.jit(network.init)(jax.random.key(0), x[:1])
+    if quantity.binary:  # begin with the targets' frequencies, as the others do with their means
+        frequency = y.mean(0).clip(0.01, 0.99)
+        params["params"]["last"]["bias"] = jnp.log(frequency / (1 - frequency))
     opt_state, candidates = OPTIMIZER.init(params), [params]
     for key in jax.random.split(jax.random.key(1), ROUNDS):
         params, opt_state = train_round(network, params, opt_state, key, x[:split], y[:split])

@@ -83,6 +83,16 @@ def test_without_states_a_probe_of_walls_knows_the_pose(monkeypatch):
     assert error == pytest.approx(2 * known.place.var(), rel=0.05)
 
 
+def test_a_probe_that_learns_nothing_says_what_is_frequent(monkeypatch):
+    monkeypatch.setattr(probes, "ROUNDS", 1)
+    labels, (noise, _) = planted(0, ())
+    often = np.random.default_rng(0).uniform(size=(N, 1, CELLS)) < np.linspace(0.1, 0.9, CELLS)
+    few = Labels(*(x[:3] for x in labels._replace(walls=np.repeat(often, T, 1).astype(np.float32))))
+    score = probes.train_probe(QUANTITIES["walls"], "walls", [noise[:3]], few)([noise[:3]], few)
+    guess = few.walls.mean((0, 1)) > 0.5
+    assert score.mean() == pytest.approx((few.walls == guess).mean(), abs=0.01)
+
+
 @pytest.fixture
 def maze(tmp_path, tiny):
     """A configuration of tiny episodes."""

@@ -138,6 +138,12 @@ USER_DATASETS = {
 """The datasets of the user's own files, with the keys that decide which files are decoded, and how."""
 
 
+def user_folder(config: Config, split: str) -> Path:
+    """Return the folder that holds the user's own files of a split."""
+    datadir = Path(config.datadir)
+    return datadir if config.split else datadir / split
+
+
 def user_frame_file(config: Config, split: str, path: Path, exists: bool) -> decoded.FrameFile:
     """Return the frame file at `path`, decoded from the user's own files if needed.
 
@@ -150,7 +156,7 @@ def user_frame_file(config: Config, split: str, path: Path, exists: bool) -> dec
     how = decoded.Decoding(c.channels, c.fit, luma=True, partial=c.partial_videos, fps=c.fps)
     changed = [key for key in names if getattr(c, key) != getattr(Config, key)]
     keys = "".join(f", {key} {getattr(c, key)}" for key in changed)
-    folder = datadir if c.split else datadir / split
+    folder = user_folder(c, split)
     if c.split and any((datadir / name).is_dir() for name in ("train", "test")):
         raise ConfigError(f"split: {datadir} has a folder train or test already, got {c.split}; leave it out")
     if exists and not folder.exists():  # it may be deleted after decoding
@@ -298,8 +304,8 @@ def other_arrays(
     """
     video = source.video[index]
     first = int(source.starts[index] - source.file.starts[video])
-    folder = Path(config.datadir) if config.split else Path(config.datadir) / split
-    return episodes.arrays(folder, source.file.names[video], slice(first, first + source.length), names)
+    frames = slice(first, first + source.length)
+    return episodes.arrays(user_folder(config, split), source.file.names[video], frames, names)
 
 
 def training_order(config: Config, train: Windows) -> grain.MapDataset:

@@ -189,7 +189,7 @@ def make_policy(name: str, space: ActionSpace, seed: int) -> Policy:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"policy: {error}; name random, sticky, walk, or a module:function that can be imported"
+            f"policy: {error}; name {', '.join(POLICIES)}, or a module:function that can be imported"
         ) from None
     return make(space, seed)
 

@@ -62,7 +62,7 @@ def probes(arguments: Sequence[str]) -> None:
             raise ConfigError(f"dataset: probes needs episodes of a memory_maze, got {run.config.dataset}")
         require_same_keys(models[0], run, ("eval_seq_len", "open_loop_ctx"))
     workers = [Worker(run) for run in models]
-    found: dict[str, dict[str, Scores]] = {name: {} for name in QUANTITIES}
+    found: dict[str, dict[tuple[str, str], Scores]] = {name: {} for name in QUANTITIES}
     windows = [episode_windows(worker) for worker in workers]
     labels = [
         (read_labels(worker, "train", train, len(train)), read_labels(worker, "test", test, worker.count))
@@ -75,16 +75,16 @@ def probes(arguments: Sequence[str]) -> None:
         seen, predicted = read_states(worker), read_states(worker, seen=worker.config.open_loop_ctx)
         learnt = Labels(*(x[:, every] for x in learnt))
         sets = {ALL: range(len(states))} | {f"level {i}": (i,) for i in range(len(states)) if len(states) > 1}
-        for name, quantity in QUANTITIES.items():
+        for name in QUANTITIES:
             for part, levels in sets.items():
-                probe = train_probe(quantity, name, [states[i] for i in levels], learnt)
-                found[name][f"{worker.name}, {part}"] = Scores(
+                probe = train_probe(name, [states[i] for i in levels], learnt)
+                found[name][worker.name, part] = Scores(
                     *(probe([x[i] for i in levels], tested) for x in (predicted, seen))
                 )
             if worker is workers[0]:
-                nothing = train_probe(quantity, name, [], learnt)([], tested)
-                found[name][WITHOUT] = Scores(nothing, nothing)
-    write_probes(found, [run.name for run in models], models[0].config.open_loop_ctx, directory)
+                nothing = train_probe(name, [], learnt)([], tested)
+                found[name][WITHOUT, ""] = Scores(nothing, nothing)
+    write_probes(found, models[0].config.open_loop_ctx, directory)
 
 
 class Labels(NamedTuple):
@@ -203,7 +203,7 @@ def train_round(network: Network, params: Any, opt_state: Any, key: Array, x: Ar
 
 
 def train_probe(
-    quantity: Quantity, name: str, states: Sequence[np.ndarray], labels: Labels
+    name: str, states: Sequence[np.ndarray], labels: Labels
 ) -> Callable[[Sequence[np.ndarray], Labels], np.ndarray]:
     """Train a probe, and return a function of the arguments `states` and `labels` that returns its scores [N, T].
 
@@ -211,11 +211,11 @@ def train_probe(
     The parameters with the lowest one are kept, since probes would learn a few mazes by heart.
 
     Args:
-        quantity: what the probe reads.
-        name: the name of its field in `Labels`.
+        name: what the probe reads, one of QUANTITIES.
         states: of some levels, [N, T, F] each; none: the probe only has the pose, or knows nothing.
         labels: of the same frames.
     """
+    quantity = QUANTITIES[name]
     columns = np.concatenate([x.reshape(-1, x.shape[-1]) for x in inputs(quantity, states, labels)], 1)
     targets = getattr(labels, name).reshape(len(columns), -1)
     (x_mean, x_scale), (y_mean, y_scale) = ((v.mean(0), v.std(0) + 1e-3) for v in (columns, targets))
@@ -258,14 +258,11 @@ def inputs(quantity: Quantity, states: Sequence[np.ndarray], labels: Labels) -> 
     return [*states, *([labels.pose] if quantity.given_pose else [np.zeros_like(labels.pose[..., :1])])]
 
 
-def write_probes(
-    found: Mapping[str, Mapping[str, Scores]], names: Sequence[str], context: int, directory: Path
-) -> None:
+def write_probes(found: Mapping[str, Mapping[tuple[str, str], Scores]], context: int, directory: Path) -> None:
     """Write and print the scores: a plot of each quantity, probes.json, probes.csv, probes.md.
 
     Args:
-        found: quantity -> `<model>, <levels>`, or WITHOUT -> scores.
-        names: the models' names.
+        found: quantity -> model and levels, or WITHOUT and "" -> scores.
         context: number of context frames.
         directory: the directory of the results.
     """
@@ -274,9 +271,10 @@ def write_probes(
     results: dict[str, dict[str, dict[str, Any]]] = {}
     rows, text = [], ""
     for name, by_line in found.items():
-        results[name] = {line: {} for line in by_line}
-        lines = {}
-        for line, scores in by_line.items():
+        results[name], lines = {}, {}
+        for (model, part), scores in by_line.items():
+            line = ", ".join(filter(None, (model, part)))
+            results[name][line] = {}
             for kind, values in scores._asdict().items():
                 points = {
                     label: statistics.plain(statistics.estimate(values[:, max(0, end - LAST) : end].mean(1)))
@@ -285,12 +283,13 @@ def write_probes(
                 summary = statistics.summary(values[:, context:])
                 results[name][line][kind] = summary | {"points": points}
                 rows += [[name, line, kind, label, *point.values()] for label, point in points.items()]
-                model = line.removesuffix(f", {ALL}")
-                if kind == "predicted" and (model in names or line == WITHOUT):
-                    lines[model] = accuracy_line(summary)._replace(reference=line == WITHOUT)
-                elif model in names:
-                    curve = np.array(summary["curve"]["value"])
-                    lines[f"{model}, posterior"] = plots.Line(curve, companion_of=model)
+            kinds = results[name][line]
+            if part == ALL:
+                curve = np.array(kinds["seen"]["curve"]["value"])
+                lines[model] = accuracy_line(kinds["predicted"])
+                lines[f"{model}, posterior"] = plots.Line(curve, companion_of=model)
+            elif model == WITHOUT:
+                lines[line] = accuracy_line(kinds["predicted"])._replace(reference=True)
         plots.plot_lines(lines, directory / f"{name}.png", QUANTITIES[name].ylabel)
         table = [
             [

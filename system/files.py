@@ -77,11 +77,12 @@ def load_arrays(path: Path, names: Sequence[str] = (), remedy: str = "make it ag
     """
     try:
         with path.open("rb") as opened, np.load(opened) as file:  # NumPy itself would leave a damaged file open
+            for name in names:
+                if name not in file.files:
+                    raise ConfigError(f"{path} has no array {name}; {remedy}")
             return {name: np.asarray(file[name]) for name in names or file.files}
-    except OSError:
+    except (OSError, ConfigError):
         raise
-    except KeyError as error:
-        raise ConfigError(f"{path} has no array {error.args[0].split()[0]}; {remedy}") from error
     except Exception as error:  # NumPy and zipfile raise all kinds for a damaged file
         raise ConfigError(f"{path} is damaged ({type(error).__name__}); {remedy}") from error
 

@@ -49,15 +49,15 @@ class Walker:
             free, position, direction = (observed[name] for name in ("maze_layout", "agent_pos", "agent_dir"))
         except KeyError as error:
             raise ConfigError(f"policy: walk needs the observation {error}; name a memory_maze as --env") from None
-        column, row = np.floor(position).astype(int)
-        here = int(row), int(column)
+        column, row = np.floor(position).astype(int).tolist()
+        here = row, column
         if self.path and self.path[-1] == here:
             self.path.pop()
             self.tried = 0
         if not self.path or self.tried == PATIENCE:
             cells = np.argwhere(free)
-            goal_row, goal_column = cells[self.random.integers(len(cells))]
-            self.path, self.tried = shortest_path(free, here, (int(goal_row), int(goal_column))), 0
+            row, column = cells[self.random.integers(len(cells))].tolist()
+            self.path, self.tried = shortest_path(free, here, (row, column)), 0
         self.tried += 1
         if self.random.random() < NOISE or not self.path:
             return np.asarray(self.random.integers(6))

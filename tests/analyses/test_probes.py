@@ -21,8 +21,8 @@ from training import loading, runs
 N, T, CELLS = 60, 20, 9
 
 
-def write_episodes(folder, count=3, frames=24, **changed):
-    """Write episodes with the arrays of Memory Maze: a 3x3 maze, two objects. The agent begins at another frame."""
+def write_episodes(folder, count=3, frames=24):
+    """Write episodes with the arrays of Memory Maze: a 3x3 maze and two objects."""
     random = np.random.default_rng(0)
     for split in "train", "test":
         (folder / split).mkdir(parents=True)
@@ -36,8 +36,7 @@ def write_episodes(folder, count=3, frames=24, **changed):
                 "agent_dir": np.stack([np.cos(angle), np.sin(angle)], 1),
                 "targets_vec": random.uniform(-3, 3, (frames, 2, 2)),
             }
-            kept = {key: value for key, value in (arrays | changed).items() if value is not None}
-            np.savez(folder / split / f"{number}.npz", **kept)
+            np.savez(folder / split / f"{number}.npz", **arrays)
 
 
 def planted(seed, known):
@@ -59,10 +58,8 @@ def test_probes_read_what_states_hold_on_other_episodes(monkeypatch):
     learnt, states = planted(0, ("walls", "objects"))
     tested, others = planted(1, ("walls", "objects"))
     score = {
-        (name, level): probes.train_probe(quantity, name, states[level : level + 1], learnt)(
-            others[level : level + 1], tested
-        )
-        for name, quantity in QUANTITIES.items()
+        (name, level): probes.train_probe(name, states[level : level + 1], learnt)(others[level : level + 1], tested)
+        for name in QUANTITIES
         for level in (0, 1)
     }
     assert all(values.shape == (N, T) for values in score.values())
@@ -78,8 +75,8 @@ def test_without_states_a_probe_of_walls_knows_the_pose(monkeypatch):
     learnt, _ = planted(0, ())
     walls = (learnt.pose[..., :1] > 0) * np.ones(CELLS, np.float32)
     known = learnt._replace(walls=walls, place=np.repeat(learnt.pose[..., :1], 2, -1))
-    assert probes.train_probe(QUANTITIES["walls"], "walls", [], known)([], known).mean() > 0.95
-    error = probes.train_probe(QUANTITIES["place"], "place", [], known)([], known).mean()
+    assert probes.train_probe("walls", [], known)([], known).mean() > 0.95
+    error = probes.train_probe("place", [], known)([], known).mean()
     assert error == pytest.approx(2 * known.place.var(), rel=0.05)
 
 
@@ -88,7 +85,7 @@ def test_a_probe_that_learns_nothing_says_what_is_frequent(monkeypatch):
     labels, (noise, _) = planted(0, ())
     often = np.random.default_rng(0).uniform(size=(N, 1, CELLS)) < np.linspace(0.1, 0.9, CELLS)
     few = Labels(*(x[:3] for x in labels._replace(walls=np.repeat(often, T, 1).astype(np.float32))))
-    score = probes.train_probe(QUANTITIES["walls"], "walls", [noise[:3]], few)([noise[:3]], few)
+    score = probes.train_probe("walls", [noise[:3]], few)([noise[:3]], few)
     guess = few.walls.mean((0, 1)) > 0.5
     assert score.mean() == pytest.approx((few.walls == guess).mean(), abs=0.01)
 

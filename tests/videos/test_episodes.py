@@ -109,7 +109,6 @@ def test_a_file_can_hold_several_episodes(episodes):
 def test_other_arrays_are_those_of_a_windows_frames(episodes):
     is_first = np.arange(T) == 14
     path = write(episodes.datadir, "train/0.npz", **numbered(), is_first=is_first, place=np.arange(T) * 2)
-    write(episodes.datadir, "train/1.npz", **numbered(), place=np.arange(T - 1))
     c = dataclasses.replace(episodes, seq_len=7, rebuild_frames=True)
     train = data.windows(c, "train")  # 0-6, 7-13 and, in the second episode, 14-20; then those of the other file
     for index, first in enumerate((0, 7, 14)):

@@ -43,6 +43,7 @@ def digits(arguments: Sequence[str]) -> None:
     for run in models[1:]:
         require_same_keys(models[0], run, ("dataset", "num_digits", "digit_speed", "eval_seq_len", "open_loop_ctx"))
     workers = [Worker(run) for run in models]
+    directory = results_directory("digits", models, given)
     print(f"Training a classifier of frames with {models[0].config.num_digits} digits")
     classify = train_classifier(train_set)
     clean, total = clean_accuracy(classify, test_set)
@@ -52,7 +53,6 @@ def digits(arguments: Sequence[str]) -> None:
             f"digits: the classifier's accuracy on true frames is {100 * clean:.2f} %, and at least "
             f"{100 * NEEDED_ACCURACY:.0f} % are needed, since its errors would count as the model's"
         )
-    directory = results_directory("digits", models, given)
     position_by_chance = positions.chance(train_set, test_set) if train_set.digits == 1 else None
     found: dict[str, list[dict[str, np.ndarray]]] = {}
     for run, worker in zip(models, workers, strict=True):

@@ -139,12 +139,26 @@ class Checkpoints:
             ) from error
 
     def load_newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Return step, state and notes of the newest intact checkpoint, if any. Print which newer ones are damaged."""
-        for step in reversed(self.steps):
+        """Return step, state and notes of the newest intact checkpoint. Print which newer ones are damaged.
+
+        Returns:
+            None if there is no checkpoint.
+
+        Raises:
+            DamagedCheckpoint: none is intact. A training from the first step would replace what may be restored.
+            ConfigError: as `load`.
+        """
+        steps = self.steps
+        for step in reversed(steps):
             try:
                 return step, *self.load(step, like)
             except DamagedCheckpoint as error:
-                print(f"{error.args[0].rsplit(';', 1)[0]}; falling back to the one before")
+                reason = error.args[0].rsplit(";", 1)[0]
+                if step == steps[0]:
+                    raise DamagedCheckpoint(
+                        f"{reason}, and there is no older one; restore one, or choose another --name or --logdir"
+                    ) from error
+                print(f"{reason}; falling back to the one before")
         return None
 
 

@@ -392,6 +392,17 @@ def test_a_damaged_newest_checkpoint_loses_only_its_steps(tiny, capsys):
         assert_same(whole, checkpoints.load(4, whole)[0])
 
 
+def test_a_run_with_only_damaged_checkpoints_is_left_alone(run):
+    """Training it again from the first step would cut its log, and replace checkpoints that may be restored."""
+    for file in (run / "checkpoints").glob("*/state/**/*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    with pytest.raises(ConfigError, match=r"2 is damaged .* restore one, or choose another --name or --logdir"):
+        train.train(dataclasses.replace(configuration.load(run / "config.yml"), logdir=str(run.parent.parent)))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"} == before
+
+
 def test_a_failed_write_leaves_the_configuration(run, tiny):
     """An unchanged configuration isn't written again, and a failed write leaves the old one."""
     saved, log = (run / "config.yml").read_bytes(), (run / "metrics.jsonl").read_bytes()

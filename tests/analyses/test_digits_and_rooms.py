@@ -15,6 +15,7 @@ import videos.digits
 from analyses import digits as digit_analysis
 from analyses import positions
 from analyses import rooms as room_analysis
+from config import ConfigError
 from videos.digits import MovingDigits, compose, scikit_learn_digits, scikit_learn_labels
 
 # ---------------------------------------------------------------------------------------------- digits
@@ -187,6 +188,12 @@ def test_digits_scores_true_frames_high_and_an_untrained_model_low(run, monkeypa
         assert curves["names"].tolist() == ["a", "b"] and curves["right"].shape == (2, 3, 8)
         assert curves["right"][0].mean() == pytest.approx(results["lines"]["a"]["average"]["value"], abs=1e-6)
     assert "Positions are left out: with several digits" in printed and not list(directory.glob("position*"))
+
+
+def test_digits_refuses_an_occupied_directory_before_it_trains_a_classifier(run, monkeypatch):
+    monkeypatch.setattr(digit_analysis, "train_classifier", lambda windows: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="isn't empty; name a new directory"):
+        analysis.COMMANDS["digits"]([str(run), f"--out={run}"])
 
 
 def test_digits_are_right_in_any_order():

@@ -91,6 +91,15 @@ def test_damaged_checkpoints_are_not_used(tmp_path, capsys, damage):
         assert checkpoints.load_newest(STATE)[0] == 2
 
 
+def test_a_directory_with_only_damaged_checkpoints_has_no_newest(tmp_path, capsys):
+    save(tmp_path, [1, 2])
+    for step in "1", "2":
+        largest_file(tmp_path / step).write_bytes(b"")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(DamagedCheckpoint, match=r"1 is damaged .* no older one"):
+        checkpoints.load_newest(STATE)
+    assert "2 is damaged" in capsys.readouterr().out
+
+
 def test_checkpoints_of_other_shapes_are_refused(tmp_path):
     save(tmp_path, [1])
     other = STATE | {"params": {"a": np.zeros(7, np.float32), "b": np.zeros((3, 2), np.float32)}}

@@ -49,6 +49,7 @@ def digits(arguments: Sequence[str]) -> None:
     clean, total = clean_accuracy(classify, test_set)
     print(f"Its accuracy is {100 * clean:.2f} % on {total} true test frames without overlap")
     if clean < NEEDED_ACCURACY:
+        directory.rmdir()
         raise ConfigError(
             f"digits: the classifier's accuracy on true frames is {100 * clean:.2f} %, and at least "
             f"{100 * NEEDED_ACCURACY:.0f} % are needed, since its errors would count as the model's"

@@ -26,17 +26,15 @@ from training import loading
 
 GRID = [
     dict(T=11, levels=3, tmp_abs_factor=2, chunk=4),
-    dict(T=11, levels=1, tmp_abs_factor=1, chunk=4, few_multiplications=True),
     dict(T=11, levels=3, tmp_abs_factor=2, backend="gpu"),
-    dict(T=11, levels=1, tmp_abs_factor=6, action_size=2, enc_dense_layers=0),
+    dict(T=11, levels=1, tmp_abs_factor=6, action_size=2, enc_dense_layers=0, chunk=4, few_multiplications=True),
     dict(T=11, levels=2, tmp_abs_factor=6, enc_dense_layers=3, use_obs="FT", filters=2),
     dict(T=11, levels=3, tmp_abs_factor=1, enc_dense_layers=1, dec_stddev=0.4),
     dict(T=11, levels=4, tmp_abs_factor=2, enc_dense_layers=4, cell_reset_state=True),
     dict(
         **dict(T=11, levels=3, tmp_abs_factor=2, dataset="minerl", channels=3, channels_mult=2),
-        **dict(cell_mean_only=True, cell_min_stddev=0.1),
+        **dict(cell_mean_only=True, cell_min_stddev=0.1, cell_reset_state=True, use_obs="TTF", action_size=2),
     ),
-    dict(T=11, levels=3, tmp_abs_factor=2, cell_reset_state=True, use_obs="TTF", action_size=2),
 ]
 
 

@@ -268,15 +268,16 @@ def test_shipped_configurations_load_and_have_a_header(name):
     c = configuration.load(path)
     last = name.split("/")[-1]
     if last != "debug":
-        assert c.dataset == {"small": "digits", "long": "digits", "dot": "episodes"}.get(last, last)
+        others = {"small": "digits", "long": "digits", "dot": "episodes", "memory_maze": "episodes"}
+        assert c.dataset == others.get(last, last)
     if "/" in name:
         assert c.model == name.split("/")[0]
-    elif name not in ("debug", "dot"):
+    elif name not in ("debug", "dot", "memory_maze"):
         assert (c.levels, c.tmp_abs_factor, c.seq_len) == (3, 6, 100)
-    if name not in ("debug", "dot", "small", "long") and c.model == "cwvae":
+    if name not in ("debug", "dot", "small", "long", "memory_maze") and c.model == "cwvae":
         assert (c.batch_size, c.enc_dense_layers) == (50, 3)
     header = path.read_text().split("\n\n")[0]
-    program = "python -m training.stages" if name == "long" else "train.py"
+    program = "python -m training.stages" if name in ("long", "memory_maze") else "train.py"
     assert f"{program} --config configs/{name}.yml" in header and "Runtime" in header and "Score" in header
 
 

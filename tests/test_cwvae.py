@@ -33,8 +33,9 @@ GRID = [
     dict(T=11, levels=4, tmp_abs_factor=2, enc_dense_layers=4, cell_reset_state=True),
     dict(
         **dict(T=11, levels=3, tmp_abs_factor=2, dataset="minerl", channels=3, channels_mult=2),
-        **dict(cell_mean_only=True, cell_min_stddev=0.1, cell_reset_state=True, use_obs="TTF", action_size=2),
+        **dict(cell_mean_only=True, cell_min_stddev=0.1),
     ),
+    dict(T=11, levels=3, tmp_abs_factor=2, cell_reset_state=True, use_obs="TTF", action_size=2),
 ]
 
 

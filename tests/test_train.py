@@ -180,17 +180,22 @@ def test_a_wrong_init_from_is_refused(tiny, tmp_path):
         assert run.restore(CWVAE(right))[0] == 0
 
 
+def files_of(run):
+    """Return the content of each file of a run, except its lock."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+
+
 def test_resuming_with_other_keys_is_refused(tiny):
     train.train(dataclasses.replace(tiny, max_steps=1))
     run = runs.directory(tiny)
     values = yaml.safe_load((run / "config.yml").read_text())
     (run / "config.yml").write_text(yaml.safe_dump(values | {"lr": 0.5, "cell_min_stddev": 0.1}))
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    before = files_of(run)
     with pytest.raises(
         ConfigError, match=r"another cell_min_stddev \(0.1 there, 0.0001 now\), lr \(0.5 there, 0.001 now\)"
     ):
         train.train(tiny)
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    assert before == files_of(run)
 
 
 def test_videos_of_trainings_need_a_context_shorter_than_seq_len(tiny):
@@ -397,10 +402,10 @@ def test_a_run_with_only_damaged_checkpoints_is_left_alone(run):
     for file in (run / "checkpoints").glob("*/state/**/*"):
         if file.is_file():
             file.write_bytes(b"")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    before = files_of(run)
     with pytest.raises(ConfigError, match=r"2 is damaged .* restore one, or choose another --name or --logdir"):
         train.train(dataclasses.replace(configuration.load(run / "config.yml"), logdir=str(run.parent.parent)))
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"} == before
+    assert files_of(run) == before
 
 
 def test_a_failed_write_leaves_the_configuration(run, tiny):
